@@ -1,0 +1,115 @@
+"""What others rely on: the Parquet schema, why a photo is rejected, exceptions with exit codes.
+
+The lowest floor: imports nothing of batchcap, and knows neither files nor models.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+ATTENTION_TYPE = pa.struct(
+    [
+        ("row", pa.float32()),
+        ("col", pa.float32()),
+        ("peak_row", pa.int8()),
+        ("peak_col", pa.int8()),
+        ("peak", pa.float32()),
+        ("entropy", pa.float32()),
+    ]
+)
+
+ARROW_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        ("caption", pa.string()),
+        ("tokens", pa.list_(pa.string())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("logprob", pa.float32()),
+        ("mean_logprob", pa.float32()),
+        ("finished", pa.bool_()),
+        ("attention", pa.list_(ATTENTION_TYPE)),
+        ("attention_map", pa.list_(pa.list_(pa.float32()))),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("file_size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+class ErrorType(StrEnum):
+    """Why a photo has no caption: the values of the column `error_type`."""
+
+    MISSING = "missing"
+    NOT_A_FILE = "not_a_file"
+    UNREADABLE = "unreadable"
+    EMPTY = "empty"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TOO_LARGE = "too_large"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """The failure of one photo: a value that becomes a row, never an exception."""
+
+    error_type: ErrorType
+    message: str
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """One file, read once: what it was and its pixels, or why there are none.
+
+    `pixels` is `uint8[S, S, 3]`, RGB. The other fields are None where the file could not be
+    read that far; `width` and `height` are in pixels, after EXIF rotation.
+    """
+
+    pixels: npt.NDArray[np.uint8] | Rejection
+    file_size: int | None = None
+    mtime_ns: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+class BatchcapError(Exception):
+    """A failure of the whole job, worded for the user.
+
+    BatchcapError         1
+    ├── UsageError        2   what was asked for cannot be
+    ├── InputError        1   photos or annotations
+    ├── ModelError        1   a model directory
+    └── OutputError       1   the place to write to
+    """
+
+    exit_code = 1
+
+
+class UsageError(BatchcapError):
+    exit_code = 2
+
+
+class InputError(BatchcapError):
+    pass
+
+
+class ModelError(BatchcapError):
+    pass
+
+
+class OutputError(BatchcapError):
+    pass

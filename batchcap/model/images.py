@@ -1,0 +1,348 @@
+"""One photo file to pixels: read once, decoded from memory with Pillow, or refused with a reason.
+
+Whatever a file is, the answer is a `LoadedImage`, never an exception, and never pixels that a
+decoder made up. Knows neither jobs nor networks, and leaves Pillow's global settings alone.
+"""
+
+import hashlib
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
+
+from batchcap.contracts import ErrorType, LoadedImage, Rejection
+
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
+
+# No photo is refused for damaged metadata, and cron mails what a run writes on stderr.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# The classes, because Image.open would apply Pillow's own pixel limit. The JPEG class reads an MPO
+# as the JPEG it begins with.
+OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+}
+
+# (offset, bytes there, format); the first match decides, so the catch-all `ftyp` stands last.
+SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (0, b"BM", "BMP"),
+    (8, b"WEBP", "WebP"),
+    (0, b"II*\0", "TIFF or camera raw"),
+    (0, b"MM\0*", "TIFF or camera raw"),
+    (0, b"II+\0", "BigTIFF"),
+    (0, b"MM\0+", "BigTIFF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypmsf1", "HEIC"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftypcrx", "Canon raw"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL \r\n\x87\n", "JPEG XL"),
+    (4, b"jP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"8BPS", "PSD"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "SVG or XML"),
+    (0, b"<!DOCTYPE", "HTML"),
+    (0, b"<!doctype", "HTML"),
+    (0, b"<html", "HTML"),
+    (4, b"ftyp", "video"),
+)
+
+FILE_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+TRANSPOSE_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _RejectionError(Exception):
+    """Carries a rejection from where it is found to `load_image`."""
+
+    def __init__(self, error_type: ErrorType, message: str) -> None:
+        super().__init__(message)
+        self.rejection = Rejection(error_type, message)
+
+
+def load_image(path: str | os.PathLike[str], image_size: int) -> LoadedImage:
+    """Read one file and squash its photo to `image_size` pixels a side (S).
+
+    The pixels are `uint8[S, S, 3]`, RGB, contiguous: upright by EXIF, composited on white,
+    resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
+    frame. Raises nothing for any file; safe to call from several threads.
+    """
+    try:
+        data, mtime_ns = _read_file(Path(path))
+    except _RejectionError as error:
+        return LoadedImage(error.rejection)
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        pixels, (width, height) = _decode(data, image_size)
+    except _RejectionError as error:
+        return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
+    return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height)
+
+
+def _read_file(path: Path) -> tuple[bytes, int]:
+    try:
+        _check_readable_kind(path.stat())  # before opening, which a device may act on
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            _check_readable_kind(status)
+            return file.read(), status.st_mtime_ns
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+    ) as error:  # ValueError: NUL in a name
+        raise _RejectionError(ErrorType.MISSING, _missing_message(path)) from error
+    except OSError as error:
+        reason = _one_line(error.strerror or type(error).__name__)
+        raise _RejectionError(
+            ErrorType.UNREADABLE,
+            f"The file cannot be read ({reason}); check its permissions and the disk.",
+        ) from error
+    except MemoryError as error:
+        raise _RejectionError(ErrorType.TOO_LARGE, "The file does not fit into memory.") from error
+
+
+def _check_readable_kind(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode), "special file")
+        raise _RejectionError(ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.")
+    if status.st_size > MAX_FILE_BYTES:
+        raise _RejectionError(
+            ErrorType.TOO_LARGE,
+            f"The file has {status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
+        )
+
+
+def _missing_message(path: Path) -> str:
+    if path.is_symlink():
+        return "This is a link to a file that does not exist."
+    return "There is no such file; it may have been moved or deleted meanwhile."
+
+
+def _decode(data: bytes, image_size: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """Decode to `uint8[S, S, 3]` and the photo's upright (width, height)."""
+    format_name = _supported_format(data)
+    try:
+        if format_name in END_CHECKS:
+            END_CHECKS[format_name](data)
+        image = OPENERS[format_name](io.BytesIO(data))
+        _check_pixel_count(*image.size)
+        image.load()
+        if format_name == "PNG":
+            _match_transparent_colour(image, bit_depth=data[24])
+        orientation = _orientation(image)
+        square = _squashed(_as_rgb(image), image_size)
+        return np.array(_upright(square, orientation)), _upright_size(image.size, orientation)
+    except _RejectionError:
+        raise
+    except Exception as error:  # Pillow has no common base class for what a damaged file raises
+        raise _diagnosis(format_name, error) from error
+
+
+def _supported_format(data: bytes) -> str:
+    if not data:
+        raise _RejectionError(ErrorType.EMPTY, "The file is empty; copy or download it again.")
+    name = _format_name(data)
+    if name in OPENERS:
+        return name
+    found = f"This is a {name} file" if name else "This is no image format known to batchcap"
+    raise _RejectionError(
+        ErrorType.UNSUPPORTED_FORMAT, f"{found}; JPEG, PNG, BMP, GIF and WebP are read, convert it."
+    )
+
+
+def _format_name(data: bytes) -> str:
+    """The format by its first bytes, whatever the extension says; empty if none is known."""
+    matches = (name for offset, magic, name in SIGNATURES if data.startswith(magic, offset))
+    return next(matches, "")
+
+
+def _check_pixel_count(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise _RejectionError(
+            ErrorType.TOO_LARGE,
+            f"The photo has {width:,} x {height:,} pixels; up to {MAX_PIXELS:,} are decoded, "
+            "scale it down.",
+        )
+
+
+def _check_jpeg_end(data: bytes) -> None:
+    """An end marker must follow the first scan: Pillow decodes a tail of zeros to grey."""
+    position = 2
+    while data.startswith(b"\xff", position) and not data.startswith(b"\xff\xda", position):
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    if data.find(b"\xff\xd9", position) == -1:
+        raise _truncated()
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """The chunks must reach to the end mark; of the pixels Pillow ignores the checksums."""
+    name, position = b"", 8
+    while name != b"IEND":
+        if position + 12 > len(data):
+            raise _truncated()
+        length, name = struct.unpack_from(">I4s", data, position)
+        body_end = position + 8 + length
+        checksum = zlib.crc32(memoryview(data)[position + 4 : body_end])
+        if name == b"IDAT" and checksum != int.from_bytes(data[body_end : body_end + 4], "big"):
+            raise _corrupt("PNG", "wrong checksum") if body_end + 4 <= len(data) else _truncated()
+        position = body_end + 4
+
+
+def _check_webp_length(data: bytes) -> None:
+    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise _truncated()
+
+
+# GIF and BMP need none: Pillow itself notices where their first frame ends too early.
+END_CHECKS: dict[str, Callable[[bytes], None]] = {
+    "JPEG": _check_jpeg_end,
+    "PNG": _check_png_chunks,
+    "WebP": _check_webp_length,
+}
+
+
+def _truncated() -> _RejectionError:
+    return _RejectionError(
+        ErrorType.TRUNCATED, "The file ends before the photo does; copy or download it again."
+    )
+
+
+def _corrupt(format_name: str, reason: str) -> _RejectionError:
+    return _RejectionError(
+        ErrorType.CORRUPT,
+        f"The {format_name} data is damaged ({_one_line(reason)}); replace the file.",
+    )
+
+
+def _diagnosis(format_name: str, error: Exception) -> _RejectionError:
+    if isinstance(error, MemoryError):
+        return _RejectionError(
+            ErrorType.TOO_LARGE, "Decoding the photo needs more memory than is free."
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return _RejectionError(
+            ErrorType.TOO_LARGE, f"The photo has more than {MAX_PIXELS:,} pixels; scale it down."
+        )
+    if _ran_out_of_data(error):
+        return _truncated()
+    return _corrupt(format_name, str(error) or type(error).__name__)
+
+
+def _ran_out_of_data(error: Exception) -> bool:
+    """Whether Pillow met the end of the file; opening hides the first exception as the cause."""
+    if isinstance(error.__cause__ or error, EOFError | IndexError | struct.error):
+        return True
+    message = str(error).lower()
+    return "truncated" in message or "not enough image data" in message
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)[:120].strip()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # malformed EXIF raises nearly anything and is no reason to refuse a photo
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn the small square rather than the photo: squashing and turning commute."""
+    method = TRANSPOSE_BY_ORIENTATION.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    width, height = size
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _match_transparent_colour(image: Image.Image, bit_depth: int) -> None:
+    """Scale a PNG's transparent colour to the 8 bits to which Pillow scaled only the pixels."""
+    colour = image.info.get("transparency")
+    if image.mode == "L" and isinstance(colour, int):
+        image.info["transparency"] = _eight_bit_sample(colour, bit_depth)
+    elif image.mode == "RGB" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(_eight_bit_sample(c, bit_depth) for c in colour)
+
+
+def _eight_bit_sample(sample: int, bit_depth: int) -> int:
+    return sample >> 8 if bit_depth == 16 else sample * 255 // (2**bit_depth - 1)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, transparency composited on white."""
+    if image.mode.startswith("I;16"):
+        image = _eight_bit_grey(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey, which Pillow's own `convert` clips; a transparent level becomes alpha."""
+    samples = np.asarray(image)
+    grey = Image.fromarray((samples >> 8).astype(np.uint8))
+    transparent_level = image.info.get("transparency")
+    if transparent_level is not None:
+        alpha = np.where(samples == transparent_level, 0, 255).astype(np.uint8)
+        grey.putalpha(Image.fromarray(alpha))
+    return grey
+
+
+def _squashed(image: Image.Image, image_size: int) -> Image.Image:
+    if image.size == (image_size, image_size):
+        return image
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR)

@@ -1,0 +1,572 @@
+"""Real files of every kind against pixels written down by hand."""
+
+import hashlib
+import io
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.model import images
+from batchcap.model.images import load_image
+
+RED, GREEN, BLUE, WHITE, BLACK = (
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+)
+QUADRANTS = np.array([[RED, GREEN], [BLUE, WHITE]], dtype=np.uint8)
+
+
+def encoded(image: Image.Image, format_name: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def texture(width: int = 96, height: int = 64) -> Image.Image:
+    noise = np.random.default_rng(3).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def samples() -> dict[str, bytes]:
+    photo = texture()
+    turned = photo.rotate(180)
+    return {
+        "JPEG": encoded(photo, "JPEG"),
+        "progressive JPEG": encoded(photo, "JPEG", progressive=True),
+        "MPO": encoded(photo, "MPO", save_all=True, append_images=[turned]),
+        "PNG": encoded(photo, "PNG"),
+        "palette PNG": encoded(photo.convert("P"), "PNG"),
+        "BMP": encoded(photo, "BMP"),
+        "palette BMP": encoded(photo.convert("P"), "BMP"),
+        "1-bit BMP": encoded(photo.convert("1"), "BMP"),
+        "GIF": encoded(photo.convert("P"), "GIF"),
+        "animated GIF": encoded(photo, "GIF", save_all=True, append_images=[turned]),
+        "WebP": encoded(photo, "WEBP"),
+        "lossless WebP": encoded(photo, "WEBP", lossless=True),
+        "animated WebP": encoded(photo, "WEBP", save_all=True, append_images=[turned]),
+    }
+
+
+SAMPLES = samples()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    chunks = (chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(rows)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def bmp(
+    width: int,
+    height: int,
+    bits: int,
+    body: bytes,
+    palette: bytes = b"",
+    compression: int = 0,
+    masks: bytes = b"",
+) -> bytes:
+    """A BMP with a 40-byte header, or with 108 bytes where colour masks are given."""
+    header_size = 108 if masks else 40
+    offset = 14 + header_size + len(palette)
+    fields = (header_size, width, height, 1, bits, compression, len(body), 0, 0, len(palette) // 4)
+    header = struct.pack("<IiiHHIIiiII", *fields, 0) + masks.ljust(header_size - 40, b"\0")
+    return b"BM" + struct.pack("<IHHI", offset + len(body), 0, 0, offset) + header + palette + body
+
+
+def bgr0(*colours: tuple[int, int, int]) -> bytes:
+    return b"".join(bytes((b, g, r, 0)) for r, g, b in colours)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_bytes(data: bytes, size: int = 2, name: str = "photo.jpg") -> LoadedImage:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return load_image(path, size)
+
+    return load_bytes
+
+
+def assert_rejected(loaded: LoadedImage, error_type: ErrorType) -> Rejection:
+    assert isinstance(loaded.pixels, Rejection)
+    assert loaded.pixels.error_type is error_type
+    assert re.fullmatch(r"[A-Z][ -~]+\.", loaded.pixels.message)
+    return loaded.pixels
+
+
+def assert_pixels(loaded: LoadedImage, expected) -> None:
+    assert isinstance(loaded.pixels, np.ndarray), loaded.pixels
+    np.testing.assert_array_equal(loaded.pixels, np.array(expected))
+
+
+def test_pixels_are_contiguous_uint8_and_the_file_is_described(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(SAMPLES["PNG"])
+    loaded = load_image(str(path), 32)
+    assert loaded.pixels.shape == (32, 32, 3)
+    assert loaded.pixels.dtype == np.uint8
+    assert loaded.pixels.flags.c_contiguous
+    assert (loaded.width, loaded.height) == (96, 64)
+    assert loaded.file_size == len(SAMPLES["PNG"])
+    assert loaded.mtime_ns == path.stat().st_mtime_ns
+    assert loaded.sha256 == hashlib.sha256(SAMPLES["PNG"]).hexdigest()
+
+
+def test_damaged_file_is_still_described(load):
+    data = SAMPLES["PNG"][:50]
+    loaded = load(data)
+    assert_rejected(loaded, ErrorType.TRUNCATED)
+    assert (loaded.file_size, loaded.sha256) == (50, hashlib.sha256(data).hexdigest())
+    assert loaded.mtime_ns is not None
+    assert loaded.width is None
+
+
+def test_photo_of_the_right_size_is_not_resampled(load):
+    assert_pixels(load(encoded(Image.fromarray(QUADRANTS), "PNG")), QUADRANTS)
+
+
+def test_photo_is_squashed_without_keeping_the_aspect_ratio(load):
+    wide = np.repeat(np.repeat(QUADRANTS, 4, axis=0), 40, axis=1)
+    loaded = load(encoded(Image.fromarray(wide), "PNG"), size=4)
+    assert (loaded.width, loaded.height) == (80, 8)
+    np.testing.assert_array_equal(loaded.pixels[::3, ::3], QUADRANTS)
+
+
+def test_downscaling_averages_instead_of_skipping_pixels(load):
+    board = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    loaded = load(encoded(Image.fromarray(board.astype(np.uint8)), "PNG"), size=4)
+    assert np.abs(loaded.pixels.astype(int) - 127).max() <= 2
+
+
+def test_threads_get_the_same_pixels(tmp_path):
+    path = tmp_path / "photo"
+    path.write_bytes(SAMPLES["JPEG"])
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: load_image(path, 32).pixels, range(32)))
+    assert all((pixels == results[0]).all() for pixels in results)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_content_decides_and_not_the_extension(load, name):
+    loaded = load(SAMPLES[name], size=16, name="photo.txt")
+    reference = np.asarray(texture().resize((16, 16), Image.Resampling.BOX))
+    assert (loaded.width, loaded.height) == (96, 64)
+    tolerance = 90 if name == "1-bit BMP" else 25  # palettes and dithering lose colours
+    assert np.abs(loaded.pixels.astype(int) - reference).mean() < tolerance
+
+
+@pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation_is_taken(load, format_name):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    options = {"save_all": True, "append_images": frames[1:]}
+    if format_name == "WEBP":
+        options["lossless"] = True
+    assert_pixels(load(encoded(frames[0], format_name, **options)), np.full((2, 2, 3), RED))
+
+
+UNSUPPORTED = {
+    "TIFF": encoded(texture(), "TIFF"),
+    "HEIC": b"\0\0\0\x18ftypheic" + bytes(60),
+    "AVIF": b"\0\0\0\x1cftypavif" + bytes(60),
+    "JPEG XL": b"\xff\x0a" + bytes(60),
+    "JPEG 2000": encoded(texture(), "JPEG2000"),
+    "ICO": encoded(texture(), "ICO"),
+    "PSD": b"8BPS\0\1" + bytes(60),
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "PDF": b"%PDF-1.7\n" + bytes(60),
+    "HTML": b"<!DOCTYPE html><html>404</html>",
+    "video": b"\0\0\0\x18ftypisom" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_format_is_named(load, name):
+    rejection = assert_rejected(load(UNSUPPORTED[name]), ErrorType.UNSUPPORTED_FORMAT)
+    assert f"This is a {name}" in rejection.message
+
+
+@pytest.mark.parametrize("data", [b"\0", b"hello", bytes(1000), b"RIFF\4\0\0\0WAVE"])
+def test_unknown_content_is_unsupported(load, data):
+    assert_rejected(load(data), ErrorType.UNSUPPORTED_FORMAT)
+
+
+def test_missing_file(tmp_path):
+    assert_rejected(load_image(tmp_path / "none.jpg", 2), ErrorType.MISSING)
+
+
+def test_path_through_a_file_is_missing(tmp_path):
+    (tmp_path / "a").touch()
+    assert_rejected(load_image(tmp_path / "a" / "b.jpg", 2), ErrorType.MISSING)
+
+
+def test_name_with_nul_is_missing():
+    assert_rejected(load_image("a\0.jpg", 2), ErrorType.MISSING)
+
+
+def test_dangling_link_is_missing_and_called_a_link(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "none")
+    assert "link" in assert_rejected(load_image(tmp_path / "a.jpg", 2), ErrorType.MISSING).message
+
+
+def test_link_to_a_file_is_followed(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(QUADRANTS), "PNG"))
+    (tmp_path / "b.png").symlink_to("a.png")
+    assert_pixels(load_image(tmp_path / "b.png", 2), QUADRANTS)
+
+
+def test_link_loop_is_unreadable(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    assert_rejected(load_image(tmp_path / "a.jpg", 2), ErrorType.UNREADABLE)
+
+
+def test_folder_pipe_socket_and_device_are_no_files(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jpg"))
+        for kind in ("folder", "pipe", "device", "socket"):
+            loaded = load_image(tmp_path / f"{kind}.jpg", 2)
+            assert kind in assert_rejected(loaded, ErrorType.NOT_A_FILE).message
+
+
+def test_file_without_permission_is_unreadable(tmp_path):
+    path = tmp_path / "secret.jpg"
+    path.write_bytes(SAMPLES["JPEG"])
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user reads files of mode 0")
+    assert_rejected(load_image(path, 2), ErrorType.UNREADABLE)
+
+
+def test_empty_file(load):
+    loaded = load(b"")
+    assert_rejected(loaded, ErrorType.EMPTY)
+    assert loaded.file_size == 0
+
+
+def test_huge_sparse_file_is_not_read(tmp_path):
+    path = tmp_path / "film.jpg"
+    path.touch()
+    os.truncate(path, images.MAX_FILE_BYTES + 1)
+    assert_rejected(load_image(path, 2), ErrorType.TOO_LARGE)
+
+
+def test_message_holds_no_path_and_no_control_characters(load):
+    broken = SAMPLES["PNG"].replace(b"IHDR", b"I\x1b\nR")
+    rejection = assert_rejected(load(broken, name="secret.jpg"), ErrorType.CORRUPT)
+    assert "secret" not in rejection.message
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_cut_file_is_truncated_or_whole_in_its_first_frame(load, name):
+    data = SAMPLES[name]
+    whole = load(data, size=32).pixels
+    cuts = {len(data) * percent // 100 for percent in range(2, 100)}
+    for cut in cuts | {len(data) - 1, len(data) - 2, len(data) - 12}:
+        loaded = load(data[: max(cut, 16)], size=32)
+        if isinstance(loaded.pixels, Rejection):
+            assert_rejected(loaded, ErrorType.TRUNCATED)
+        else:
+            np.testing.assert_array_equal(loaded.pixels, whole)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "progressive JPEG", "PNG", "GIF"])
+@pytest.mark.parametrize("percent", [30, 60, 95])
+def test_preallocated_download_is_refused(load, name, percent):
+    """Its tail is zeros, which Pillow decodes to grey in a JPEG and black in a PNG."""
+    data = SAMPLES[name]
+    kept = data[: len(data) * percent // 100]
+    assert isinstance(load(kept + bytes(len(data) - len(kept))).pixels, Rejection)
+
+
+def test_flipped_bit_in_png_pixels_is_corrupt(load):
+    rows = bytes(1 + 3 * 40) * 40
+    stored = zlib.compress(rows, 0)
+    whole = png(40, 40, 8, 2, b"").replace(chunk(b"IDAT", zlib.compress(b"")), b"")
+    damaged = bytearray(chunk(b"IDAT", stored))
+    damaged[900] ^= 4
+    assert_rejected(load(whole[:33] + damaged + whole[33:]), ErrorType.CORRUPT)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"iTXt", b"zTXt", b"sPLT", b"pCAL"])
+def test_huge_png_chunk_is_refused_without_being_allocated(load, kind):
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    loaded = load(head + struct.pack(">I", 0x7FFFFFFF) + kind + bytes(16))
+    assert_rejected(loaded, ErrorType.TRUNCATED)
+
+
+def test_truncated_rle_bmp(load):
+    data = bmp(2, 2, 8, b"\2\1\0\0", palette=bgr0(RED, GREEN), compression=1)
+    assert_rejected(load(data), ErrorType.TRUNCATED)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SAMPLES)),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1),
+)
+def test_flipped_bytes_never_raise(tmp_path_factory, name, flips):
+    data = bytearray(SAMPLES[name])
+    for place, mask in flips:
+        data[int(place * len(data))] ^= mask
+    path = tmp_path_factory.getbasetemp() / "flipped"
+    path.write_bytes(data)
+    assert_well_formed(load_image(path, 8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(signature=st.sampled_from(images.SIGNATURES), garbage=st.binary(max_size=300))
+def test_garbage_behind_a_signature_never_raises(tmp_path_factory, signature, garbage):
+    offset, magic, _ = signature
+    path = tmp_path_factory.getbasetemp() / "garbage"
+    path.write_bytes(bytes(offset) + magic + garbage)
+    assert_well_formed(load_image(path, 8))
+
+
+def assert_well_formed(loaded: LoadedImage) -> None:
+    if isinstance(loaded.pixels, Rejection):
+        assert_rejected(loaded, loaded.pixels.error_type)
+    else:
+        assert loaded.pixels.shape == (8, 8, 3)
+
+
+def gif_header(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\0\0\0,"
+
+
+BOMBS = {
+    "PNG of 20000 x 20000": png(20_000, 20_000, 8, 2, bytes(1000)),
+    "PNG just over the limit": png(10_001, 10_000, 8, 0, bytes(1000)),
+    "PNG with the largest header": png(2**31 - 1, 2**31 - 1, 8, 0, bytes(1000)),
+    "BMP of 30000 x 30000": bmp(30_000, 30_000, 24, bytes(1000)),
+    "top-down BMP of 30000 x 30000": bmp(30_000, -30_000, 24, bytes(1000)),
+    "GIF of 65535 x 65535": gif_header(65_535, 65_535)
+    + struct.pack("<HHHHB", 0, 0, 1, 1, 0)
+    + b"\2\2L\1\0;",
+    "GIF with a frame larger than its canvas": gif_header(1, 1)
+    + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0)
+    + b"\2\2L\1\0;",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bomb_is_refused_by_its_header(load, name):
+    assert_rejected(load(BOMBS[name]), ErrorType.TOO_LARGE)
+
+
+def test_photo_above_pillows_own_warning_level_is_decoded_in_silence(tmp_path):
+    """Pillow warns from 89 million pixels; ours is the limit that counts."""
+    path = tmp_path / "wide.png"
+    path.write_bytes(encoded(Image.new("1", (9_500, 9_500)), "PNG"))
+    assert run_quietly(path) == "(9500, 9500)"
+
+
+def test_damaged_exif_is_ignored_in_silence(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\0\0\x12\x01\x03"
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encoded(texture(), "JPEG", exif=exif))
+    assert run_quietly(path) == "(96, 64)"
+
+
+def run_quietly(path: Path) -> str:
+    """What a fresh process, where no test framework resets the warnings, says of a photo."""
+    code = (
+        "import sys; from batchcap.model.images import load_image;"
+        "loaded = load_image(sys.argv[1], 8); print((loaded.width, loaded.height))"
+    )
+    command = [sys.executable, "-W", "always", "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+# How the stored quadrants (RG above BW) must look, by the EXIF standard.
+TURNED = {
+    1: ("RG", "BW"),
+    2: ("GR", "WB"),
+    3: ("WB", "GR"),
+    4: ("BW", "RG"),
+    5: ("RB", "GW"),
+    6: ("BR", "WG"),
+    7: ("WG", "BR"),
+    8: ("GW", "RB"),
+}
+LETTERS = {"R": RED, "G": GREEN, "B": BLUE, "W": WHITE}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(load, orientation, format_name):
+    blocks = Image.fromarray(np.repeat(np.repeat(QUADRANTS, 64, axis=0), 96, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    loaded = load(encoded(blocks, format_name, exif=exif, quality=95), size=16)
+    expected = [[LETTERS[letter] for letter in row] for row in TURNED[orientation]]
+    corners = loaded.pixels[np.ix_([1, 14], [1, 14])].astype(int)
+    assert np.abs(corners - expected).max() <= 12
+    upright = (192, 128) if orientation <= 4 else (128, 192)
+    assert (loaded.width, loaded.height) == upright
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65_535])
+def test_orientation_that_does_not_exist_is_ignored(load, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_pixels(load(encoded(Image.fromarray(QUADRANTS), "PNG", exif=exif)), QUADRANTS)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Metadata Warning", "ignore:Truncated")
+@settings(max_examples=60, deadline=None)
+@given(garbage=st.binary(max_size=80))
+def test_no_exif_makes_a_photo_fail(tmp_path_factory, garbage):
+    path = tmp_path_factory.getbasetemp() / "exif.jpg"
+    path.write_bytes(encoded(texture(16, 16), "JPEG", exif=b"Exif\0\0II*\0" + garbage))
+    assert isinstance(load_image(path, 8).pixels, np.ndarray)
+
+
+def pair(load, data: bytes) -> list[list[int]]:
+    """The two pixels of a 2 x 2 photo whose rows are equal."""
+    pixels = load(data).pixels
+    assert isinstance(pixels, np.ndarray), pixels
+    np.testing.assert_array_equal(pixels[0], pixels[1])
+    return pixels[0].tolist()
+
+
+def deep_row(*values: int) -> bytes:
+    return (b"\0" + struct.pack(f">{len(values)}H", *values)) * 2
+
+
+DEEP = {
+    "grey": (png(2, 2, 16, 0, deep_row(0x80FF, 0x0300)), [[0x80] * 3, [3] * 3]),
+    "grey, alpha": (png(2, 2, 16, 4, deep_row(0x4000, 0xFFFF, 0, 0)), [[0x40] * 3, [255] * 3]),
+    "RGB": (
+        png(2, 2, 16, 2, deep_row(0xFFFF, 0x8000, 0x00FF, 0, 0x0100, 0x1000)),
+        [[255, 128, 0], [0, 1, 16]],
+    ),
+    "RGB, alpha": (
+        png(2, 2, 16, 6, deep_row(0x2000, 0x4000, 0x6000, 0xFFFF, 0, 0, 0, 0)),
+        [[0x20, 0x40, 0x60], [255, 255, 255]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_16_bit_png_is_scaled_and_not_clipped(load, name):
+    data, expected = DEEP[name]
+    assert pair(load, data) == expected
+
+
+KEYED = {
+    "1-bit": png(2, 2, 1, 0, b"\0\x40" * 2, chunk(b"tRNS", b"\0\0")),
+    "2-bit": png(2, 2, 2, 0, b"\0\x40" * 2, chunk(b"tRNS", b"\0\1")),
+    "4-bit": png(2, 2, 4, 0, b"\0\x5a" * 2, chunk(b"tRNS", b"\0\5")),
+    "8-bit": png(2, 2, 8, 0, b"\0\x11\x77" * 2, chunk(b"tRNS", b"\0\x11")),
+    "16-bit": png(2, 2, 16, 0, deep_row(0x1234, 0x1235), chunk(b"tRNS", b"\x12\x34")),
+    "RGB": png(2, 2, 8, 2, b"\0\1\2\3\4\5\6" * 2, chunk(b"tRNS", b"\0\1\0\2\0\3")),
+    "16-bit RGB": png(
+        2, 2, 16, 2, deep_row(0x101, 0x202, 0x303, 0, 0, 0), chunk(b"tRNS", b"\1\1\2\2\3\3")
+    ),
+}
+KEPT = {"1-bit": 255, "2-bit": 0, "4-bit": 170, "8-bit": 0x77, "16-bit": 0x12, "16-bit RGB": 0}
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_transparent_colour_of_a_png_becomes_white(load, name):
+    kept = [4, 5, 6] if name == "RGB" else [KEPT[name]] * 3
+    assert pair(load, KEYED[name]) == [[255, 255, 255], kept]
+
+
+def test_alpha_is_composited_on_white(load):
+    rows = b"\0" + bytes((255, 0, 0, 128)) + bytes((0, 0, 0, 0))
+    assert pair(load, png(2, 2, 8, 6, rows * 2)) == [[255, 127, 127], [255, 255, 255]]
+
+
+def test_grey_with_alpha_is_composited_on_white(load):
+    assert pair(load, png(2, 2, 8, 4, b"\0\0\x80\x32\xff" * 2)) == [[127] * 3, [50] * 3]
+
+
+@pytest.mark.parametrize(("alphas", "red"), [(b"\0\xff", WHITE), (b"\x80\xff", (255, 127, 127))])
+def test_palette_with_transparency_is_composited_on_white(load, alphas, red):
+    extra = (chunk(b"PLTE", bytes(RED + BLUE)), chunk(b"tRNS", alphas))
+    assert pair(load, png(2, 2, 8, 3, b"\0\0\1" * 2, *extra)) == [list(red), list(BLUE)]
+
+
+def test_transparent_gif_is_composited_on_white(load):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette(RED + BLUE)
+    image.putpixel((0, 0), 0)
+    assert_pixels(load(encoded(image, "GIF", transparency=0)), [[WHITE, BLUE], [BLUE, BLUE]])
+
+
+def test_transparent_webp_is_composited_on_white(load):
+    image = Image.new("RGBA", (2, 2), (*BLUE, 0))
+    image.putpixel((0, 0), (*RED, 255))
+    assert_pixels(load(encoded(image, "WEBP", lossless=True)), [[RED, WHITE], [WHITE, WHITE]])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_palette_png_of_any_depth(load, depth):
+    row = bytes([0b01 << (8 - 2 * depth)]) if depth < 8 else b"\0\1"
+    palette = chunk(b"PLTE", bytes(RED + BLUE))
+    assert pair(load, png(2, 2, depth, 3, (b"\0" + row) * 2, palette)) == [list(RED), list(BLUE)]
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x40"), (4, b"\x01"), (8, b"\0\1")])
+def test_palette_bmp_keeps_its_colours(load, bits, row):
+    data = bmp(2, 2, bits, row.ljust(4, b"\0") * 2, palette=bgr0(RED, GREEN))
+    assert pair(load, data) == [list(RED), list(GREEN)]
+
+
+RLE = {"RLE8": (8, 1, b"\1\0\1\1\0\0\1\1\1\0\0\1"), "RLE4": (4, 2, b"\2\x01\0\0\2\x10\0\1")}
+
+
+@pytest.mark.parametrize("name", RLE)
+def test_run_length_encoded_bmp(load, name):
+    bits, compression, body = RLE[name]
+    data = bmp(2, 2, bits, body, palette=bgr0(RED, GREEN), compression=compression)
+    assert_pixels(load(data), [[GREEN, RED], [RED, GREEN]])  # the bottom row comes first
+
+
+def test_bmp_upside_down_and_top_down(load):
+    first = bytes(RED[::-1] + GREEN[::-1] + (0, 0))
+    second = bytes(BLUE[::-1] + WHITE[::-1] + (0, 0))
+    assert_pixels(load(bmp(2, -2, 24, first + second)), QUADRANTS)
+    assert_pixels(load(bmp(2, 2, 24, second + first)), QUADRANTS)
+
+
+def test_fourth_byte_of_a_bmp_is_alpha_only_if_its_header_says_so(load):
+    row = bytes((0, 0, 255, 0)) * 2
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    assert pair(load, bmp(2, 2, 32, row * 2)) == [list(RED), list(RED)]
+    with_alpha = bmp(2, 2, 32, row * 2, compression=3, masks=masks)
+    assert pair(load, with_alpha) == [list(WHITE), list(WHITE)]
+
+
+@pytest.mark.parametrize(
+    ("inks", "rgb"),
+    [((0, 0, 0, 0), WHITE), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 255), BLACK)],
+)
+def test_cmyk_jpeg_has_the_colours_of_its_inks(load, inks, rgb):
+    data = encoded(Image.new("CMYK", (16, 16), inks), "JPEG", quality=100)
+    assert np.abs(load(data).pixels.astype(int) - rgb).max() <= 2

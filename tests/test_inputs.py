@@ -1,0 +1,376 @@
+"""Folders, lists and caption files as users have them, made by each test."""
+
+import io
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchcap.contracts import InputError, UsageError
+from batchcap.inputs import (
+    ANNOTATION_READERS,
+    AnnotatedImage,
+    ImageRef,
+    detect_format,
+    image_id_of,
+    list_images,
+    path_of_image_id,
+    read_annotations,
+)
+
+FLICKR8K = Path(
+    os.environ.get("BATCHCAP_FLICKR8K", Path(__file__).parents[2] / "shared/data/flickr8k-cn")
+)
+
+
+def make_tree(root: Path, *names: str) -> str:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return str(root)
+
+
+def ids(images: list[ImageRef]) -> list[str]:
+    return [image.image_id for image in images]
+
+
+def test_folder_is_listed_in_code_point_order_of_its_ids(tmp_path):
+    root = make_tree(tmp_path, "b/1.jpg", "b.jpg", "B.JPG", "a/10.png", "a/9.png", "照片.webp")
+    expected = ["B.JPG", "a/10.png", "a/9.png", "b.jpg", "b/1.jpg", "照片.webp"]
+    assert ids(list_images(root)) == expected
+
+
+def test_path_opens_the_photo_and_id_is_relative(tmp_path):
+    root = make_tree(tmp_path, "a/1.jpg")
+    assert list_images(root) == [ImageRef("a/1.jpg", f"{root}/a/1.jpg")]
+    assert list_images(root + "/") == list_images(root)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "JPEG", "jfif", "Gif", "tiff", "HEIC", "avif", "psd"])
+def test_image_extensions_count_in_any_case(tmp_path, extension):
+    assert ids(list_images(make_tree(tmp_path, f"a.{extension}"))) == [f"a.{extension}"]
+
+
+def test_other_files_dot_files_and_dot_folders_are_left_out(tmp_path):
+    root = make_tree(tmp_path, "a.txt", "jpg", ".a.jpg", "._b.jpg", ".git/c.jpg", "d.jpg.bak")
+    assert list_images(root) == []
+
+
+def test_linked_files_are_followed_and_linked_folders_not_entered(tmp_path):
+    root = make_tree(tmp_path, "a/1.jpg")
+    (tmp_path / "2.jpg").symlink_to("a/1.jpg")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "loop.jpg").symlink_to(tmp_path)
+    assert ids(list_images(root)) == ["2.jpg", "a/1.jpg"]
+
+
+def test_dangling_links_and_pipes_are_listed_to_have_their_row(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("none")
+    os.mkfifo(tmp_path / "b.jpg")
+    assert ids(list_images(str(tmp_path))) == ["a.jpg", "b.jpg"]
+
+
+def test_same_name_in_two_folders_and_with_two_extensions_are_four_photos(tmp_path):
+    root = make_tree(tmp_path, "x/a.jpg", "y/a.jpg", "x/a.png", "a.jpg")
+    assert len(set(ids(list_images(root)))) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.dat", ["a/x.dat"]),
+        ("X*", ["a/x.JPG", "a/x.dat"]),
+        ("a/*.jpg", ["a/x.JPG"]),
+        ("A/x.*", ["a/x.JPG", "a/x.dat"]),
+        ("b/*", []),
+        ("[xy].jpg", ["a/x.JPG", "y.jpg"]),
+    ],
+)
+def test_pattern_decides_instead_of_the_extension(tmp_path, pattern, expected):
+    root = make_tree(tmp_path, "a/x.JPG", "a/x.dat", "y.jpg")
+    assert ids(list_images(root, pattern)) == expected
+
+
+def test_folder_that_cannot_be_listed_is_warned_of_and_left_out(tmp_path, monkeypatch, caplog):
+    """The refusal is scripted, because root, who runs many tests, can list any folder."""
+    root = make_tree(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/a/"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with caplog.at_level(logging.WARNING, logger="batchcap.inputs"):
+        assert ids(list_images(root)) == ["b/2.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "The folder a/ cannot be listed (Permission denied); its photos are left out."
+    ]
+
+
+def test_root_that_cannot_be_listed_is_an_input_error(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="Permission denied"):
+        list_images(str(tmp_path))
+
+
+def test_missing_source_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="none"):
+        list_images(str(tmp_path / "none"))
+
+
+def test_source_that_is_neither_folder_nor_list_is_an_input_error(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(InputError, match="neither a folder nor a"):
+        list_images(str(tmp_path / "a.jpg"))
+
+
+def test_list_keeps_its_order_and_takes_a_photo_once(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"b.jpg\n./a//1.jpg\n\n  \nb.jpg\n./b.jpg\n/x/c.jpg\n")
+    assert list_images(str(tmp_path / "list.txt")) == [
+        ImageRef("b.jpg", f"{tmp_path}/b.jpg"),
+        ImageRef("a/1.jpg", f"{tmp_path}/a/1.jpg"),
+        ImageRef("/x/c.jpg", "/x/c.jpg"),
+    ]
+
+
+def test_list_with_bom_crlf_and_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "list.TXT").write_bytes(b"\xef\xbb\xbfa b.jpg\r\n\xff.jpg\r\nlast.jpg")
+    assert ids(list_images(str(tmp_path / "list.TXT"))) == ["a b.jpg", r"\xff.jpg", "last.jpg"]
+
+
+def test_list_from_stdin_is_relative_to_the_current_folder(monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"a/1.jpg\n/2.jpg\n")))
+    assert list_images("-") == [ImageRef("a/1.jpg", "a/1.jpg"), ImageRef("/2.jpg", "/2.jpg")]
+
+
+def test_pattern_selects_from_a_list_too(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jpg\nb.png\n")
+    assert ids(list_images(str(tmp_path / "list.txt"), "*.png")) == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "image_id"),
+    [
+        (b"a/b.jpg", "a/b.jpg"),
+        ("猫.jpg".encode(), "猫.jpg"),
+        (b"\xff\xe4\xb8.jpg", r"\xff\xe4\xb8.jpg"),
+        (rb"\xff.jpg", r"\\xff.jpg"),
+        (b"line\nbreak.jpg", "line\nbreak.jpg"),
+    ],
+)
+def test_image_id_escapes_only_what_it_must(name, image_id):
+    assert image_id_of(os.fsdecode(name)) == image_id
+
+
+@given(st.binary(max_size=40))
+def test_image_id_gives_back_the_same_bytes(name):
+    image_id = image_id_of(name.decode("utf-8", "surrogateescape"))
+    image_id.encode("utf-8")
+    assert path_of_image_id(image_id).encode("utf-8", "surrogateescape") == name
+
+
+@given(st.binary(max_size=6), st.binary(max_size=6))
+def test_two_names_never_share_an_image_id(one, other):
+    first, second = (name.decode("utf-8", "surrogateescape") for name in (one, other))
+    assert (image_id_of(first) == image_id_of(second)) == (one == other)
+
+
+def test_names_that_are_not_utf8_are_listed_and_opened(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"x")
+    (image,) = list_images(str(tmp_path))
+    assert image.image_id == r"\xff.jpg"
+    assert Path(image.path).read_bytes() == b"x"
+
+
+def write(path: Path, content: object) -> Path:
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def jsonl(*records: object) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+COCO = {
+    "images": [
+        {"id": 7, "file_name": "b.jpg", "split": "val"},
+        {"id": 3, "file_name": "a.jpg"},
+    ],
+    "annotations": [
+        {"image_id": 3, "id": 1, "caption": "一只狗"},
+        {"image_id": 7, "id": 2, "caption": "两只猫"},
+        {"image_id": 3, "id": 3, "caption": "狗"},
+    ],
+}
+
+FORMATS = {
+    "flickr8k": "b.jpg#zhc#0 两只猫\na.jpg#zhc#0 一只狗\na.jpg#zhc#1 狗\n",
+    "ai-challenger": [
+        {"url": "http://x", "image_id": "b.jpg", "caption": ["两只猫"]},
+        {"image_id": "a.jpg", "caption": ["一只狗", "狗"]},
+    ],
+    "coco": COCO,
+    "jsonl": jsonl(
+        {"image_id": "b.jpg", "caption": "两只猫"},
+        {"image_id": "a.jpg", "captions": ["一只狗", "狗"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("format_name", ANNOTATION_READERS)
+def test_each_format_is_detected_and_read_in_order_of_first_appearance(tmp_path, format_name):
+    path = write(tmp_path / "captions", FORMATS[format_name])
+    assert detect_format(path) == format_name
+    read = [(image.image_id, image.captions) for image in read_annotations(path)]
+    assert read == [("b.jpg", ("两只猫",)), ("a.jpg", ("一只狗", "狗"))]
+
+
+def test_pretty_printed_coco_is_detected(tmp_path):
+    path = write(tmp_path / "captions.json", json.dumps(COCO, indent=2))
+    assert detect_format(path) == "coco"
+
+
+def test_plain_flickr8k_has_no_kind(tmp_path):
+    path = write(tmp_path / "c.txt", "a.jpg#0\tA dog .\na.jpg#1\tA cat .\n")
+    assert read_annotations(path) == [AnnotatedImage("a.jpg", ("A dog .", "A cat ."), None)]
+
+
+@pytest.mark.parametrize("extension", ["", ".jpg"])
+def test_flickr8k_splits_stand_in_files_beside(tmp_path, extension):
+    path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\nb.jpg#zhc#0 乙\nc.jpg#zhc#0 丙\n")
+    write(tmp_path / "train.txt", f"a{extension}\r\n")
+    write(tmp_path / "test.txt", f"b{extension}\n")
+    assert [image.split for image in read_annotations(path)] == ["train", "test", None]
+
+
+def test_photo_in_two_split_files_is_wrong(tmp_path):
+    path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\n")
+    write(tmp_path / "train.txt", "a\n")
+    write(tmp_path / "val.txt", "a\n")
+    with pytest.raises(InputError, match=r"a stands in train\.txt and in val\.txt"):
+        read_annotations(path)
+
+
+def test_split_is_read_from_coco_and_jsonl(tmp_path):
+    assert [i.split for i in read_annotations(write(tmp_path / "c", COCO))] == ["val", None]
+    records = jsonl({"image_id": "a", "caption": "甲", "split": "test"})
+    assert read_annotations(write(tmp_path / "j", records))[0].split == "test"
+
+
+def test_captions_are_nfc_with_single_spaces(tmp_path):
+    records = jsonl({"image_id": "a", "caption": " cafe\u0301\u3000 一\t只\n狗 "})
+    (image,) = read_annotations(write(tmp_path / "c.jsonl", records))
+    assert image.captions == ("caf\u00e9 一 只 狗",)
+
+
+def test_bom_and_crlf_are_tolerated(tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_bytes("\ufeffa.jpg#zhc#0 甲\r\n\r\nb.jpg#zhc#0 乙\r\n".encode())
+    assert [image.captions for image in read_annotations(path)] == [("甲",), ("乙",)]
+
+
+WRONG = {
+    "line without a caption number": ("a.jpg 一只狗\n", ":1: not `<file name>"),
+    "line without caption": ("a.jpg#zhc#0 甲\nb.jpg#zhc#0\n", ":2: empty caption"),
+    "caption number that stands twice": (
+        "a.jpg#zhc#0 甲\na.jpg#zhc#0 乙\n",
+        ":2: caption 0 of a.jpg stands twice",
+    ),
+    "stringified list": (
+        jsonl({"image_id": "a", "caption": "['甲', '乙']"}),
+        ":1: the caption is a list",
+    ),
+    "caption that is a number": (jsonl({"image_id": "a", "caption": 3}), ":1: the caption is 3"),
+    "caption that is missing": (jsonl({"image_id": "a"}), ":1: the caption is missing"),
+    "empty list of captions": (jsonl({"image_id": "a", "captions": []}), ":1: no caption"),
+    "blank caption": (jsonl({"image_id": "a", "caption": " \u3000"}), ":1: empty caption"),
+    "lone surrogate": (r'{"image_id": "a", "caption": "\ud800"}', ":1: the caption holds half"),
+    "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the name of the photo"),
+    "record that is no object": ('{"image_id": "a", "caption": "甲"}\n[1]\n', ":2: \\[1\\] is not"),
+    "broken JSON line": (
+        '{"image_id": "a", "caption": "甲"}\n{"image_id" 3}\n',
+        ":2:13: Expecting",
+    ),
+    "photo in two splits": (
+        jsonl(*({"image_id": "a", "caption": "甲", "split": s} for s in ("train", "test"))),
+        ":2: a stands in two splits",
+    ),
+    "array entry without caption": ([{"image_id": "a"}], ": entry 1: the caption is missing"),
+    "array entry that is no object": ([3], ": entry 1: 3 is not an object"),
+    "annotation of an unknown image": (
+        {**COCO, "annotations": [*COCO["annotations"], {"image_id": 8, "caption": "x"}]},
+        ": annotations entry 4: unknown image_id \\(8\\)",
+    ),
+    "image id that stands twice": (
+        {**COCO, "images": [*COCO["images"], {"id": 7, "file_name": "c.jpg"}]},
+        ": images entry 3: the id is taken",
+    ),
+    "image without captions": (
+        {**COCO, "images": [*COCO["images"], {"id": 9, "file_name": "c.jpg"}]},
+        ": c.jpg has no caption",
+    ),
+    "COCO without images": ({"annotations": []}, ": no list `images`"),
+    "broken JSON": ('[\n {"image_id": "a",\n]', ":3:1: "),
+    "empty file": ("", ": no captions"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_annotations_are_named_with_their_place(tmp_path, name):
+    content, expected = WRONG[name]
+    with pytest.raises(InputError, match=f"captions.in{expected}"):
+        read_annotations(write(tmp_path / "captions.in", content))
+
+
+def test_all_wrong_lines_are_counted_and_ten_are_shown(tmp_path):
+    path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\n" + "wrong\n" * 14)
+    with pytest.raises(InputError) as caught:
+        read_annotations(path)
+    first, *shown = str(caught.value).splitlines()
+    assert "14 wrong entries" in first
+    assert [line.strip() for line in shown] == [
+        f"{path}:{number}: not `<file name>#<number> <caption>`" for number in range(2, 12)
+    ]
+
+
+def test_lines_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_bytes("a.jpg#zhc#0 甲\nb.jpg#zhc#0 ".encode() + "乙".encode("gbk") + b"\n")
+    with pytest.raises(InputError, match=r"c\.txt:2: not UTF-8"):
+        read_annotations(path)
+
+
+def test_json_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_bytes(b'[\n"\xff"]')
+    with pytest.raises(InputError, match=r"c\.json:2: not UTF-8"):
+        read_annotations(path)
+
+
+def test_missing_annotations_are_a_usage_error(tmp_path):
+    with pytest.raises(UsageError):
+        read_annotations(tmp_path / "none.json")
+
+
+@pytest.mark.skipif(
+    not (FLICKR8K / "captions.zh.txt").is_file(),
+    reason="Flickr8k-CN is not there; name its folder in BATCHCAP_FLICKR8K",
+)
+def test_flickr8k_cn_is_read_whole():
+    images = read_annotations(FLICKR8K / "captions.zh.txt")
+    assert Counter(image.split for image in images) == {"train": 6000, "val": 1000}
+    assert {len(image.captions) for image in images} == {5}
+    assert len(list_images(str(FLICKR8K / "images"))) == len(images)
