@@ -1,0 +1,61 @@
+"""Photos to a grid of features: ImageNet CNNs of keras.applications and how each wants its input.
+
+A backbone is frozen: it is run, never trained, here.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import einops
+import keras
+import tensorflow as tf
+
+from batchcap.contracts import ModelError
+from batchcap.model.config import BackboneConfig
+
+BACKBONES: dict[str, Callable[..., keras.Model]] = {"mobilenet": keras.applications.MobileNet}
+
+
+def build_backbone(config: BackboneConfig, weights: str | Path | None) -> keras.Model:
+    """A CNN from `float32[B, S, S, 3]` to `float32[B, S/32, S/32, D]`.
+
+    `weights` is "imagenet" (fetched once by Keras), the path of a Keras HDF5 weights file without
+    the classification top, or None for a model whose weights are set later.
+
+    Raises:
+        ModelError: the backbone's name is unknown, or the weights are missing or of another CNN.
+    """
+    if config.name not in BACKBONES:
+        raise ModelError(f"backbone {config.name!r} is unknown: choose from {sorted(BACKBONES)}")
+    if weights not in (None, "imagenet") and not Path(weights).is_file():
+        raise ModelError(f"there is no backbone weights file {weights}")
+    shape = (config.image_size, config.image_size, 3)
+    try:
+        backbone = BACKBONES[config.name](
+            weights=weights and str(weights), include_top=False, input_shape=shape
+        )
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"weights {weights} do not fit the backbone {config.name}: {reason}"
+        ) from error
+    backbone.trainable = False
+    return backbone
+
+
+def extract_features(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
+    """Features `float32[B, G, D]`, cells in row-major order, of `uint8[B, S, S, 3]` RGB pixels."""
+    low, high = config.input_range
+    images = tf.cast(pixels, tf.float32) * ((high - low) / 255) + low
+    return einops.rearrange(backbone(images, training=False), "b h w d -> b (h w) d")
+
+
+def weights_digest(backbone: keras.Model) -> str:
+    """SHA-256 over the names and values of the weights."""
+    digest = hashlib.sha256()
+    for variable in sorted(backbone.variables, key=lambda variable: variable.path):
+        digest.update(variable.path.encode())
+        digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""A trained model as one object: a model directory loaded, checked and run on batches of photos."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from batchcap.contracts import ModelError
+from batchcap.model.backbones import build_backbone, extract_features
+from batchcap.model.config import (
+    CONFIG_FILE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
+    DecodeSettings,
+    ModelConfig,
+    fingerprint,
+    model_file,
+    read_config,
+)
+from batchcap.model.decoding import Decoded, decode, greedy, sampler
+from batchcap.model.network import CaptionDecoder, build_decoder
+from batchcap.model.text import Vocabulary
+
+Weights = dict[str, npt.NDArray[Any]]
+
+
+class Captioner:
+    """Backbone, decoder and vocabulary of one model, compiled once for each way to decode.
+
+    Batches of one shape are compiled once; use one batch size and fill it up with dead rows.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        backbone: keras.Model,
+        decoder: CaptionDecoder,
+        fingerprint: str = "",
+    ) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.backbone = backbone
+        self.decoder = decoder
+        self.fingerprint = fingerprint
+        self._compiled = cache(self._compile)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the backbone's grid of features."""
+        rows, columns = self.backbone.output_shape[1:3]
+        return rows, columns
+
+    def features(self, pixels: Any) -> tf.Tensor:
+        """Features `float32[B, G, D]` of photos `uint8[B, S, S, 3]`."""
+        return extract_features(self.backbone, self.config.backbone, pixels)
+
+    def caption(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        live: npt.NDArray[np.bool_],
+        settings: DecodeSettings,
+        keys: list[str],
+    ) -> Decoded:
+        """Caption a batch of photos.
+
+        Args:
+            pixels: `uint8[B, S, S, 3]`, RGB.
+            live: `bool[B]`, False for rows that only fill the batch.
+            settings: how to decode; its `max_length` at most the model's.
+            keys: B strings, one per photo, that seed its draws: the same key, the same caption.
+
+        Returns:
+            `Decoded` as numpy arrays.
+        """
+        return self._run(lambda: tf.constant(pixels), live, settings, keys, from_pixels=True)
+
+    def caption_features(
+        self,
+        features: npt.NDArray[np.float32],
+        live: npt.NDArray[np.bool_],
+        settings: DecodeSettings,
+        keys: list[str],
+    ) -> Decoded:
+        """`caption` for photos whose features `float32[B, G, D]` are known already."""
+        return self._run(lambda: tf.constant(features), live, settings, keys, from_pixels=False)
+
+    def _run(
+        self,
+        images: Callable[[], Any],
+        live: npt.NDArray[np.bool_],
+        settings: DecodeSettings,
+        keys: list[str],
+        from_pixels: bool,
+    ) -> Decoded:
+        run = self._compiled(settings.max_length, settings.temperature > 0, from_pixels)
+        uniforms = uniform_draws(settings, keys)
+        decoded = run(images(), tf.constant(live), tf.constant(settings.temperature), uniforms)
+        return Decoded(*(tensor.numpy() for tensor in decoded))
+
+    def _compile(self, max_length: int, draws: bool, from_pixels: bool) -> Callable[..., Decoded]:
+        decoder, grid_cells = self.decoder, self.config.decoder.grid_cells
+
+        @tf.function
+        def run(images: Any, live: Any, temperature: Any, uniforms: Any) -> Decoded:
+            features = self.features(images) if from_pixels else images
+            image = decoder.keys_values(features)
+
+            def step(tokens: Any, position: Any, cache: Any) -> tuple[Any, Any, Any]:
+                return decoder.step(tokens, position, cache, image)
+
+            choose = sampler(temperature, uniforms) if draws else greedy
+            state = decoder.empty_cache(live.shape[0], max_length)
+            return decode(step, state, choose, live, max_length, grid_cells)
+
+        return run
+
+
+def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:
+    """The random numbers of each photo's draws, by key and seed: `float32[B, T]` in [0, 1)."""
+    uniforms = np.zeros((len(keys), settings.max_length), np.float32)
+    if settings.temperature > 0:
+        for row, key in enumerate(keys):
+            digest = hashlib.sha256(f"{settings.seed}\0{key}".encode()).digest()
+            generator = np.random.default_rng(int.from_bytes(digest))
+            uniforms[row] = generator.random(settings.max_length, np.float32)
+    return uniforms
+
+
+def load_captioner(directory: Path) -> Captioner:
+    """The model of a directory, its every file checked.
+
+    Raises:
+        ModelError: a file is missing, a field is wrong, or weights do not fit; says which.
+    """
+    config = read_config(directory)
+    vocabulary = Vocabulary.load(model_file(directory, VOCABULARY_FILE))
+    if len(vocabulary) != config.decoder.vocabulary_size:
+        raise ModelError(
+            f"{directory / VOCABULARY_FILE} has {len(vocabulary)} words, but {CONFIG_FILE} says "
+            f"{config.decoder.vocabulary_size}: the files are of different models"
+        )
+    backbone, decoder = build_backbone(config.backbone, None), build_decoder(config.decoder)
+    set_weights(backbone, decoder, read_weights(directory), str(directory / WEIGHTS_FILE))
+    return Captioner(config, vocabulary, backbone, decoder, fingerprint(directory))
+
+
+def save_captioner(captioner: Captioner, directory: Path, weights: Weights | None = None) -> None:
+    """Write `config.json`, `vocabulary.txt` and, in float16, `model.safetensors`.
+
+    `weights` replaces the captioner's own, under the names that `get_weights` gives.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(asdict(captioner.config), indent=2) + "\n"
+    (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
+    captioner.vocabulary.save(directory / VOCABULARY_FILE)
+    weights = weights or get_weights(captioner.backbone, captioner.decoder)
+    halves = {name: value.astype(np.float16) for name, value in weights.items()}
+    (directory / WEIGHTS_FILE).write_bytes(save(halves))
+
+
+def read_weights(directory: Path) -> Weights:
+    """The tensors of `model.safetensors` as float32, by name.
+
+    Raises:
+        ModelError: the file is missing, damaged, or holds numbers that are not finite.
+    """
+    path = model_file(directory, WEIGHTS_FILE)
+    try:
+        weights = {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({error}): copy it again") from error
+    for name, value in weights.items():
+        if not np.isfinite(value).all():
+            raise ModelError(f"{path}: {name} has values that are not finite")
+    return weights
+
+
+def get_weights(backbone: keras.Model, decoder: CaptionDecoder) -> Weights:
+    """All weights by the name that they have in `model.safetensors`."""
+    return {name: variable.numpy() for name, variable in _variables(backbone, decoder).items()}
+
+
+def set_weights(
+    backbone: keras.Model, decoder: CaptionDecoder, weights: Weights, source: str
+) -> None:
+    """Put weights into a network that has the same names and shapes.
+
+    Raises:
+        ModelError: a name is missing or unknown or a shape differs; the text begins with `source`.
+    """
+    variables = _variables(backbone, decoder)
+    if differing := sorted(variables.keys() ^ weights.keys()):
+        side = "lacks" if differing[0] in variables else "has, but the model does not,"
+        raise ModelError(f"{source} {side} {differing[0]} ({len(differing)} names differ)")
+    for name, variable in variables.items():
+        if variable.shape != weights[name].shape:
+            raise ModelError(
+                f"{source}: {name} has shape {weights[name].shape}, the model {variable.shape}"
+            )
+        variable.assign(weights[name])
+
+
+def _variables(backbone: keras.Model, decoder: CaptionDecoder) -> dict[str, Any]:
+    named = {f"backbone/{variable.path}": variable for variable in backbone.variables}
+    named |= {variable.path: variable for variable in decoder.trainable_variables}
+    return dict(sorted(named.items()))

@@ -1,0 +1,114 @@
+"""What a model directory says of itself, read without TensorFlow.
+
+The directory holds `config.json`, `vocabulary.txt`, `model.safetensors` (weights only), and beside
+them `metrics.json` and the card `README.md`, which change no caption. Nothing in it is code.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from batchcap.contracts import ModelError
+
+CONFIG_FILE = "config.json"
+VOCABULARY_FILE = "vocabulary.txt"
+WEIGHTS_FILE = "model.safetensors"
+METRICS_FILE = "metrics.json"
+CARD_FILE = "README.md"
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which CNN of keras.applications, and what it is fed.
+
+    `input_range` is what the pixel values 0 and 255 become: (-1, 1) is right for the ImageNet
+    weights of MobileNet, (0, 1) is what models of the original notebook were trained with.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str = "mobilenet"
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+    input_range: tuple[float, float] = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder. `max_length` is the most words a caption can have."""
+
+    __pydantic_config__ = STRICT
+
+    vocabulary_size: Annotated[int, Field(ge=5)]
+    grid_cells: Positive
+    feature_size: Positive
+    max_length: Positive = 30
+    units: Positive = 256
+    layers: Positive = 2
+    heads: Positive = 2
+    key_size: Positive = 128
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What `config.json` says: everything needed to build the network before its weights."""
+
+    __pydantic_config__ = STRICT
+
+    backbone: BackboneConfig
+    decoder: DecoderConfig
+    format_version: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How words are chosen. Recorded in every file of captions: other settings, other captions.
+
+    `temperature` 0 takes the most probable word, above 0 draws. `seed` counts only then.
+    """
+
+    max_length: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """`config.json`, every field checked.
+
+    Raises:
+        ModelError: no model directory, not JSON, or a field is missing, unknown or out of range.
+    """
+    path = model_file(directory, CONFIG_FILE)
+    try:
+        return TypeAdapter(ModelConfig).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ModelError(f"{path}: {field}: {first['msg']}") from error
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over the names and bytes of the files that change captions."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE):
+        content = model_file(directory, name).read_bytes()
+        digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def model_file(directory: Path, name: str) -> Path:
+    """The path of a file that a model directory must have.
+
+    Raises:
+        ModelError: it has none.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise ModelError(f"{directory} is not a model directory: it has no {name}")
+    return path

@@ -1,0 +1,235 @@
+"""The caption decoder: a small post-norm transformer that reads words and looks at an image.
+
+Shapes, here and in `decoding.py`:
+    B images, N caption rows (N = B * C, the C captions of an image side by side), T positions,
+    G grid cells, D feature channels, U units, H heads, K key size, V words in the vocabulary.
+
+The layers are the notebook's, with one difference of form: attention keys and values are computed
+by calls of their own, so that decoding keeps those of earlier words and of the image.
+"""
+
+from typing import Any, NamedTuple
+
+import einops
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from keras import ops
+
+from batchcap.model.config import DecoderConfig
+
+BANNED_IDS = (0, 1, 2)  # padding, [UNK], [START]
+BANNED_LOGIT = -1e9
+
+
+class KeysValues(NamedTuple):
+    """What attention looks at: keys and values, each `float32[rows, H, places, K]`."""
+
+    keys: Any
+    values: Any
+
+
+class Attention(keras.layers.Layer):
+    """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: DecoderConfig, seen_size: int, name: str) -> None:
+        super().__init__(name=name)
+        self.units, self.seen_size = config.units, seen_size
+        self.heads, self.scale = config.heads, config.key_size**-0.5
+        width = config.heads * config.key_size
+        self.query = keras.layers.Dense(width, name="query")
+        self.key = keras.layers.Dense(width, name="key")
+        self.value = keras.layers.Dense(width, name="value")
+        self.project = keras.layers.Dense(config.units, name="project")
+        self.dropout = keras.layers.Dropout(config.dropout)
+
+    def build(self, *_: Any) -> None:
+        # By hand, since keys and values are computed outside `call`: so weights get stable paths.
+        self.query.build((None, None, self.units))
+        self.key.build((None, None, self.seen_size))
+        self.value.build((None, None, self.seen_size))
+        self.project.build((None, None, self.key.units))
+
+    def keys_values(self, x: Any) -> KeysValues:
+        """Keys and values of `float32[rows, places, channels]`."""
+        return KeysValues(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
+
+    def call(
+        self, x: Any, seen: KeysValues, mask: Any = None, training: bool = False
+    ) -> tuple[Any, Any]:
+        """Attend from `x` to what is seen.
+
+        Args:
+            x: `float32[rows, T, U]`, the queries' input.
+            seen: keys and values of the same rows.
+            mask: `bool[T, places]`, True where a query may look; None for everywhere.
+            training: whether weights are dropped.
+
+        Returns:
+            the mixed values `float32[rows, T, U]` and the weights `float32[rows, H, T, places]`.
+        """
+        scores = ops.einsum("nhtk,nhsk->nhts", self._split_heads(self.query(x)), seen.keys)
+        scores = ops.cast(scores, "float32") * self.scale
+        if mask is not None:
+            scores = ops.where(mask, scores, BANNED_LOGIT)
+        weights = tf.nn.softmax(scores)
+        dropped = self.dropout(ops.cast(weights, seen.values.dtype), training=training)
+        mixed = ops.einsum("nhts,nhsk->nhtk", dropped, seen.values)
+        return self.project(einops.rearrange(mixed, "n h t k -> n t (h k)")), weights
+
+    def _split_heads(self, x: Any) -> Any:
+        return einops.rearrange(x, "n t (h k) -> n h t k", h=self.heads)
+
+
+class DecoderLayer(keras.layers.Layer):
+    """Causal self-attention, attention to the image, feed-forward; normalised after each."""
+
+    def __init__(self, config: DecoderConfig, name: str) -> None:
+        super().__init__(name=name)
+        self.self_attention = Attention(config, config.units, "self_attention")
+        self.cross_attention = Attention(config, config.feature_size, "cross_attention")
+        self.widen = keras.layers.Dense(2 * config.units, activation="relu", name="widen")
+        self.narrow = keras.layers.Dense(config.units, name="narrow")
+        self.dropout = keras.layers.Dropout(config.dropout)
+        self.norms = [
+            keras.layers.LayerNormalization(name=f"{part}_norm")
+            for part in ("self_attention", "cross_attention", "feed_forward")
+        ]
+        self.units = config.units
+
+    def build(self, *_: Any) -> None:
+        self.self_attention.build()
+        self.cross_attention.build()
+        self.widen.build((None, None, self.units))
+        self.narrow.build((None, None, self.widen.units))
+        for norm in self.norms:
+            norm.build((None, None, self.units))
+
+    def call(
+        self, x: Any, past: KeysValues, mask: Any, image: KeysValues, training: bool = False
+    ) -> tuple[Any, Any]:
+        """One layer over `float32[N, T, U]`.
+
+        Args:
+            x: the words so far, embedded.
+            past: self-attention keys and values of the rows of `x`.
+            mask: `bool[T, places of past]`.
+            image: cross-attention keys and values, of B images: the C rows of an image share them.
+            training: whether dropout is on.
+
+        Returns:
+            `float32[N, T, U]`, and the cross-attention weights `float32[B, H, C * T, G]`.
+        """
+        attend_norm, look_norm, feed_norm = self.norms
+        attended, _ = self.self_attention(x, past, mask, training=training)
+        x = attend_norm(x + attended)
+        # The captions of an image are laid end to end: one product with its keys serves them all.
+        images = image.keys.shape[0] or tf.shape(image.keys)[0]
+        queries = einops.rearrange(x, "(b c) t u -> b (c t) u", b=images)
+        looked, weights = self.cross_attention(queries, image, training=training)
+        x = look_norm(x + ops.reshape(looked, ops.shape(x)))
+        fed = self.dropout(self.narrow(self.widen(x)), training=training)
+        return feed_norm(x + fed), weights
+
+
+class CaptionDecoder(keras.layers.Layer):
+    """Words so far and an image's features to logits for the next word.
+
+    `keys_values` looks at the image once; `call` reads whole captions (training), `step` one more
+    word of each (decoding). Both give the same logits.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(name="decoder")
+        self.config = config
+        self.words = keras.layers.Embedding(config.vocabulary_size, config.units, name="words")
+        self.positions = keras.layers.Embedding(config.max_length, config.units, name="positions")
+        self.layers = [DecoderLayer(config, f"layer_{i}") for i in range(config.layers)]
+        self.output_logits = keras.layers.Dense(
+            config.vocabulary_size, dtype="float32", name="output"
+        )
+        banned = np.zeros(config.vocabulary_size, np.float32)
+        banned[list(BANNED_IDS)] = BANNED_LOGIT
+        self.banned = banned
+
+    def build(self, *_: Any) -> None:
+        self.words.build()
+        self.positions.build()
+        for layer in self.layers:
+            layer.build()
+        self.output_logits.build((None, None, self.config.units))
+
+    def keys_values(self, features: Any) -> list[KeysValues]:
+        """Per layer, the cross-attention keys and values of features `float32[B, G, D]`."""
+        return [layer.cross_attention.keys_values(features) for layer in self.layers]
+
+    def call(self, tokens: Any, image: list[KeysValues], training: bool = False) -> Any:
+        """Logits `float32[N, T, V]` of the word after each of `int32[N, T]`."""
+        length = ops.shape(tokens)[1]
+        places = ops.arange(length)
+        causal = places[:, None] >= places[None, :]
+        x = self.words(tokens) + self.positions(places)
+        for layer, keys_values in zip(self.layers, image, strict=True):
+            past = layer.self_attention.keys_values(x)
+            x, _ = layer(x, past, causal, keys_values, training=training)
+        return self.output_logits(x) + self.banned
+
+    def empty_cache(self, rows: int, length: int) -> list[KeysValues]:
+        """Per layer, room for the self-attention keys and values of `length` words."""
+        shape = (rows, self.config.heads, length, self.config.key_size)
+        room = ops.zeros(shape, self.compute_dtype)
+        return [KeysValues(room, room) for _ in self.layers]
+
+    def step(
+        self, tokens: Any, position: Any, cache: list[KeysValues], image: list[KeysValues]
+    ) -> tuple[Any, Any, list[KeysValues]]:
+        """Read one more word of each row.
+
+        Args:
+            tokens: `int32[B]`, one word of each row.
+            position: `int32[]`, the place of these words in their captions, from 0.
+            cache: as `empty_cache` or the last step gave it.
+            image: as `keys_values` gave it.
+
+        Returns:
+            logits `float32[B, V]` of the next word, cross-attention averaged over layers and heads
+            `float32[B, G]`, and the cache with this word in it.
+        """
+        x = self.words(tokens[:, None]) + self.positions(ops.reshape(position, (1, 1)))
+        seen = ops.arange(cache[0].keys.shape[2])[None, :] <= position
+        weights_per_layer, grown = [], []
+        for layer, past, keys_values in zip(self.layers, cache, image, strict=True):
+            new = layer.self_attention.keys_values(x)
+            past = KeysValues(
+                *(_place(old, at, position) for old, at in zip(past, new, strict=True))
+            )
+            x, weights = layer(x, past, seen, keys_values)
+            weights_per_layer.append(weights)
+            grown.append(past)
+        attention = einops.reduce(ops.stack(weights_per_layer), "l b h 1 g -> b g", "mean")
+        return self.output_logits(x[:, 0]) + self.banned, attention, grown
+
+
+def build_decoder(config: DecoderConfig) -> CaptionDecoder:
+    """A decoder with its weights made, at random."""
+    decoder = CaptionDecoder(config)
+    decoder.build()
+    return decoder
+
+
+def log_frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Where the output bias starts: `float32[V]`, the log relative frequency of each word.
+
+    With it an untrained model already has the loss of a unigram model. Banned words count nothing;
+    words never seen start as rare as words seen half a time.
+    """
+    weights = np.maximum(counts.astype(np.float64), 0.5)
+    weights[list(BANNED_IDS)] = 0
+    weights /= weights.sum()
+    weights[list(BANNED_IDS)] = 1
+    return np.log(weights).astype(np.float32)
+
+
+def _place(cache: Any, new: Any, position: Any) -> Any:
+    return ops.slice_update(cache, (0, 0, position, 0), new)
