@@ -1,0 +1,144 @@
+"""What a model directory is, for people: its card, and a short description. No TensorFlow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from batchcap.model.config import (
+    CARD_FILE,
+    METRICS_FILE,
+    WEIGHTS_FILE,
+    ModelConfig,
+    fingerprint,
+    model_file,
+    read_config,
+)
+from batchcap.settings import TrainSettings
+
+CARD = """\
+# Model card
+
+A Chinese image captioner made by `batchcap train`: {backbone} features of a {grid}-cell grid, read by a
+transformer decoder ({layers} layers, {heads} heads, {units} units) that writes words as jieba cuts them.
+
+## Use
+
+`batchcap run PHOTOS captions.parquet --model THIS_DIRECTORY`
+
+Captions everyday photos with one plain sentence of at most {max_length} words out of {vocabulary_size}.
+
+## Data
+
+{data_note}
+
+Trained on {training_photos:,} photos, chosen on {validation_photos:,} others.
+
+## Results
+
+On the validation photos, {decoding} decoding, best of {epochs} epochs by {monitor} (epoch {best_epoch}):
+
+| metric (x100) | value |
+|---|---|
+{results}
+
+Signature: `{signature}`
+
+## Training
+
+Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
+dropout {dropout:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
+Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
+
+## Limits
+
+- It names what its training captions name, in their words and with their biases (of gender, age, place and occupation); it cannot read text, count well, or name people and places.
+- A confident caption can be wrong: `mean_logprob` ranks captions, it is not a probability of being right.
+- Drawings, screenshots, documents, aerial and medical pictures are outside of its training data.
+- Not for decisions about people.
+"""
+
+METRIC_NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+}
+
+
+def write_card(
+    path: Path, config: ModelConfig, settings: TrainSettings, metrics: dict[str, Any]
+) -> None:
+    """Write the card, from the same numbers as `metrics.json`."""
+    results = metrics["validation"]
+    rows = [f"| {name} | {results[key]:.1f} |" for key, name in METRIC_NAMES.items()]
+    decoder = config.decoder
+    text = CARD.format(
+        backbone=config.backbone.name,
+        grid=decoder.grid_cells,
+        layers=decoder.layers,
+        heads=decoder.heads,
+        units=decoder.units,
+        max_length=decoder.max_length,
+        vocabulary_size=f"{decoder.vocabulary_size:,}",
+        data_note=settings.data_note or "Not described by who trained it.",
+        training_photos=metrics["training_photos"],
+        validation_photos=metrics["validation_photos"],
+        decoding=metrics["decoding"],
+        epochs=metrics["epochs"],
+        monitor=settings.monitor,
+        best_epoch=metrics["best_epoch"],
+        results="\n".join(rows),
+        signature=metrics["signature"],
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay=settings.decay,
+        batch_size=settings.batch_size,
+        dropout=settings.dropout,
+        label_smoothing=settings.label_smoothing,
+        flip="yes" if settings.flip else "no",
+        seed=settings.seed,
+        minutes=metrics["seconds"] / 60,
+        backbone_weights="imagenet (ILSVRC 2012, for research)"
+        if settings.backbone_weights == "imagenet"
+        else Path(settings.backbone_weights).name,
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def read_card(directory: Path) -> str:
+    """The card's text.
+
+    Raises:
+        ModelError: the directory has none.
+    """
+    return model_file(directory, CARD_FILE).read_text(encoding="utf-8").rstrip()
+
+
+def describe(directory: Path) -> str:
+    """A model in a few lines: fingerprint, backbone, decoder, vocabulary, size, metrics.
+
+    Raises:
+        ModelError: a file is missing or a field is wrong.
+    """
+    config = read_config(directory)
+    backbone, decoder = config.backbone, config.decoder
+    low, high = backbone.input_range
+    size = model_file(directory, WEIGHTS_FILE).stat().st_size
+    lines = {
+        "model": directory,
+        "fingerprint": fingerprint(directory),
+        "format": config.format_version,
+        "backbone": f"{backbone.name}, {backbone.image_size} px, pixels in [{low:g}, {high:g}]",
+        "decoder": f"{decoder.layers} layers, {decoder.heads} heads of {decoder.key_size}, "
+        f"{decoder.units} units, {decoder.grid_cells} grid cells of {decoder.feature_size}",
+        "vocabulary": f"{decoder.vocabulary_size} words, captions of at most {decoder.max_length}",
+        "weights": f"{size / 1e6:.1f} MB",
+    }
+    if (directory / METRICS_FILE).is_file():
+        metrics = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))
+        values = [f"{name} {metrics['validation'][key]:.1f}" for key, name in METRIC_NAMES.items()]
+        lines["validation"] = ", ".join(values)
+        lines["signature"] = metrics["signature"]
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())

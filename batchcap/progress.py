@@ -1,0 +1,52 @@
+"""How far long work has come: a bar on a terminal, plain lines in a log. Always on stderr."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Told of every piece of work done."""
+
+    def update(self, n: int) -> object:
+        """Count `n` more."""
+
+
+class _Lines:
+    """The same news as the bar's, as one log line every half a minute."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.started = self.last_line = time.monotonic()
+
+    def update(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        rate = self.done / (now - self.started)
+        left = (self.total - self.done) / rate
+        log.info(
+            "%s: %d of %d %ss, %.1f %ss/s, %.0f s left",
+            *(self.what, self.done, self.total, self.unit, rate, self.unit, left),
+        )
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Progress]:
+    """Count towards `total` with rate and remaining time; `unit` is in the singular."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True) as bar:
+            yield bar
+    else:
+        yield _Lines(what, total, unit)

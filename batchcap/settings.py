@@ -1,0 +1,149 @@
+"""What was asked for: one frozen dataclass a verb, checked once, passed whole.
+
+The fields are the command line's flags, in order: their defaults and help texts stand here only.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from batchcap.contracts import UsageError
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+
+
+class AttentionDetail(StrEnum):
+    """How much of the attention goes into the file."""
+
+    SUMMARY = "summary"
+    FULL = "full"
+    NONE = "none"
+
+
+class Monitor(StrEnum):
+    """What is best on the validation photos."""
+
+    CIDER_D = "cider-d"
+    LOSS = "loss"
+
+
+class Decay(StrEnum):
+    """What happens to the learning rate after the warm-up."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+def _option(default: Any, description: str, **limits: float) -> Any:
+    """A field with its help text and its limits, `least` and `most`, both included."""
+    return field(default=default, metadata={"help": description, **limits})
+
+
+def _model_option() -> Any:
+    return _option(DEFAULT_MODEL, "Model directory  [default: the shipped model]")
+
+
+def _check_limits(settings: Any) -> None:
+    for name, spec in settings.__dataclass_fields__.items():
+        value, least, most = getattr(settings, name), *map(spec.metadata.get, ("least", "most"))
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if least is not None and value < least:
+            raise UsageError(f"{flag} must be at least {least}, not {value}")
+        if most is not None and value > most:
+            raise UsageError(f"{flag} must be at most {most}, not {value}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What `batchcap run` is asked."""
+
+    source: str
+    output: Path
+    model: Path = _model_option()
+    batch_size: int = _option(32, "Photos captioned at a time.", least=1)
+    temperature: float = _option(
+        0.0, "0 takes the most probable words; above 0 draws, more freely the higher.", least=0
+    )
+    seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
+    max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
+    attention: AttentionDetail = _option(
+        AttentionDetail.SUMMARY, "What to keep of the attention of each word."
+    )
+    limit: int | None = _option(None, "Stop after this many photos.", least=1)
+    glob: str | None = _option(None, "Take the files that match, whatever their extension.")
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        if self.output.suffix != ".parquet":
+            raise UsageError(f"OUTPUT must end in .parquet, not {self.output.name!r}")
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What `batchcap caption` is asked."""
+
+    images: tuple[str, ...]
+    model: Path = _model_option()
+    temperature: float = _option(0.0, "0 takes the most probable words; above 0 draws.", least=0)
+    seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
+    attention_figure: Path | None = _option(
+        None, "Draw where the model looked for each word of one IMAGE, as a PNG."
+    )
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        if self.attention_figure is not None and len(self.images) != 1:
+            raise UsageError(f"--attention-figure draws one IMAGE, not {len(self.images)}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `batchcap train` is asked. The defaults are the recipe of the shipped model."""
+
+    annotations: Path = _option(MISSING, "Captions of the photos.")
+    images: Path = _option(MISSING, "Directory of the photos.")
+    out: Path = _option(MISSING, "Model directory to write; must not exist yet.")
+    validation_annotations: Path | None = _option(
+        None, "Captions of the validation photos, where the annotations name no split."
+    )
+    validation_count: int = _option(
+        1000, "Photos held out for validation where nothing else names them.", least=1
+    )
+    backbone: str = _option("mobilenet", "CNN of keras.applications that sees the photos.")
+    backbone_weights: str = _option("imagenet", 'Its weights: "imagenet" or a Keras HDF5 file.')
+    image_size: int = _option(224, "Side of the square that photos are resized to.", least=32)
+    input_range: tuple[float, float] = _option((-1.0, 1.0), "What pixel values 0 and 255 become.")
+    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
+    min_count: int = _option(4, "Words seen less often become [UNK].", least=1)
+    max_length: int = _option(30, "Most words in a caption; longer ones are cut.", least=1)
+    units: int = _option(256, "Width of the decoder.", least=1)
+    layers: int = _option(2, "Layers of the decoder.", least=1)
+    heads: int = _option(2, "Attention heads.", least=1)
+    key_size: int = _option(128, "Size of a head's keys and values.", least=1)
+    dropout: float = _option(0.3, "Share of activations dropped in training.", least=0, most=0.99)
+    label_smoothing: float = _option(
+        0.0, "Probability spread over all words in the training loss.", least=0, most=0.99
+    )
+    flip: bool = _option(True, "Train on mirrored photos too.")
+    batch_size: int = _option(32, "Photos in a training step.", least=1)
+    captions_per_image: int = _option(
+        0, "Captions of a photo in a training step; 0 for all it has.", least=0
+    )
+    steps_per_epoch: int = _option(0, "Steps of an epoch; 0 for one pass.", least=0)
+    epochs: int = _option(20, "Epochs at most.", least=1)
+    patience: int = _option(5, "Epochs without a better validation result before the end.", least=1)
+    monitor: Monitor = _option(Monitor.CIDER_D, "Which validation result is the measure.")
+    learning_rate: float = _option(1e-3, "Peak learning rate of Adam.", least=0)
+    warmup_steps: int = _option(500, "Steps in which the rate rises from 0.", least=0)
+    decay: Decay = _option(Decay.COSINE, "How the rate falls afterwards, to 0 at the last epoch.")
+    seed: int = _option(1, "Seed of the weights, the order, the flips and the dropout.", least=0)
+    data_note: str = _option("", "What the model card says of the data and its licence.")
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        low, high = self.input_range
+        if low >= high:
+            raise UsageError(f"--input-range must rise, not go from {low} to {high}")

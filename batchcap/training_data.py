@@ -1,0 +1,239 @@
+"""Annotated photos to training batches: splits, token tables, cached features, mirrored views.
+
+Which batch a step gets follows from the seed and the step's number alone, so that training goes on
+after a kill exactly where it was.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import tensorflow as tf
+
+from batchcap.contracts import InputError, Rejection
+from batchcap.feature_cache import FeatureCache
+from batchcap.inputs import AnnotatedImage, read_annotations
+from batchcap.model.backbones import extract_features, weights_digest
+from batchcap.model.config import BackboneConfig
+from batchcap.model.images import load_image
+from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
+from batchcap.progress import progress
+from batchcap.settings import TrainSettings
+
+EXTRACTION_BATCH = 32
+LENGTH_STEP = 4  # batches are as long as their longest caption, rounded up to this
+
+log = logging.getLogger(__name__)
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A photo and its captions, cut into words. `sha256` is of the file's bytes."""
+
+    image_id: str
+    path: Path
+    sha256: str
+    captions: tuple[tuple[str, ...], ...]
+
+
+def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples, by the annotations' split or a seeded draw.
+
+    Photos without a file are left out, and said.
+
+    Raises:
+        InputError: wrong annotations, or no photo left on one of the two sides.
+    """
+    annotated = read_annotations(settings.annotations)
+    if settings.validation_annotations is not None:
+        training, validation = annotated, read_annotations(settings.validation_annotations)
+    elif any(image.split for image in annotated):
+        training = [image for image in annotated if image.split == "train"]
+        validation = [image for image in annotated if image.split == "val"]
+    else:
+        order = np.random.default_rng(settings.seed).permutation(len(annotated))
+        held_out = set(order[: settings.validation_count].tolist())
+        training = [image for i, image in enumerate(annotated) if i not in held_out]
+        validation = [image for i, image in enumerate(annotated) if i in held_out]
+    sides = _read_all(training, settings.images), _read_all(validation, settings.images)
+    for side, examples in zip(("training", "validation"), sides, strict=True):
+        if not examples:
+            raise InputError(
+                f"{settings.annotations} and {settings.images} give no {side} photo: check that "
+                "both are of the same data set, and its split"
+            )
+    return sides
+
+
+def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example]:
+    present = [image for image in annotated if (images / image.image_id).is_file()]
+    if missing := len(annotated) - len(present):
+        log.warning("%d of %d annotated photos are not in %s", missing, len(annotated), images)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda image: _file_digest(images / image.image_id), present)
+        return [
+            Example(image.image_id, images / image.image_id, digest, _words(image.captions))
+            for image, digest in zip(present, digests, strict=True)
+        ]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _words(captions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(segment(caption)) for caption in captions)
+
+
+def token_table(examples: Sequence[Example], vocabulary: Vocabulary, max_length: int) -> Tokens:
+    """Captions as ids, `int32[images, captions, max_length + 1]`: START, words, END, padding.
+
+    Every image has as many rows as the one with the most captions; rows without a caption are all
+    padding. A caption that is too long loses its tail and its END.
+    """
+    most = max(len(example.captions) for example in examples)
+    table = np.full((len(examples), most, max_length + 1), PADDING_ID, np.int32)
+    for i, example in enumerate(examples):
+        for j, words in enumerate(example.captions):
+            ids = [START_ID, *vocabulary.encode(words), END_ID][: max_length + 1]
+            table[i, j, : len(ids)] = ids
+    return table
+
+
+class Features:
+    """Cached backbone features of examples, by row: `plain` and, if asked for, `mirrored` views."""
+
+    def __init__(self, cache: FeatureCache, examples: Sequence[Example], mirrored: bool) -> None:
+        self.rows = cache.rows()
+        self.plain = self._rows_of(cache, examples, mirrored=False)
+        self.mirrored = self._rows_of(cache, examples, mirrored=True) if mirrored else self.plain
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """`float32[n, G, D]` of row numbers `int64[n]`."""
+        return self.rows[rows].astype(np.float32)
+
+    @staticmethod
+    def _rows_of(
+        cache: FeatureCache, examples: Sequence[Example], mirrored: bool
+    ) -> npt.NDArray[np.int64]:
+        return np.array([cache.row_of[_key(example.sha256, mirrored)] for example in examples])
+
+
+def extract_all(
+    examples: Sequence[Example],
+    backbone: keras.Model,
+    config: BackboneConfig,
+    mirrored: bool,
+    cache_root: Path | None = None,
+) -> tuple[FeatureCache, list[Example]]:
+    """Features of every example in the cache of this backbone, extracted where not there yet.
+
+    Returns the cache, and the examples less those that are no photos, which are said.
+    """
+    name = hashlib.sha256(f"{config} {weights_digest(backbone)}".encode()).hexdigest()[:16]
+    root = cache_root or platformdirs.user_cache_path("batchcap") / "features"
+    rows, columns, channels = backbone.output_shape[1:]
+    cache = FeatureCache(root / name, (rows * columns, channels))
+    with cache.writing():
+        views = (False, True) if mirrored else (False,)
+        missing = [e for e in examples if any(_key(e.sha256, v) not in cache.row_of for v in views)]
+        log.info(
+            "features: %d photos in the cache, %d to extract",
+            len(examples) - len(missing),
+            len(missing),
+        )
+        rejected = set(_extract(missing, cache, backbone, config, views))
+    return cache, [example for example in examples if example.image_id not in rejected]
+
+
+def _extract(
+    examples: Sequence[Example],
+    cache: FeatureCache,
+    backbone: keras.Model,
+    config: BackboneConfig,
+    views: Sequence[bool],
+) -> Iterator[str]:
+    """Extract and cache; yield the ids of those that are no photos."""
+
+    @tf.function
+    def extract(pixels: Any) -> Any:
+        return tf.cast(extract_features(backbone, config, pixels), tf.float16)
+
+    with progress("features", len(examples), "photo") as bar, ThreadPoolExecutor() as pool:
+        for start in range(0, len(examples), EXTRACTION_BATCH):
+            batch = examples[start : start + EXTRACTION_BATCH]
+            loaded = pool.map(lambda e: load_image(e.path, config.image_size), batch)
+            pixels = np.zeros((EXTRACTION_BATCH, config.image_size, config.image_size, 3), np.uint8)
+            good: list[Example] = []
+            for example, image in zip(batch, loaded, strict=True):
+                if isinstance(image.pixels, Rejection):
+                    log.warning("%s left out: %s", example.image_id, image.pixels.message)
+                    yield example.image_id
+                else:
+                    pixels[len(good)] = image.pixels
+                    good.append(example)
+            for mirrored in views:
+                features = extract(pixels[:, :, ::-1] if mirrored else pixels).numpy()
+                cache.append([_key(e.sha256, mirrored) for e in good], features[: len(good)])
+            bar.update(len(batch))
+
+
+def _key(sha256: str, mirrored: bool) -> str:
+    return f"{sha256}-mirrored" if mirrored else sha256
+
+
+class TrainingBatches:
+    """The endless stream of training batches, addressed by step number."""
+
+    def __init__(
+        self,
+        features: Features,
+        captions: Tokens,
+        vocabulary: Vocabulary,
+        settings: TrainSettings,
+    ) -> None:
+        self.features, self.captions = features, captions
+        self.mirrored_ids = mirrored_ids(vocabulary)
+        self.flip, self.seed = settings.flip, settings.seed
+        self.batch_size = min(settings.batch_size, len(captions))
+        self.steps_per_pass = len(captions) // self.batch_size
+        most = captions.shape[1]
+        self.captions_per_image = min(settings.captions_per_image or most, most)
+
+    def __getitem__(self, step: int) -> tuple[npt.NDArray[np.float32], Tokens]:
+        """Features `float32[B, G, D]` and captions `int32[B, C, T + 1]` of a step."""
+        number, index = divmod(step, self.steps_per_pass)
+        order = np.random.default_rng((self.seed, number)).permutation(len(self.captions))
+        chosen = order[index * self.batch_size :][: self.batch_size]
+        draws = np.random.default_rng((self.seed, number, index))
+        mirrored = (draws.random(self.batch_size) < 0.5) & self.flip
+        captions = self._draw_captions(self.captions[chosen], draws)
+        captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
+        rows = np.where(mirrored, self.features.mirrored[chosen], self.features.plain[chosen])
+        return self.features[rows], trim(captions)
+
+    def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:
+        if self.captions_per_image == captions.shape[1]:
+            return captions
+        # Real captions come before rows of padding, whatever was drawn for them.
+        is_padding = captions[:, :, 1] == PADDING_ID
+        order = np.argsort(draws.random(is_padding.shape) + is_padding, axis=1)
+        drawn = order[:, : self.captions_per_image, None]
+        return np.take_along_axis(captions, drawn, axis=1)
+
+
+def trim(captions: Tokens) -> Tokens:
+    """Cut `int32[B, C, T + 1]` to its longest caption, T rounded up to few different values."""
+    longest = int((captions[:, :, 1:] != PADDING_ID).any(axis=(0, 1)).sum())
+    return captions[:, :, : -(-longest // LENGTH_STEP) * LENGTH_STEP + 1]
