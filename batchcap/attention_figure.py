@@ -1,0 +1,84 @@
+"""Attention over a photo, word by word, as the notebook draws it. Needs a font with Chinese."""
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+
+from batchcap.contracts import InputError, OutputError
+
+# Ships Noto Sans CJK as a PyPI package, for machines without a Chinese font.
+FONT_PACKAGE = "noto_cjk_sans_otc"
+PREFERRED_FONTS = ("CJK", "Source Han", "WenQuanYi", "PingFang", "YaHei", "Hei")
+COLUMNS = 4
+
+
+def draw_attention(
+    pixels: npt.NDArray[np.uint8],
+    words: list[str],
+    weights: npt.NDArray[np.float32],
+    path: Path,
+) -> None:
+    """Draw the photo and, for each word, where the model looked.
+
+    Args:
+        pixels: `uint8[S, S, 3]`.
+        words: one title a panel.
+        weights: `float32[words, rows, columns]`; each panel is as bright as its own strongest cell.
+        path: the PNG to write.
+
+    Raises:
+        InputError: no font here has the words' characters.
+        OutputError: `path` can't be written.
+    """
+    font = find_font("".join(words))
+    lines = -(-(len(words) + 1) // COLUMNS)
+    figure = Figure(figsize=(2.4 * COLUMNS, 2.7 * lines), layout="constrained")
+    panels = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    for panel in panels:
+        panel.axis("off")
+    panels[0].imshow(pixels)
+    height, width = pixels.shape[:2]
+    for panel, word, weight in zip(panels[1:], words, weights, strict=False):
+        panel.imshow(pixels)
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        panel.imshow(weight, cmap="gray", alpha=0.6, extent=extent, vmin=0, vmax=weight.max())
+        panel.set_title(word, fontproperties=font)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def find_font(text: str) -> font_manager.FontProperties:
+    """A font of this system, or of the package noto-cjk-sans-otc, with every character of `text`.
+
+    Raises:
+        InputError: there is none; says how to get one.
+    """
+    needed = {ord(char) for char in text}
+    for path in _font_files():
+        try:
+            if needed <= FT2Font(path).get_charmap().keys():
+                return font_manager.FontProperties(fname=path, size=14)
+        except (OSError, RuntimeError):  # a font that matplotlib can't open is not ours to judge
+            continue
+    raise InputError(
+        "no font here can write these captions: install one "
+        "(pip install noto-cjk-sans-otc, or your system's Noto Sans CJK) and run again"
+    )
+
+
+def _font_files() -> list[str]:
+    """Fonts likely to have Chinese: named as such first, then the package's."""
+    installed = font_manager.findSystemFonts()
+    likely = [path for path in sorted(installed) if any(n in path for n in PREFERRED_FONTS)]
+    try:
+        package = Path(str(import_module(FONT_PACKAGE).__file__)).parent
+    except ImportError:
+        return likely
+    return likely + sorted(str(path) for path in package.glob("*.tt[cf]"))

@@ -1,0 +1,81 @@
+"""Verb: caption a few photos on the terminal, and draw where the model looked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchcap.attention_figure import draw_attention
+from batchcap.contracts import Rejection
+from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.config import DecodeSettings
+from batchcap.model.images import load_image
+from batchcap.model.text import join_words
+from batchcap.settings import CaptionSettings
+
+END_LABEL = "[END]"
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A photo on the terminal. `probabilities` are of each word, then of END where reached."""
+
+    path: str
+    words: list[str]
+    probabilities: list[float]
+    reason: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no caption but a reason."""
+        return self.reason is not None
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{self.path}: {self.reason}"
+        labelled = zip([*self.words, END_LABEL], self.probabilities, strict=False)
+        shown = "  ".join(f"{word} {probability:.2f}" for word, probability in labelled)
+        return f"{self.path}\n{join_words(self.words)}\n  {shown}"
+
+
+def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
+    """Caption photos one by one, in order.
+
+    Raises:
+        ModelError: the model directory is wrong.
+        InputError: no font for the figure, or no photo to draw it of.
+        OutputError: the figure can't be written.
+    """
+    captioner = load_captioner(settings.model)
+    decode_settings = DecodeSettings(
+        captioner.config.decoder.max_length, settings.temperature, settings.seed
+    )
+    for path in settings.images:
+        image = load_image(path, captioner.config.backbone.image_size)
+        if isinstance(image.pixels, Rejection):
+            yield CaptionedImage(path, [], [], image.pixels.message)
+            continue
+        captioned, weights = _caption(
+            path, image.pixels, str(image.sha256), captioner, decode_settings
+        )
+        if settings.attention_figure is not None:
+            draw_attention(image.pixels, captioned.words, weights, settings.attention_figure)
+        yield captioned
+
+
+def _caption(
+    path: str,
+    pixels: npt.NDArray[np.uint8],
+    key: str,
+    captioner: Captioner,
+    settings: DecodeSettings,
+) -> tuple[CaptionedImage, npt.NDArray[np.float32]]:
+    """A caption, and the attention of its words, `float32[words, rows, columns]`."""
+    live = np.ones(1, np.bool_)
+    decoded = captioner.caption(pixels[np.newaxis], live, settings, [key])
+    length = int(decoded.lengths[0])
+    words = captioner.vocabulary.decode(decoded.tokens[0, :length])
+    probabilities = np.exp(decoded.log_probs[0, : length + int(decoded.finished[0])]).tolist()
+    weights = decoded.attention[0, :length].reshape(length, *captioner.grid)
+    return CaptionedImage(path, words, probabilities), weights

@@ -1,0 +1,264 @@
+"""The door: parse, call one verb, echo, exit code. Knows no pixels and no files of rows.
+
+Verbs are imported when called, so that `--help` starts without TensorFlow.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from batchcap import __version__
+from batchcap.contracts import BatchcapError
+from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code; no traceback unless `--verbose`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        batchcap.main(arguments, prog_name="batchcap", standalone_mode=False)
+        sys.exit(0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("batchcap: stopped by SIGINT", err=True)
+        sys.exit(130)
+    except Terminated:
+        click.echo("batchcap: stopped by SIGTERM", err=True)
+        sys.exit(143)
+    except Exception as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            logging.getLogger(__name__).debug("where it happened", exc_info=True)
+        sys.exit(_report(error))
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwinds like KeyboardInterrupt, so that temporary files are removed."""
+
+
+def _terminate(_signal: int, _frame: types.FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep TensorFlow's start-up off stderr: it talks of missing GPUs before it reads its level."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, BatchcapError):
+        click.echo(f"batchcap: {error}", err=True)
+        return error.exit_code
+    summary = f"{type(error).__name__}: {error}".splitlines()[0]
+    click.echo(f"batchcap: unexpected {summary} (--verbose shows where)", err=True)
+    return 1
+
+
+def _configure(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+    """Take the verb's table of a TOML file as defaults, below flags and the environment."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8")).get(str(context.info_name), {})
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"cannot read {path}: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(values.keys() - known):
+        raise click.UsageError(f"{path}: [{context.info_name}] has no setting {unknown[0]!r}")
+    context.default_map = values
+
+
+def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    # Ours only: other libraries' chatter helps no one.
+    logging.getLogger("batchcap").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+        for noisy in ("matplotlib", "PIL", "h5py", "jieba", "tensorflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def options_of(settings: type[Any]) -> Decorator:
+    """A flag for each field of a settings class that has a help text."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        hints = typing.get_type_hints(settings)
+        described = [spec for spec in fields(settings) if "help" in spec.metadata]
+        for spec in reversed(described):
+            command = _option(spec, hints[spec.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(spec: Field[Any], hint: Any) -> Decorator:
+    flag = "--" + spec.name.replace("_", "-")
+    choices = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if isinstance(hint, types.UnionType):
+        hint = choices[0]
+    extra: dict[str, Any] = {"help": spec.metadata["help"], "show_default": True}
+    if spec.default is MISSING:
+        extra["required"] = True
+    else:
+        extra["default"] = spec.default
+        extra["show_default"] = spec.default != "" and spec.default != DEFAULT_MODEL
+    if hint is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", **extra)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        extra["type"] = click.Choice([choice.value for choice in hint])
+        extra["default"] = spec.default.value
+        extra["callback"] = lambda _context, _parameter, value: hint(value)
+    elif hint is Path:
+        extra["type"] = click.Path(path_type=Path)
+    elif typing.get_origin(hint) is tuple:
+        extra |= {"type": choices[0], "nargs": len(choices)}
+    else:
+        extra["type"] = hint
+    return click.option(flag, **extra)
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of every verb."""
+    config = click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_configure,
+        help="TOML file whose table named like the verb holds flags.",
+    )
+    verbose = click.option(
+        "--verbose",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_be_verbose,
+        help="Show tracebacks and details.",
+    )
+    return config(verbose(command))
+
+
+@click.group(
+    context_settings={"auto_envvar_prefix": "BATCHCAP", "help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="batchcap")
+def batchcap() -> None:
+    """Chinese captions for directories of photos, in batch and unattended.
+
+    Every flag is also an environment variable, BATCHCAP_<VERB>_<FLAG>, and a setting of the file
+    that --config names. A flag beats the environment, which beats the file.
+
+    Exit codes: 0 done; 1 failure; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM.
+    """
+
+
+@batchcap.command()
+@click.argument("source", metavar="INPUT")
+@click.argument("output", metavar="OUTPUT.parquet", type=click.Path(path_type=Path))
+@options_of(RunSettings)
+@common_options
+def run(**asked: Any) -> None:
+    """Caption every photo under INPUT into a Parquet file.
+
+    INPUT is a directory, searched with all below it, a .txt file with one path a line, or - for
+    such a list on standard input. Every photo gets one row; one that can't be read gets the reason.
+
+    Example: batchcap run ./images captions.parquet
+    """
+    settings = RunSettings(**asked)
+    with _quiet_start():
+        from batchcap.run import run_captioning
+    click.echo(str(run_captioning(settings)))
+
+
+@batchcap.command()
+@options_of(TrainSettings)
+@common_options
+def train(**asked: Any) -> None:
+    """Train a model on photos with captions, and write it as a model directory.
+
+    Annotations are Flickr8k-CN text, AI Challenger JSON, COCO captions JSON or JSONL. A training
+    that was stopped goes on when the same command is given again.
+
+    Example: batchcap train --config jobs/train-flickr8k.toml --annotations captions.zh.txt
+    --images ./images --out my-model
+    """
+    settings = TrainSettings(**asked)
+    with _quiet_start():
+        from batchcap.train import train_captioner
+    click.echo(f"wrote {train_captioner(settings)}")
+
+
+@batchcap.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@options_of(CaptionSettings)
+@common_options
+def caption(**asked: Any) -> None:
+    """Caption photos on the terminal, with the probability of each word.
+
+    Example: batchcap caption photo.jpg --attention-figure attention.png
+    """
+    settings = CaptionSettings(**asked)
+    with _quiet_start():
+        from batchcap.caption import caption_images
+    failed = 0
+    for captioned in caption_images(settings):
+        click.echo(str(captioned), err=captioned.failed)
+        failed += captioned.failed
+    if failed:
+        sys.exit(1)
+
+
+@batchcap.group()
+def model() -> None:
+    """Look at a model directory."""
+
+
+_model_argument = click.argument(
+    "directory", metavar="[MODEL]", type=click.Path(path_type=Path), default=DEFAULT_MODEL
+)
+
+
+@model.command()
+@_model_argument
+@common_options
+def show(directory: Path) -> None:
+    """What a model is: sizes, fingerprint, metrics. The shipped model where none is named."""
+    from batchcap.model_card import describe
+
+    click.echo(describe(directory))
+
+
+@model.command()
+@_model_argument
+@common_options
+def card(directory: Path) -> None:
+    """The model card: data, licence, results, limits."""
+    from batchcap.model_card import read_card
+
+    click.echo(read_card(directory))

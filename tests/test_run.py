@@ -1,0 +1,303 @@
+"""`batchcap run` as a user runs it: a real process, the shipped model, files that readers open."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from batchcap.contracts import ARROW_SCHEMA
+from batchcap.model.config import fingerprint
+from batchcap.settings import DEFAULT_MODEL
+
+Rows = list[dict[str, Any]]
+
+BATCHCAP = [sys.executable, "-c", "from batchcap.cli import main; main()"]
+
+
+def batchcap(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*BATCHCAP, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
+def rows_of(path: Path) -> Rows:
+    return pq.read_table(path).to_pylist()
+
+
+def by_id(rows: Rows) -> dict[str, dict[str, Any]]:
+    return {row["image_id"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
+    """The five photos, and one file of every kind that is none."""
+    folder = tmp_path_factory.mktemp("mixed") / "photos"
+    subprocess.run(["cp", "-r", photos_folder, folder], check=True)
+    jpeg = (folder / "coffee.jpg").read_bytes()
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("not a photo")
+    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "dangling.jpg").symlink_to(folder / "nothing")
+    Image.new("RGB", (8, 8)).save(folder / "scan.tiff")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "notes.md").write_text("left out")
+    (folder / ".hidden.jpg").write_bytes(jpeg)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "thumbnail.jpg").write_bytes(jpeg)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_run(
+    bad_and_good: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    output = tmp_path_factory.mktemp("output") / "captions.parquet"
+    return output, batchcap("run", bad_and_good, output, "--batch-size", 4)
+
+
+MIXED_IDS = [
+    "animals/cat.jpg",
+    "astronaut.jpg",
+    "coffee.jpg",
+    "cut.jpg",
+    "dangling.jpg",
+    "empty.jpg",
+    "photographer.jpg",
+    "pipe.jpg",
+    "rocket.jpg",
+    "scan.tiff",
+    "text.jpg",
+]
+REASONS = {
+    "cut.jpg": "truncated",
+    "dangling.jpg": "missing",
+    "empty.jpg": "empty",
+    "pipe.jpg": "not_a_file",
+    "scan.tiff": "unsupported_format",
+    "text.jpg": "unsupported_format",
+}
+
+
+def test_every_image_has_one_row_in_order(mixed_run: tuple[Path, Any]) -> None:
+    assert [row["image_id"] for row in rows_of(mixed_run[0])] == MIXED_IDS
+
+
+def test_each_bad_file_is_a_row_with_its_reason(mixed_run: tuple[Path, Any]) -> None:
+    failed = {row["image_id"]: row for row in rows_of(mixed_run[0]) if row["status"] == "failed"}
+    assert {image_id: row["error_type"] for image_id, row in failed.items()} == REASONS
+    assert all(row["error_message"] and row["caption"] is None for row in failed.values())
+    for column in ("token_logprobs", "attention", "finished", "width"):
+        assert all(row[column] is None for row in failed.values())
+
+
+def test_good_files_have_captions_whose_columns_agree(mixed_run: tuple[Path, Any]) -> None:
+    good = [row for row in rows_of(mixed_run[0]) if row["status"] == "ok"]
+    assert len(good) == 5
+    for row in good:
+        assert row["caption"]
+        assert row["caption"] == "".join(row["tokens"])
+        assert len(row["token_ids"]) == len(row["tokens"]) == len(row["attention"])
+        assert len(row["token_logprobs"]) == len(row["tokens"]) + row["finished"]
+        assert row["logprob"] == pytest.approx(sum(row["token_logprobs"]), abs=1e-4)
+        mean = row["logprob"] / len(row["token_logprobs"])
+        assert row["mean_logprob"] == pytest.approx(mean, abs=1e-5)
+        assert row["error_type"] is row["error_message"] is row["attention_map"] is None
+        assert row["file_size"] > 0
+        assert len(row["sha256"]) == 64
+
+
+def test_the_summary_counts_failures_by_reason(mixed_run: tuple[Path, Any]) -> None:
+    done = mixed_run[1]
+    assert done.returncode == 0
+    assert "11 found, 5 captioned, 6 failed (2 unsupported_format" in done.stdout
+    assert "images/s" in done.stdout
+
+
+def test_nothing_but_progress_is_on_stderr_and_no_traceback(mixed_run: tuple[Path, Any]) -> None:
+    lines = mixed_run[1].stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("captioning 11 photos of ")
+
+
+def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, Any]) -> None:
+    schema = pq.read_schema(mixed_run[0])
+    assert schema.equals(ARROW_SCHEMA)
+    metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert metadata["batchcap.schema"] == "1"
+    assert metadata["batchcap.model"] == fingerprint(DEFAULT_MODEL)
+    assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
+
+
+def test_no_path_of_the_machine_is_in_the_file(mixed_run: tuple[Path, Any]) -> None:
+    table = pq.read_table(mixed_run[0])
+    text = str(table.to_pylist()) + str(table.schema.metadata)
+    assert str(Path.home()) not in text
+    assert str(mixed_run[0].parent.parent) not in text
+
+
+def test_pandas_and_duckdb_read_the_same_rows(mixed_run: tuple[Path, Any]) -> None:
+    rows = rows_of(mixed_run[0])
+    frame = pd.read_parquet(mixed_run[0])
+    assert frame["image_id"].tolist() == [row["image_id"] for row in rows]
+    assert frame["caption"].dropna().tolist() == [r["caption"] for r in rows if r["caption"]]
+    found = duckdb.sql(
+        f"select image_id, len(tokens), attention[1].entropy from '{mixed_run[0]}' "
+        "where status = 'ok'"
+    ).fetchall()
+    expected = [row for row in rows if row["status"] == "ok"]
+    assert found == [
+        (r["image_id"], len(r["tokens"]), pytest.approx(r["attention"][0]["entropy"]))
+        for r in expected
+    ]
+
+
+def test_a_bad_batch_changes_no_good_caption(
+    mixed_run: tuple[Path, Any], photos_folder: Path, tmp_path: Path
+) -> None:
+    batchcap("run", photos_folder, tmp_path / "good.parquet")
+    alone, mixed = by_id(rows_of(tmp_path / "good.parquet")), by_id(rows_of(mixed_run[0]))
+    assert len(alone) == 5
+    for image_id, row in alone.items():
+        assert row["token_ids"] == mixed[image_id]["token_ids"]
+        assert row["logprob"] == pytest.approx(mixed[image_id]["logprob"], abs=1e-4)
+
+
+def test_only_bad_files_are_just_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = batchcap("run", folder, tmp_path / "bad.parquet")
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in rows_of(tmp_path / "bad.parquet")] == ["failed"] * 3
+
+
+@pytest.mark.parametrize(
+    ("detail", "has_summary", "has_map"), [("full", True, True), ("none", False, False)]
+)
+def test_attention_is_kept_as_asked(
+    detail: str, has_summary: bool, has_map: bool, photos_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.parquet"
+    batchcap("run", photos_folder, output, "--attention", detail, "--limit", 1)
+    (row,) = rows_of(output)
+    assert (row["attention"] is not None) == has_summary
+    assert (row["attention_map"] is not None) == has_map
+    if has_map:
+        maps = np.array(row["attention_map"])
+        assert maps.shape == (len(row["tokens"]), 49)
+        assert maps.sum(axis=1) == pytest.approx(1, abs=1e-4)
+        assert row["attention"][0]["peak"] == pytest.approx(maps[0].max(), abs=1e-6)
+
+
+def run_with(photos: Path, output: Path, *arguments: object) -> Rows:
+    done = batchcap("run", photos, output, *arguments)
+    assert done.returncode == 0, done.stderr
+    return rows_of(output)
+
+
+def test_glob_and_limit_choose_photos(photos_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.parquet"
+    cats = run_with(photos_folder, output, "--glob", "CAT*")
+    assert [row["image_id"] for row in cats] == ["animals/cat.jpg"]
+    assert len(run_with(photos_folder, output, "--limit", 2)) == 2
+
+
+def test_a_length_limit_cuts_and_says_so(photos_folder: Path, tmp_path: Path) -> None:
+    rows = run_with(photos_folder, tmp_path / "o.parquet", "--max-length", 2)
+    assert all(len(row["tokens"]) <= 2 for row in rows)
+    assert any(not row["finished"] for row in rows)
+
+
+def test_draws_follow_the_seed_and_nothing_else(photos_folder: Path, tmp_path: Path) -> None:
+    def captions(*arguments: object) -> list[str]:
+        rows = run_with(photos_folder, tmp_path / "o.parquet", "--temperature", 1, *arguments)
+        return [row["caption"] for row in rows]
+
+    first = captions("--seed", 1, "--batch-size", 2)
+    assert captions("--seed", 1, "--batch-size", 5) == first
+    assert captions("--seed", 2) != first
+
+
+def test_a_list_on_stdin_names_the_photos(photos_folder: Path, tmp_path: Path) -> None:
+    listed = f"{photos_folder}/coffee.jpg\n"
+    done = batchcap("run", "-", tmp_path / "o.parquet", stdin=listed)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "o.parquet")) == 1
+
+
+def assert_refused(arguments: Sequence[object], code: int, *said: str) -> None:
+    done = batchcap("run", *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for text in said:
+        assert text in done.stderr
+
+
+def test_no_photo_is_a_failure_that_leaves_no_file(tmp_path: Path) -> None:
+    output = tmp_path / "o.parquet"
+    assert_refused([tmp_path, output], 1, "no photo", str(tmp_path))
+    assert not output.exists()
+
+
+def test_wrong_usage_is_said_and_is_exit_code_2(photos_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.parquet"
+    assert_refused([tmp_path / "nowhere", output], 2, "nowhere")
+    assert_refused([photos_folder, tmp_path / "o.csv"], 2, "o.csv")
+    assert_refused([photos_folder, output, "--batch-size", 0], 2, "--batch-size")
+    assert_refused([photos_folder, output, "--max-length", 999], 2, "--max-length")
+    assert_refused([photos_folder, output, "--attention", "some"], 2, "--attention")
+    assert_refused([photos_folder], 2, "OUTPUT")
+
+
+def test_a_model_that_is_none_is_named(photos_folder: Path, tmp_path: Path) -> None:
+    arguments = [photos_folder, tmp_path / "o.parquet", "--model", tmp_path]
+    assert_refused(arguments, 1, str(tmp_path), "config.json")
+
+
+def test_an_output_folder_that_is_missing_is_named(photos_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "no" / "o.parquet"
+    assert_refused([photos_folder, output], 1, str(output))
+
+
+def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.parquet"
+    output.write_text("what was here before")
+    assert_refused([photos_folder, output, "--model", tmp_path], 1)
+    assert output.read_text() == "what was here before"
+    assert len(run_with(photos_folder, output)) == 5
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_and_leaves_nothing_half_written(
+    number: signal.Signals, code: int, photos_folder: Path, tmp_path: Path
+) -> None:
+    names = [str(path) for path in photos_folder.rglob("*.jpg")]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(4000):
+        (folder / f"{i}.jpg").symlink_to(names[i % len(names)])
+    output = tmp_path / "out" / "o.parquet"
+    output.parent.mkdir()
+    process = subprocess.Popen(
+        [*BATCHCAP, "run", str(folder), str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(output.parent.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in errors
+    assert list(output.parent.iterdir()) == []
