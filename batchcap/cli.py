@@ -4,14 +4,12 @@ Verbs are imported when called, so that `--help` starts without TensorFlow.
 """
 
 import logging
-import os
 import signal
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +19,7 @@ import click
 
 from batchcap import __version__
 from batchcap.contracts import BatchcapError
+from batchcap.model.runtime import start_tensorflow
 from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -54,19 +53,6 @@ class Terminated(BaseException):
 
 def _terminate(_signal: int, _frame: types.FrameType | None) -> NoReturn:
     raise Terminated
-
-
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Keep TensorFlow's start-up off stderr: it talks of missing GPUs before it reads its level."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def _report(error: Exception) -> int:
@@ -191,8 +177,9 @@ def run(**asked: Any) -> None:
     Example: batchcap run ./images captions.parquet
     """
     settings = RunSettings(**asked)
-    with _quiet_start():
-        from batchcap.run import run_captioning
+    start_tensorflow()
+    from batchcap.run import run_captioning
+
     click.echo(str(run_captioning(settings)))
 
 
@@ -209,8 +196,9 @@ def train(**asked: Any) -> None:
     --images ./images --out my-model
     """
     settings = TrainSettings(**asked)
-    with _quiet_start():
-        from batchcap.train import train_captioner
+    start_tensorflow()
+    from batchcap.train import train_captioner
+
     click.echo(f"wrote {train_captioner(settings)}")
 
 
@@ -224,8 +212,9 @@ def caption(**asked: Any) -> None:
     Example: batchcap caption photo.jpg --attention-figure attention.png
     """
     settings = CaptionSettings(**asked)
-    with _quiet_start():
-        from batchcap.caption import caption_images
+    start_tensorflow()
+    from batchcap.caption import caption_images
+
     failed = 0
     for captioned in caption_images(settings):
         click.echo(str(captioned), err=captioned.failed)

@@ -58,7 +58,7 @@ class FeatureCache:
         index, features = self.folder / INDEX_FILE, self.folder / FEATURES_FILE
         index.touch()
         features.touch()
-        whole_lines = index.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        whole_lines = index.read_bytes().rpartition(b"\n")[0].decode().splitlines()
         keys = whole_lines[: features.stat().st_size // self.row_bytes]
         os.truncate(index, sum(len(key.encode()) + 1 for key in keys))
         os.truncate(features, len(keys) * self.row_bytes)

@@ -46,7 +46,7 @@ Signature: `{signature}`
 ## Training
 
 Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
-dropout {dropout:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
+dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
 Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 
 ## Limits
@@ -96,6 +96,8 @@ def write_card(
         decay=settings.decay,
         batch_size=settings.batch_size,
         dropout=settings.dropout,
+        input_dropout=settings.input_dropout,
+        ema_momentum=settings.ema_momentum,
         label_smoothing=settings.label_smoothing,
         flip="yes" if settings.flip else "no",
         seed=settings.seed,

@@ -1,7 +1,5 @@
 """The file of captions: rows in, one whole Parquet file out. Knows no photos and no models."""
 
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcap.contracts import ARROW_SCHEMA, OutputError
+from batchcap.files import replacing
 
 ROWS_PER_GROUP = 4096
 
@@ -41,9 +40,6 @@ class RowWriter:
 def parquet_file(path: Path, metadata: Mapping[str, str]) -> Iterator[RowWriter]:
     """Write `path` whole or not at all.
 
-    The rows go to a hidden file beside it, which takes its place when the block ends well and has
-    reached the disk. A crash leaves `path` as it was, and at most that hidden file.
-
     Args:
         path: where the file will be; one that exists is replaced.
         metadata: stored in the file's own metadata.
@@ -54,23 +50,15 @@ def parquet_file(path: Path, metadata: Mapping[str, str]) -> Iterator[RowWriter]
     if path.is_dir():
         raise OutputError(f"{path} is a directory: name a .parquet file")
     schema = ARROW_SCHEMA.with_metadata(dict(metadata))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _saying_where(path):
-        try:
-            with (
-                temporary.open("xb") as file,
-                pq.ParquetWriter(
-                    file, schema, compression="zstd", write_page_checksum=True
-                ) as parquet,
-            ):
-                writer = RowWriter(parquet)
-                yield writer
-                writer.flush()
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with (
+        _saying_where(path),
+        replacing(path) as temporary,
+        temporary.open("xb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as parquet,
+    ):
+        writer = RowWriter(parquet)
+        yield writer
+        writer.flush()
 
 
 @contextmanager
@@ -82,11 +70,3 @@ def _saying_where(path: Path) -> Iterator[None]:
         raise OutputError(
             f"cannot write {path}: {reason}; free the disk or choose another OUTPUT, and run again"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

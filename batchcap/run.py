@@ -13,6 +13,7 @@ from batchcap.engines import run_locally
 from batchcap.inputs import list_images
 from batchcap.model.captioner import load_captioner
 from batchcap.model.config import DecodeSettings, ModelConfig, fingerprint, read_config
+from batchcap.model.runtime import start_tensorflow
 from batchcap.output import parquet_file
 from batchcap.progress import progress
 from batchcap.settings import RunSettings
@@ -60,8 +61,9 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         "batchcap.decode": json.dumps(asdict(decode_settings)),
     }
     log.info(
-        "captioning %d photos of %s into %s, the first %s; model %.12s, %s, at most %d words",
-        *(len(refs), settings.source, settings.output, _printable(refs[0].image_id), model),
+        "captioning %d photos of %s into %s, first %s; on %s, model %.12s, %s, at most %d words",
+        *(len(refs), settings.source, settings.output, _printable(refs[0].image_id)),
+        *(start_tensorflow(), model),
         f"temperature {settings.temperature:g}" if settings.temperature else "greedy",
         decode_settings.max_length,
     )

@@ -50,9 +50,9 @@ def _check_limits(settings: Any) -> None:
         flag = "--" + name.replace("_", "-")
         if value is None:
             continue
-        if least is not None and value < least:
+        if least is not None and not value >= least:  # so that NaN is refused too
             raise UsageError(f"{flag} must be at least {least}, not {value}")
-        if most is not None and value > most:
+        if most is not None and not value <= most:
             raise UsageError(f"{flag} must be at most {most}, not {value}")
 
 
@@ -65,7 +65,10 @@ class RunSettings:
     model: Path = _model_option()
     batch_size: int = _option(32, "Photos captioned at a time.", least=1)
     temperature: float = _option(
-        0.0, "0 takes the most probable words; above 0 draws, more freely the higher.", least=0
+        0.0,
+        "0 takes the most probable words; above 0 draws, more freely the higher.",
+        least=0,
+        most=100,
     )
     seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
     max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
@@ -87,7 +90,9 @@ class CaptionSettings:
 
     images: tuple[str, ...]
     model: Path = _model_option()
-    temperature: float = _option(0.0, "0 takes the most probable words; above 0 draws.", least=0)
+    temperature: float = _option(
+        0.0, "0 takes the most probable words; above 0 draws.", least=0, most=100
+    )
     seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
     attention_figure: Path | None = _option(
         None, "Draw where the model looked for each word of one IMAGE, as a PNG."
@@ -124,6 +129,9 @@ class TrainSettings:
     heads: int = _option(2, "Attention heads.", least=1)
     key_size: int = _option(128, "Size of a head's keys and values.", least=1)
     dropout: float = _option(0.3, "Share of activations dropped in training.", least=0, most=0.99)
+    input_dropout: float = _option(
+        0.0, "Share of features and embedded words dropped in training.", least=0, most=0.99
+    )
     label_smoothing: float = _option(
         0.0, "Probability spread over all words in the training loss.", least=0, most=0.99
     )
@@ -139,6 +147,12 @@ class TrainSettings:
     learning_rate: float = _option(1e-3, "Peak learning rate of Adam.", least=0)
     warmup_steps: int = _option(500, "Steps in which the rate rises from 0.", least=0)
     decay: Decay = _option(Decay.COSINE, "How the rate falls afterwards, to 0 at the last epoch.")
+    ema_momentum: float = _option(
+        0.0,
+        "Momentum of the moving average of the weights that is kept; 0 for none.",
+        least=0,
+        most=1,
+    )
     seed: int = _option(1, "Seed of the weights, the order, the flips and the dropout.", least=0)
     data_note: str = _option("", "What the model card says of the data and its licence.")
 

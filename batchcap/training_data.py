@@ -29,7 +29,6 @@ from batchcap.progress import progress
 from batchcap.settings import TrainSettings
 
 EXTRACTION_BATCH = 32
-LENGTH_STEP = 4  # batches are as long as their longest caption, rounded up to this
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +139,9 @@ def extract_all(
     """Features of every example in the cache of this backbone, extracted where not there yet.
 
     Returns the cache, and the examples less those that are no photos, which are said.
+
+    Raises:
+        InputError: none of them is one.
     """
     name = hashlib.sha256(f"{config} {weights_digest(backbone)}".encode()).hexdigest()[:16]
     root = cache_root or platformdirs.user_cache_path("batchcap") / "features"
@@ -154,6 +156,8 @@ def extract_all(
             len(missing),
         )
         rejected = set(_extract(missing, cache, backbone, config, views))
+    if len(rejected) == len(examples):
+        raise InputError(f"none of {len(examples)} photos can be read, such as {examples[0].path}")
     return cache, [example for example in examples if example.image_id not in rejected]
 
 
@@ -216,7 +220,7 @@ class TrainingBatches:
         number, index = divmod(step, self.steps_per_pass)
         order = np.random.default_rng((self.seed, number)).permutation(len(self.captions))
         chosen = order[index * self.batch_size :][: self.batch_size]
-        draws = np.random.default_rng((self.seed, number, index))
+        draws = np.random.default_rng((self.seed, number, 1 + index))
         mirrored = (draws.random(self.batch_size) < 0.5) & self.flip
         captions = self._draw_captions(self.captions[chosen], draws)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
@@ -234,6 +238,6 @@ class TrainingBatches:
 
 
 def trim(captions: Tokens) -> Tokens:
-    """Cut `int32[B, C, T + 1]` to its longest caption, T rounded up to few different values."""
-    longest = int((captions[:, :, 1:] != PADDING_ID).any(axis=(0, 1)).sum())
-    return captions[:, :, : -(-longest // LENGTH_STEP) * LENGTH_STEP + 1]
+    """Cut `int32[B, C, T + 1]` to its longest caption."""
+    longest = int((captions != PADDING_ID).any(axis=(0, 1)).sum())
+    return captions[:, :, :longest]

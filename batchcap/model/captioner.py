@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -105,7 +105,8 @@ class Captioner:
     ) -> Decoded:
         run = self._compiled(settings.max_length, settings.temperature > 0, from_pixels)
         uniforms = uniform_draws(settings, keys)
-        decoded = run(images(), tf.constant(live), tf.constant(settings.temperature), uniforms)
+        temperature = tf.constant(settings.temperature, tf.float32)
+        decoded = run(images(), tf.constant(live), temperature, uniforms)
         return Decoded(*(tensor.numpy() for tensor in decoded))
 
     def _compile(self, max_length: int, draws: bool, from_pixels: bool) -> Callable[..., Decoded]:
@@ -150,23 +151,45 @@ def load_captioner(directory: Path) -> Captioner:
             f"{directory / VOCABULARY_FILE} has {len(vocabulary)} words, but {CONFIG_FILE} says "
             f"{config.decoder.vocabulary_size}: the files are of different models"
         )
-    backbone, decoder = build_backbone(config.backbone, None), build_decoder(config.decoder)
+    backbone, decoder = _build_networks(config, directory / CONFIG_FILE)
     set_weights(backbone, decoder, read_weights(directory), str(directory / WEIGHTS_FILE))
     return Captioner(config, vocabulary, backbone, decoder, fingerprint(directory))
 
 
-def save_captioner(captioner: Captioner, directory: Path, weights: Weights | None = None) -> None:
-    """Write `config.json`, `vocabulary.txt` and, in float16, `model.safetensors`.
+def _build_networks(config: ModelConfig, source: Path) -> tuple[keras.Model, CaptionDecoder]:
+    try:
+        backbone = build_backbone(config.backbone, None)
+    except ModelError as error:
+        raise ModelError(f"{source}: backbone.name: {error}") from error
+    rows, columns = backbone.output_shape[1:3]
+    if config.decoder.grid_cells != rows * columns:
+        raise ModelError(
+            f"{source}: decoder.grid_cells: {config.decoder.grid_cells}, but the backbone "
+            f"gives {rows * columns}"
+        )
+    return backbone, build_decoder(config.decoder)
 
-    `weights` replaces the captioner's own, under the names that `get_weights` gives.
-    """
+
+def save_captioner(captioner: Captioner, directory: Path) -> None:
+    """Write `config.json`, `vocabulary.txt` and `model.safetensors`, rounded by `as_stored`."""
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(asdict(captioner.config), indent=2) + "\n"
     (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
     captioner.vocabulary.save(directory / VOCABULARY_FILE)
-    weights = weights or get_weights(captioner.backbone, captioner.decoder)
-    halves = {name: value.astype(np.float16) for name, value in weights.items()}
-    (directory / WEIGHTS_FILE).write_bytes(save(halves))
+    weights = get_weights(captioner.backbone, captioner.decoder)
+    stored = {name: as_stored(value) for name, value in weights.items()}
+    (directory / WEIGHTS_FILE).write_bytes(save(stored))
+
+
+def as_stored(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Matrices and kernels as float16; vectors as float32, since a variance can be under 1e-8."""
+    return weight.astype(np.float16 if weight.ndim > 1 else np.float32)
+
+
+def round_weights(variables: Iterable[Any]) -> None:
+    """Give weights the values they will have when loaded again."""
+    for variable in variables:
+        variable.assign(as_stored(variable.numpy()).astype(np.float32))
 
 
 def read_weights(directory: Path) -> Weights:
@@ -178,7 +201,8 @@ def read_weights(directory: Path) -> Weights:
     path = model_file(directory, WEIGHTS_FILE)
     try:
         weights = {name: value.astype(np.float32) for name, value in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        # AttributeError: a number type that numpy does not have
         raise ModelError(f"{path} is damaged ({error}): copy it again") from error
     for name, value in weights.items():
         if not np.isfinite(value).all():

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+)
 
 from batchcap.contracts import ModelError
 
@@ -18,9 +25,17 @@ VOCABULARY_FILE = "vocabulary.txt"
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
+FORMAT_VERSION: Literal[1] = 1
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("must rise")
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,16 @@ class BackboneConfig:
 
     name: str = "mobilenet"
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
-    input_range: tuple[float, float] = (-1.0, 1.0)
+    input_range: Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_rising)] = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder. `max_length` is the most words a caption can have."""
+    """Sizes of the decoder, and what training drops.
+
+    `max_length` is the most words a caption can have. `dropout` is of attention weights and of the
+    feed-forward output, as in the notebook; `input_dropout` of features and embedded words.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -52,7 +71,8 @@ class DecoderConfig:
     layers: Positive = 2
     heads: Positive = 2
     key_size: Positive = 128
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    dropout: Share = 0.3
+    input_dropout: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +81,9 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
+    format_version: Literal[1]
     backbone: BackboneConfig
     decoder: DecoderConfig
-    format_version: Literal[1] = 1
 
 
 @dataclass(frozen=True)

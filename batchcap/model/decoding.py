@@ -109,7 +109,9 @@ def sampler(temperature: Any, uniforms: Any) -> Choose:
     """
 
     def choose(logits: Any, position: Any) -> Any:
-        cumulative = tf.cumsum(tf.nn.softmax(logits / temperature), axis=-1)
+        # Near 0, where the division would overflow, the most probable word is certain already.
+        scaled = logits / tf.maximum(temperature, 1e-6)
+        cumulative = tf.cumsum(tf.nn.softmax(scaled), axis=-1)
         drawn = uniforms[:, position, None] * cumulative[:, -1:]
         word = tf.reduce_sum(tf.cast(cumulative <= drawn, tf.int32), axis=-1)
         return tf.minimum(word, logits.shape[-1] - 1)  # rounding can push `drawn` to the very end

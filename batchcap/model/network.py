@@ -145,6 +145,7 @@ class CaptionDecoder(keras.layers.Layer):
         self.config = config
         self.words = keras.layers.Embedding(config.vocabulary_size, config.units, name="words")
         self.positions = keras.layers.Embedding(config.max_length, config.units, name="positions")
+        self.input_dropout = keras.layers.Dropout(config.input_dropout)
         self.layers = [DecoderLayer(config, f"layer_{i}") for i in range(config.layers)]
         self.output_logits = keras.layers.Dense(
             config.vocabulary_size, dtype="float32", name="output"
@@ -160,8 +161,9 @@ class CaptionDecoder(keras.layers.Layer):
             layer.build()
         self.output_logits.build((None, None, self.config.units))
 
-    def keys_values(self, features: Any) -> list[KeysValues]:
+    def keys_values(self, features: Any, training: bool = False) -> list[KeysValues]:
         """Per layer, the cross-attention keys and values of features `float32[B, G, D]`."""
+        features = self.input_dropout(features, training=training)
         return [layer.cross_attention.keys_values(features) for layer in self.layers]
 
     def call(self, tokens: Any, image: list[KeysValues], training: bool = False) -> Any:
@@ -170,6 +172,7 @@ class CaptionDecoder(keras.layers.Layer):
         places = ops.arange(length)
         causal = places[:, None] >= places[None, :]
         x = self.words(tokens) + self.positions(places)
+        x = self.input_dropout(x, training=training)
         for layer, keys_values in zip(self.layers, image, strict=True):
             past = layer.self_attention.keys_values(x)
             x, _ = layer(x, past, causal, keys_values, training=training)

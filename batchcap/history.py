@@ -1,0 +1,34 @@
+"""The course of a training, epoch by epoch, as a table and a picture."""
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from batchcap.files import replacing
+
+HISTORY_FILE = "history.csv"
+CURVES_FILE = "history.png"
+
+
+def write_history(history: list[dict[str, float]], folder: Path) -> None:
+    """Epoch by epoch results as `history.csv` and, drawn, `history.png`."""
+    with replacing(folder / HISTORY_FILE) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = {
+        "loss (nats a word)": ("loss", "val_loss"),
+        "share of words right": ("accuracy", "val_accuracy"),
+        "validation metrics x100": ("cider_d", "bleu_4", "rouge_l"),
+    }
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            axes.plot(epochs, [row[name] for row in history], marker=".", label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(folder / CURVES_FILE) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -1,0 +1,206 @@
+"""Steps, epochs and checkpoints of one training, which goes on after a kill exactly where it was.
+
+Work in progress lives in a hidden folder beside the model to be: `.NAME.training`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from batchcap.contracts import UsageError
+from batchcap.files import replacing
+from batchcap.history import write_history
+from batchcap.model.captioner import Captioner, Weights
+from batchcap.model.loss import loss_function
+from batchcap.progress import progress
+from batchcap.settings import Decay, Monitor, TrainSettings
+from batchcap.training_data import TrainingBatches
+from batchcap.validation import Judge
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+SECONDS_BETWEEN_CHECKPOINTS = 120.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Record:
+    """Where training is: all of it but the numbers of the network and the optimizer."""
+
+    run: str
+    step: int = 0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Trainer:
+    """The steps, epochs and checkpoints of one training."""
+
+    def __init__(
+        self, settings: TrainSettings, captioner: Captioner, batches: TrainingBatches, run: str
+    ) -> None:
+        self.settings, self.captioner, self.batches = settings, captioner, batches
+        self.decoder = captioner.decoder
+        self.steps_per_epoch = settings.steps_per_epoch or batches.steps_per_pass
+        self.optimizer = keras.optimizers.Adam(
+            self._learning_rate(),
+            use_ema=settings.ema_momentum > 0,
+            ema_momentum=settings.ema_momentum,
+        )
+        self.optimizer.build(self.decoder.trainable_variables)
+        self.sums = tf.Variable(tf.zeros(3))  # read once an epoch: no round trip inside a step
+        self.folder = settings.out.with_name(f".{settings.out.name}.training")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record = Record(run)
+        self.best: Weights = {}
+        self._step = self._compile_step()
+
+    def run(self, judge: Judge) -> None:
+        """Train to the last epoch, or until `patience` epochs brought nothing better."""
+        self._restore()
+        while not self._finished():
+            epoch = len(self.record.history) + 1
+            started = time.monotonic() - self.record.seconds
+            with progress(f"epoch {epoch}", self.steps_per_epoch, "step") as bar:
+                bar.update(self.record.step % self.steps_per_epoch)
+                self._train_epoch(epoch, started, bar)
+            self._close_epoch(epoch, started, judge)
+            self._checkpoint()
+
+    def _train_epoch(self, epoch: int, started: float, bar: Any) -> None:
+        saved = time.monotonic()
+        for features, captions in self._batches(self.record.step, epoch * self.steps_per_epoch):
+            self._step(features, captions)
+            self.record.step += 1
+            bar.update(1)
+            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                self.record.seconds = time.monotonic() - started
+                self._checkpoint()
+                saved = time.monotonic()
+
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any]]:
+        features, captions = self.batches[start]
+        kinds = (tf.float32, tf.int32)
+        shapes = (features.shape, (*captions.shape[:2], None))
+
+        def batch(step: Any) -> Any:
+            arrays = tf.numpy_function(lambda step: self.batches[int(step)], [step], kinds)
+            return tuple(tf.ensure_shape(a, s) for a, s in zip(arrays, shapes, strict=True))
+
+        steps = tf.data.Dataset.range(start, stop)
+        return iter(steps.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2))
+
+    def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
+        loss, correct, count = self.sums.numpy()
+        self.sums.assign(tf.zeros(3))
+        row = {"epoch": epoch, "loss": loss / count, "accuracy": correct / count}
+        with self._averaged_weights():
+            row |= judge.results()
+            samples = judge.samples()
+            if self._value(row) > max(map(self._value, self.record.history), default=-np.inf):
+                self.record.best_epoch = epoch
+                self.best = {v.path: v.numpy() for v in self.decoder.trainable_variables}
+        row["learning_rate"] = float(self.optimizer.learning_rate.numpy())
+        row["seconds"] = time.monotonic() - started
+        self.record.history.append({name: float(value) for name, value in row.items()})
+        self.record.seconds = 0.0
+        log.info(
+            "epoch %d: %.0f s, loss %.3f, accuracy %.3f; validation loss %.3f, accuracy %.3f, "
+            "BLEU-4 %.1f, CIDEr-D %.1f%s",
+            *(epoch, row["seconds"], row["loss"], row["accuracy"], row["val_loss"]),
+            *(row["val_accuracy"], row["bleu_4"], row["cider_d"]),
+            " (best)" if self.record.best_epoch == epoch else "",
+        )
+        for sample in samples:
+            log.info("%s", sample)
+        write_history(self.record.history, self.folder)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Judge the moving average of the weights, if one is kept; then train on with the last."""
+        variables = self.decoder.trainable_variables
+        last = [variable.numpy() for variable in variables]
+        self.optimizer.finalize_variable_values(variables)
+        yield
+        for variable, value in zip(variables, last, strict=True):
+            variable.assign(value)
+
+    def _value(self, row: dict[str, float]) -> float:
+        return row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else -row["val_loss"]
+
+    def _finished(self) -> bool:
+        done = len(self.record.history)
+        no_better = done - self.record.best_epoch >= self.settings.patience
+        return done >= self.settings.epochs or (done > 0 and no_better)
+
+    def _learning_rate(self) -> Any:
+        peak, warmup = self.settings.learning_rate, self.settings.warmup_steps
+        if self.settings.decay is Decay.CONSTANT and not warmup:
+            return peak
+        steps = self.settings.epochs * self.steps_per_epoch
+        return keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0 if warmup else peak,
+            decay_steps=max(steps - warmup, 1),
+            alpha=0.0 if self.settings.decay is Decay.COSINE else 1.0,
+            warmup_target=peak if warmup else None,
+            warmup_steps=warmup,
+        )
+
+    def _compile_step(self) -> Any:
+        loss = loss_function(self.decoder, self.settings.label_smoothing)
+        variables = self.decoder.trainable_variables
+
+        @tf.function(reduce_retracing=True)
+        def step(features: Any, captions: Any) -> None:
+            with tf.GradientTape() as tape:
+                mean, sums = loss(features, captions, training=True)
+            self.optimizer.apply(tape.gradient(mean, variables), variables)
+            self.sums.assign_add(sums)
+
+        return step
+
+    def _state(self) -> dict[str, Any]:
+        variables = {
+            "decoder": self.decoder.variables,
+            "optimizer": self.optimizer.variables,
+            "sums": [self.sums],
+        }
+        return {f"{part}/{i}": v for part, group in variables.items() for i, v in enumerate(group)}
+
+    def _checkpoint(self) -> None:
+        """Save everything; a crash at any moment leaves the last checkpoint whole."""
+        arrays = {name: np.asarray(variable) for name, variable in self._state().items()}
+        arrays |= {f"best/{name}": value for name, value in self.best.items()}
+        path = self.folder / CHECKPOINT_FILE
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata={"record": json.dumps(asdict(self.record))})
+
+    def _restore(self) -> None:
+        path = self.folder / CHECKPOINT_FILE
+        if not path.exists():
+            return
+        with safe_open(path, framework="numpy") as saved:
+            record = Record(**json.loads(saved.metadata()["record"]))
+            if record.run != self.record.run:
+                raise UsageError(
+                    f"{self.folder} holds a training with other settings or data: "
+                    "go on with those, choose another --out, or delete it"
+                )
+            self.record = record
+            for name, variable in self._state().items():
+                variable.assign(saved.get_tensor(name))
+            best = [name for name in saved.keys() if name.startswith("best/")]  # noqa: SIM118
+            self.best = {name.removeprefix("best/"): saved.get_tensor(name) for name in best}
+        log.info("going on from %s: %d steps done", self.folder, record.step)

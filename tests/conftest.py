@@ -1,0 +1,50 @@
+"""What many tests share: the shipped model, real photos, a real data set where there is one."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.settings import DEFAULT_MODEL
+
+CROPS = 200
+CROP_SIZE = 224
+
+
+@pytest.fixture(scope="session")
+def captioner() -> Captioner:
+    return load_captioner(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def photos_folder() -> Path:
+    return Path(__file__).parent / "photos"
+
+
+@pytest.fixture(scope="session")
+def photo_crops(photos_folder: Path) -> npt.NDArray[np.uint8]:
+    """`uint8[200, 224, 224, 3]`: random parts of the photos, the same ones in every session."""
+    photos = [Image.open(path).convert("RGB") for path in sorted(photos_folder.rglob("*.jpg"))]
+    draws = np.random.default_rng(0)
+    return np.stack([_random_crop(photos[i % len(photos)], draws) for i in range(CROPS)])
+
+
+def _random_crop(photo: Image.Image, draws: np.random.Generator) -> npt.NDArray[np.uint8]:
+    side = int(min(photo.size) * draws.uniform(0.3, 1.0))
+    left, top = (int(draws.integers(room - side + 1)) for room in photo.size)
+    crop = photo.crop((left, top, left + side, top + side))
+    return np.asarray(crop.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BILINEAR))
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """Folder of Flickr8k-CN: `images/`, `captions.zh.txt` and the lists of its splits."""
+    beside_checkout = Path(__file__).parents[2] / "shared/data/flickr8k-cn"
+    folder = Path(os.environ.get("BATCHCAP_FLICKR8K", beside_checkout))
+    if not folder.is_dir():
+        pytest.skip("set BATCHCAP_FLICKR8K to the folder of Flickr8k-CN")
+    return folder

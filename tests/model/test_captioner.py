@@ -1,0 +1,519 @@
+"""The shipped model against a naive reference; model directories, whole and damaged."""
+
+import json
+import pickle
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import keras
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tensorflow as tf
+from safetensors.numpy import load_file, save_file
+
+from batchcap.contracts import ModelError
+from batchcap.model.backbones import BACKBONES, build_backbone
+from batchcap.model.captioner import (
+    Captioner,
+    get_weights,
+    load_captioner,
+    round_weights,
+    save_captioner,
+    uniform_draws,
+)
+from batchcap.model.config import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    METRICS_FILE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
+    BackboneConfig,
+    DecoderConfig,
+    DecodeSettings,
+    ModelConfig,
+    fingerprint,
+)
+from batchcap.model.decoding import Decoded
+from batchcap.model.images import load_image
+from batchcap.model.network import build_decoder
+from batchcap.model.text import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
+
+Pixels = npt.NDArray[np.uint8]
+
+MODEL_FILES = (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE)
+BATCH = 64
+TINY_VOCABULARY = Vocabulary((*SPECIAL_WORDS, "狗", "草地", "frisbee"))
+TINY_CONFIG = ModelConfig(
+    FORMAT_VERSION,
+    BackboneConfig("tiny", image_size=64),
+    DecoderConfig(
+        vocabulary_size=len(TINY_VOCABULARY),
+        grid_cells=4,
+        feature_size=3,
+        max_length=5,
+        units=8,
+        layers=1,
+        heads=2,
+        key_size=4,
+    ),
+)
+
+
+class Caption(NamedTuple):
+    tokens: list[int]
+    log_probs: list[float]  # END's comes last, where it was reached
+    finished: bool
+
+
+def captions_of(decoded: Decoded) -> list[Caption]:
+    rows = zip(decoded.tokens, decoded.lengths, decoded.log_probs, decoded.finished, strict=True)
+    return [
+        Caption(tokens[:length].tolist(), log_probs[: length + finished].tolist(), bool(finished))
+        for tokens, length, log_probs, finished in rows
+    ]
+
+
+def caption_photos(
+    captioner: Captioner,
+    photos: Pixels,
+    keys: list[str] | None = None,
+    batch_size: int = BATCH,
+    **settings: float,
+) -> list[Caption]:
+    """Captions of any number of photos; the last batch is filled up with dead rows."""
+    asked = DecodeSettings(captioner.config.decoder.max_length, **settings)
+    keys = keys or photo_keys(photos)
+    captions: list[Caption] = []
+    for start in range(0, len(photos), batch_size):
+        batch = photos[start : start + batch_size]
+        dead = batch_size - len(batch)
+        decoded = captioner.caption(
+            np.pad(batch, ((0, dead), (0, 0), (0, 0), (0, 0))),
+            np.arange(batch_size) < len(batch),
+            asked,
+            keys[start : start + batch_size] + [""] * dead,
+        )
+        captions += captions_of(decoded)[: len(batch)]
+    return captions
+
+
+def photo_keys(photos: Pixels) -> list[str]:
+    return [f"photo {i}" for i in range(len(photos))]
+
+
+@pytest.fixture(scope="module")
+def photos(photo_crops: Pixels) -> Pixels:
+    """One batch of photos."""
+    return photo_crops[:BATCH]
+
+
+@pytest.fixture(scope="module")
+def greedy_captions(captioner: Captioner, photos: Pixels) -> list[Caption]:
+    return caption_photos(captioner, photos)
+
+
+@pytest.fixture(scope="module")
+def drawn_captions(captioner: Captioner, photos: Pixels) -> list[Caption]:
+    return caption_photos(captioner, photos, temperature=1.0)
+
+
+def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
+    """One photo alone, and no cache: the whole caption is read anew for each word.
+
+    The two calls of the network are compiled for speed; the loop is plain Python.
+    """
+    decoder = captioner.decoder
+    look = tf.function(captioner.features)
+
+    @tf.function(reduce_retracing=True)
+    def read(tokens: Any, features: Any) -> Any:
+        return decoder(tokens, decoder.keys_values(features))
+
+    def caption(photo: Pixels) -> Caption:
+        features = look(tf.constant(photo[None]))
+        tokens, log_probs = [START_ID], []
+        for _ in range(captioner.config.decoder.max_length):
+            logits = read(tf.constant([tokens]), features).numpy()[0, -1].astype(np.float64)
+            word = int(logits.argmax())
+            log_probs.append(logits[word] - np.log(np.exp(logits).sum()))
+            if word == END_ID:
+                return Caption(tokens[1:], log_probs, finished=True)
+            tokens.append(word)
+        return Caption(tokens[1:], log_probs, finished=False)
+
+    return caption
+
+
+def assert_same_captions(captions: list[Caption], expected: list[Caption]) -> None:
+    for caption, of_same_photo in zip(captions, expected, strict=True):
+        assert caption.tokens == of_same_photo.tokens
+        assert caption.finished == of_same_photo.finished
+        assert caption.log_probs == pytest.approx(of_same_photo.log_probs, abs=1e-4)
+
+
+def count_differing(captions: list[Caption], others: list[Caption]) -> int:
+    return sum(a.tokens != b.tokens for a, b in zip(captions, others, strict=True))
+
+
+def assert_captioned_naively(captioner: Captioner, photos: Pixels) -> None:
+    naive = naive_captioner(captioner)
+    expected = [naive(photo) for photo in photos]
+    assert len({tuple(caption.tokens) for caption in expected}) > len(photos) / 4
+    assert_same_captions(caption_photos(captioner, photos), expected)
+
+
+def test_captions_of_photos_are_those_of_a_naive_loop(captioner, photo_crops):
+    assert_captioned_naively(captioner, photo_crops)
+
+
+def test_captions_of_flickr8k_are_those_of_a_naive_loop(captioner, flickr8k):
+    names = (flickr8k / "val.txt").read_text().split()[:200]
+    paths = [flickr8k / "images" / f"{Path(name).stem}.jpg" for name in names]
+    size = captioner.config.backbone.image_size
+    photos = np.stack([load_image(path, size).pixels for path in paths])
+    assert_captioned_naively(captioner, photos)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions, batch_size):
+    captions = caption_photos(captioner, photos, batch_size=batch_size)
+    assert_same_captions(captions, greedy_captions)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions, batch_size):
+    captions = caption_photos(captioner, photos, batch_size=batch_size, temperature=1.0)
+    assert_same_captions(captions, drawn_captions)
+
+
+def test_captions_do_not_depend_on_the_order(captioner, photos, greedy_captions):
+    backwards = caption_photos(captioner, photos[::-1])
+    assert_same_captions(backwards[::-1], greedy_captions)
+
+
+def test_draws_do_not_depend_on_the_order(captioner, photos, drawn_captions):
+    keys = photo_keys(photos)[::-1]
+    backwards = caption_photos(captioner, photos[::-1], keys, temperature=1.0)
+    assert_same_captions(backwards[::-1], drawn_captions)
+
+
+def test_another_seed_draws_other_captions(captioner, photos, drawn_captions):
+    again = caption_photos(captioner, photos, temperature=1.0, seed=0)
+    assert_same_captions(again, drawn_captions)
+    other = caption_photos(captioner, photos, temperature=1.0, seed=1)
+    assert count_differing(other, drawn_captions) > BATCH / 2
+
+
+def test_seed_does_not_matter_where_nothing_is_drawn(captioner, photos, greedy_captions):
+    assert_same_captions(caption_photos(captioner, photos, seed=1), greedy_captions)
+
+
+def test_copies_of_a_photo_under_other_keys_are_drawn_apart(captioner, photos):
+    copies = np.repeat(photos[:1], BATCH, axis=0)
+    captions = caption_photos(captioner, copies, temperature=1.0)
+    assert len({tuple(caption.tokens) for caption in captions}) > BATCH / 4
+
+
+def test_captions_of_known_features_are_those_of_the_photos(captioner, photos, greedy_captions):
+    settings = DecodeSettings(captioner.config.decoder.max_length)
+    features = tf.function(captioner.features)(photos).numpy()
+    decoded = captioner.caption_features(
+        features, np.ones(BATCH, np.bool_), settings, photo_keys(photos)
+    )
+    assert_same_captions(captions_of(decoded), greedy_captions)
+
+
+def test_length_limit_cuts_greedy_captions_and_changes_no_word(captioner, photos, greedy_captions):
+    decoded = captioner.caption(
+        photos, np.ones(BATCH, np.bool_), DecodeSettings(max_length=3), photo_keys(photos)
+    )
+    for short, whole in zip(captions_of(decoded), greedy_captions, strict=True):
+        assert short.tokens == whole.tokens[:3]
+
+
+def test_uniform_draws_are_of_key_and_seed_alone():
+    settings = DecodeSettings(max_length=9, temperature=1.0, seed=3)
+    draws = uniform_draws(settings, ["a", "b", "a"])
+    np.testing.assert_array_equal(draws[0], draws[2])
+    assert len(np.unique(draws)) == 2 * 9
+    assert ((draws >= 0) & (draws < 1)).all()
+    other_seed = uniform_draws(DecodeSettings(max_length=9, temperature=1.0, seed=4), ["a"])
+    assert not np.isin(other_seed, draws).any()
+
+
+def test_shipped_vocabulary_speaks_chinese(captioner):
+    assert {"一个", "狗", "草地"} <= set(captioner.vocabulary.words)
+
+
+def tiny_cnn(
+    weights: None, include_top: bool, input_shape: tuple[int, int, int]
+) -> keras.Sequential:
+    """A backbone that is made in no time. Called as those of keras.applications are."""
+    layer = keras.layers.Conv2D(3, 32, strides=32, name="conv")
+    return keras.Sequential([keras.Input(input_shape), layer], name="tiny")
+
+
+@pytest.fixture
+def tiny_captioner(monkeypatch: pytest.MonkeyPatch) -> Captioner:
+    monkeypatch.setitem(BACKBONES, "tiny", tiny_cnn)
+    keras.utils.set_random_seed(1)
+    backbone, decoder = (
+        build_backbone(TINY_CONFIG.backbone, None),
+        build_decoder(TINY_CONFIG.decoder),
+    )
+    return Captioner(TINY_CONFIG, TINY_VOCABULARY, backbone, decoder)
+
+
+@pytest.fixture
+def model(tiny_captioner: Captioner, tmp_path: Path) -> Path:
+    """A model directory, to be damaged."""
+    save_captioner(tiny_captioner, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def weights_of(captioner: Captioner) -> dict[str, npt.NDArray[Any]]:
+    return get_weights(captioner.backbone, captioner.decoder)
+
+
+def test_saved_model_is_loaded_as_it_was(tiny_captioner, model):
+    loaded = load_captioner(model)
+    assert loaded.config == tiny_captioner.config
+    assert loaded.vocabulary == tiny_captioner.vocabulary
+    assert loaded.fingerprint == fingerprint(model)
+    for name, weight in weights_of(tiny_captioner).items():
+        stored_type = np.float32 if weight.ndim == 1 else np.float16
+        np.testing.assert_array_equal(weights_of(loaded)[name], weight.astype(stored_type))
+
+
+def test_rounded_weights_are_loaded_unchanged(tiny_captioner, tmp_path):
+    round_weights(tiny_captioner.decoder.variables + tiny_captioner.backbone.variables)
+    save_captioner(tiny_captioner, tmp_path)
+    loaded = weights_of(load_captioner(tmp_path))
+    for name, weight in weights_of(tiny_captioner).items():
+        np.testing.assert_array_equal(loaded[name], weight)
+
+
+def test_shipped_model_saved_again_captions_the_same(captioner, photos, greedy_captions, tmp_path):
+    save_captioner(captioner, tmp_path / "again")
+    again = caption_photos(load_captioner(tmp_path / "again"), photos)
+    assert_same_captions(again, greedy_captions)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_fingerprint_changes_with_any_byte_that_changes_captions(model, name):
+    path, original = model / name, fingerprint(model)
+    content = path.read_bytes()
+    for place in range(0, len(content), 1 + len(content) // 300):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert fingerprint(model) != original, place
+    path.write_bytes(content)
+    assert fingerprint(model) == original
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, CARD_FILE])
+def test_fingerprint_leaves_out_what_changes_no_caption(model, name):
+    original = fingerprint(model)
+    (model / name).write_text("{}")
+    assert fingerprint(model) == original
+
+
+def assert_refused(model: Path, name: str, *details: str) -> None:
+    """Loading says which file is wrong, and where."""
+    with pytest.raises(ModelError) as refusal:
+        load_captioner(model)
+    for part in (str(model), name, *details):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_missing_file_is_named(model, name):
+    (model / name).unlink()
+    assert_refused(model, name)
+
+
+def test_missing_directory_is_named(tmp_path):
+    assert_refused(tmp_path / "nothing", CONFIG_FILE)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{\0}\0"])
+def test_config_that_is_no_json_object_is_refused(model, content):
+    (model / CONFIG_FILE).write_bytes(content)
+    assert_refused(model, CONFIG_FILE)
+
+
+def section_and_key(config: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    *sections, key = field.split(".")
+    return reduce(dict.__getitem__, sections, config), key
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("colour", 1),
+        ("backbone", "mobilenet"),
+        ("backbone.colour", 1),
+        ("backbone.name", 1),
+        ("backbone.name", "telescope"),
+        ("backbone.image_size", "64"),
+        ("backbone.image_size", 31),
+        ("backbone.image_size", 1025),
+        ("backbone.input_range", [0.0]),
+        ("backbone.input_range", ["0", "1"]),
+        ("backbone.input_range", [1.0, 0.0]),
+        ("backbone.input_range", [0.0, float("inf")]),
+        ("backbone.input_range", [float("nan"), 1.0]),
+        ("decoder", None),
+        ("decoder.colour", 1),
+        ("decoder.vocabulary_size", 4),
+        ("decoder.grid_cells", 0),
+        ("decoder.grid_cells", 9),
+        ("decoder.feature_size", 0),
+        ("decoder.max_length", -1),
+        ("decoder.units", "256"),
+        ("decoder.units", 8.5),
+        ("decoder.units", True),
+        ("decoder.layers", 0),
+        ("decoder.heads", 0),
+        ("decoder.key_size", None),
+        ("decoder.dropout", 1.0),
+        ("decoder.dropout", -0.1),
+        ("decoder.dropout", "0.3"),
+        ("format_version", 2),
+        ("format_version", "1"),
+    ],
+)
+def test_wrong_field_is_named(model, field, value):
+    config = json.loads((model / CONFIG_FILE).read_text())
+    section, key = section_and_key(config, field)
+    section[key] = value
+    (model / CONFIG_FILE).write_text(json.dumps(config))
+    assert_refused(model, CONFIG_FILE, field)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "backbone",
+        "decoder",
+        "decoder.vocabulary_size",
+        "decoder.grid_cells",
+        "decoder.feature_size",
+    ],
+)
+def test_missing_field_is_named(model, field):
+    config = json.loads((model / CONFIG_FILE).read_text())
+    section, key = section_and_key(config, field)
+    del section[key]
+    (model / CONFIG_FILE).write_text(json.dumps(config))
+    assert_refused(model, CONFIG_FILE, field)
+
+
+def test_vocabulary_of_another_size_is_refused(model):
+    with (model / VOCABULARY_FILE).open("a") as file:
+        file.write("猫\n")
+    assert_refused(model, VOCABULARY_FILE, "8 words", CONFIG_FILE, "7")
+
+
+def write_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"decoder/output/bias": np.zeros(7)}))
+
+
+def write_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["decoder/output/bias"] = np.zeros(7)
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def cut_last_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def write_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def write_float8(path: Path) -> None:
+    """A type that numpy does not have."""
+    tensor = {"dtype": "F8_E4M3", "shape": [7], "data_offsets": [0, 7]}
+    header = json.dumps({"decoder/output/bias": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(7))
+
+
+@pytest.mark.parametrize(
+    "damage", [write_pickle, write_hdf5, cut_in_half, cut_last_byte, write_nothing, write_float8]
+)
+def test_weights_that_are_no_whole_safetensors_are_refused(model, damage):
+    damage(model / WEIGHTS_FILE)
+    assert_refused(model, WEIGHTS_FILE, "damaged")
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.canary,)
+
+
+def test_loading_runs_no_pickle(model, tmp_path):
+    canary = tmp_path / "canary"
+    trap = pickle.dumps(Trap(canary))
+    (model / WEIGHTS_FILE).write_bytes(trap)
+    assert_refused(model, WEIGHTS_FILE)
+    assert not canary.exists()
+    pickle.loads(trap)
+    assert canary.exists()
+
+
+@pytest.fixture
+def change_weights(model: Path) -> Callable[..., None]:
+    """Replaces tensors of `model.safetensors`; None takes one away."""
+
+    def change(changes: dict[str, npt.NDArray[Any] | None]) -> None:
+        weights = load_file(model / WEIGHTS_FILE) | changes
+        kept = {name: value for name, value in weights.items() if value is not None}
+        save_file(kept, model / WEIGHTS_FILE)
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["backbone/tiny/conv/kernel", "decoder/layer_0/narrow/bias"])
+def test_missing_tensor_is_named(model, change_weights, name):
+    change_weights({name: None})
+    assert_refused(model, WEIGHTS_FILE, "lacks", name)
+
+
+@pytest.mark.parametrize("name", ["backbone/head/kernel", "decoder/layer_1/narrow/bias"])
+def test_unknown_tensor_is_named(model, change_weights, name):
+    change_weights({name: np.zeros(3, np.float16)})
+    assert_refused(model, WEIGHTS_FILE, "the model does not", name)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 7), ()])
+def test_tensor_of_wrong_shape_is_named(model, change_weights, shape):
+    change_weights({"decoder/output/bias": np.zeros(shape, np.float16)})
+    assert_refused(model, WEIGHTS_FILE, "decoder/output/bias", str(shape), "(7,)")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_tensor_with_a_number_that_is_none_is_named(model, change_weights, number):
+    bias = np.zeros(7, np.float16)
+    bias[4] = number
+    change_weights({"decoder/output/bias": bias})
+    assert_refused(model, WEIGHTS_FILE, "decoder/output/bias", "not finite")
+
+
+def test_unharmed_model_is_not_refused(model, change_weights):
+    change_weights({"decoder/output/bias": np.zeros(7, np.float16)})
+    load_captioner(model)

@@ -1,0 +1,75 @@
+"""`batchcap caption`: what stands on the terminal, and the figure."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcap import attention_figure
+from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.settings import CaptionSettings
+
+
+def caption(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = "from batchcap.cli import main; main()"
+    command = [sys.executable, "-c", program, "caption", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_photo_gets_its_caption_and_a_probability_for_each_word(photos_folder: Path) -> None:
+    done = caption(photos_folder / "photographer.jpg")
+    assert done.returncode == 0, done.stderr
+    path, sentence, words = done.stdout.splitlines()
+    assert path.endswith("photographer.jpg")
+    pairs = re.findall(r"(\S+) ([01]\.\d\d)", words)
+    assert "".join(word for word, _ in pairs) == f"{sentence}[END]"
+    assert all(0 < float(probability) <= 1 for _, probability in pairs)
+
+
+def test_a_bad_file_is_said_and_the_others_are_captioned(
+    photos_folder: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no photo")
+    done = caption(bad, photos_folder / "coffee.jpg")
+    assert done.returncode == 1
+    assert str(bad) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "coffee.jpg" in done.stdout
+
+
+def test_the_figure_is_drawn(photos_folder: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "attention.png"
+    done = caption(photos_folder / "coffee.jpg", "--attention-figure", figure)
+    assert done.returncode == 0, done.stderr
+    with Image.open(figure) as picture:
+        assert min(picture.size) > 250
+        assert len(set(picture.convert("L").tobytes())) > 100
+
+
+def test_a_figure_is_of_one_photo() -> None:
+    with pytest.raises(UsageError, match="one IMAGE"):
+        CaptionSettings(images=("a.jpg", "b.jpg"), attention_figure=Path("f.png"))
+
+
+def test_each_panel_is_titled_in_a_font_that_has_its_characters() -> None:
+    font = attention_figure.find_font("狗在草地上")
+    assert Path(font.get_file()).is_file()
+
+
+def test_without_a_font_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_figure.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(attention_figure, "FONT_PACKAGE", "no_such_font_package")
+    with pytest.raises(InputError, match="pip install noto-cjk-sans-otc"):
+        attention_figure.find_font("狗")
+
+
+def test_a_figure_that_can_t_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "f.png"
+    pixels, weights = np.zeros((8, 8, 3), np.uint8), np.ones((1, 7, 7), np.float32)
+    with pytest.raises(OutputError, match="nowhere"):
+        attention_figure.draw_attention(pixels, ["狗"], weights, path)

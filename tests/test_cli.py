@@ -1,0 +1,138 @@
+"""The door: help without weight, settings by precedence, exit codes, no traceback."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from batchcap import __version__
+from batchcap.cli import batchcap, main
+from batchcap.settings import CaptionSettings, RunSettings, TrainSettings
+
+VERBS = ("run", "train", "caption", "model")
+
+
+def invoke(*arguments: object, **environment: str) -> Any:
+    return CliRunner().invoke(batchcap, [*map(str, arguments)], env=environment)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_a_verb_and_loads_no_tensorflow(verb: str) -> None:
+    program = (
+        "import sys, batchcap.cli as cli\n"
+        "try: cli.main([sys.argv[1], '--help'])\n"
+        "finally: assert 'tensorflow' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, verb], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: batchcap {verb}")
+
+
+def test_version_is_the_package_s() -> None:
+    assert __version__ in invoke("--version").output
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [("run", RunSettings), ("train", TrainSettings), ("caption", CaptionSettings)],
+)
+def test_every_setting_is_a_flag_with_a_help_text(verb: str, settings: type[Any]) -> None:
+    shown = invoke(verb, "--help").output
+    for spec in fields(settings):
+        if "help" in spec.metadata:
+            assert f"--{spec.name.replace('_', '-')}" in shown
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
+    """What `run` would have been asked; nothing is run."""
+    seen: list[RunSettings] = []
+    monkeypatch.setattr("batchcap.run.run_captioning", seen.append)
+    return seen
+
+
+def test_flag_beats_environment_beats_file_beats_default(
+    asked: list[RunSettings], tmp_path: Path
+) -> None:
+    config = tmp_path / "nightly.toml"
+    config.write_text("[run]\nbatch-size = 5\nseed = 6\ntemperature = 0.5\n[train]\nepochs = 3\n")
+    arguments = ("run", "in", "out.parquet", "--config", config)
+    result = invoke(
+        *arguments, "--batch-size", 7, BATCHCAP_RUN_SEED="8", BATCHCAP_RUN_BATCH_SIZE="9"
+    )
+    assert result.exit_code == 0, result.output
+    (settings,) = asked
+    assert (settings.batch_size, settings.seed, settings.temperature) == (7, 8, 0.5)
+    assert settings.attention == "summary"
+
+
+def test_an_unknown_setting_in_a_file_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "typo.toml"
+    config.write_text("[run]\nbatch-sise = 5\n")
+    result = invoke("run", "in", "out.parquet", "--config", config)
+    assert result.exit_code == 2
+    assert "batch_sise" in result.output
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "broken.toml"
+    config.write_text("[run\n")
+    result = invoke("run", "in", "out.parquet", "--config", config)
+    assert result.exit_code == 2
+    assert str(config) in result.output
+
+
+def exit_code(*arguments: object) -> Any:
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, arguments)])
+    return stopped.value.code
+
+
+def test_a_failure_nobody_foresaw_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_settings: RunSettings) -> None:
+        raise ZeroDivisionError("of a kind")
+
+    monkeypatch.setattr("batchcap.run.run_captioning", fail)
+    assert exit_code("run", "in", "out.parquet") == 1
+    said = capsys.readouterr().err
+    assert said == "batchcap: unexpected ZeroDivisionError: of a kind (--verbose shows where)\n"
+
+
+def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = "from batchcap.cli import main; main()"
+    arguments = ["run", tmp_path, tmp_path / "o.parquet", "--verbose"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "no photo in" in done.stderr
+
+
+def test_model_show_tells_what_the_shipped_model_is() -> None:
+    shown = invoke("model", "show").output
+    assert "fingerprint" in shown
+    assert "mobilenet, 224 px" in shown
+    assert "CIDEr-D" in shown
+
+
+def test_model_card_names_data_licence_and_limits() -> None:
+    card = invoke("model", "card").output
+    assert "Flickr8k-CN" in card
+    assert "non-commercial" in card
+    assert "## Limits" in card
+
+
+def test_a_directory_that_is_no_model_is_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("model", "show", tmp_path) == 1
+    assert "is not a model directory" in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""Training on squares of plain colour: small enough to learn in seconds, real in every part."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from batchcap.contracts import UsageError
+from batchcap.model.backbones import build_backbone
+from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.config import (
+    BackboneConfig,
+    DecoderConfig,
+    DecodeSettings,
+    ModelConfig,
+)
+from batchcap.model.images import load_image
+from batchcap.model.loss import loss_function
+from batchcap.model.network import build_decoder
+from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary, join_words
+from batchcap.settings import Decay, TrainSettings
+from batchcap.train import train_captioner
+
+COLOURS = {
+    "红色": (220, 30, 30),
+    "绿色": (30, 200, 40),
+    "蓝色": (30, 40, 220),
+    "白色": (250, 250, 250),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training and 8 validation photos, captions as JSONL, and random backbone weights."""
+    folder = tmp_path_factory.mktemp("squares")
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(1)
+    records = []
+    for number in range(72):
+        name, colour = list(COLOURS.items())[number % 4]
+        pixels = np.clip(np.array(colour) + noise.integers(-20, 20, (64, 64, 3)), 0, 255)
+        image_id = f"{number:03}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / image_id)
+        captions = [f"一个{name}的方块。", f"{name}的方块"]
+        split = "train" if number < 64 else "val"
+        records.append({"image_id": image_id, "captions": captions, "split": split})
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+    images = [load_image(folder / "images" / record["image_id"], 64).pixels for record in records]
+    random_backbone(np.stack(images)).save_weights(folder / "backbone.weights.h5")
+    return folder
+
+
+def random_backbone(images: npt.NDArray[np.uint8]) -> keras.Model:
+    """Random weights, normalised to these images: else little is left of them after 27 layers."""
+    keras.utils.set_random_seed(0)
+    backbone = build_backbone(BackboneConfig(image_size=64), None)
+    backbone.trainable = True
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    backbone(images / 127.5 - 1, training=True)
+    return backbone
+
+
+def settings_for(squares: Path, out: Path) -> TrainSettings:
+    return TrainSettings(
+        annotations=squares / "captions.jsonl",
+        images=squares / "images",
+        out=out,
+        backbone_weights=str(squares / "backbone.weights.h5"),
+        image_size=64,
+        min_count=1,
+        max_length=8,
+        units=32,
+        key_size=16,
+        dropout=0.1,
+        batch_size=8,
+        epochs=30,
+        patience=30,
+        learning_rate=5e-3,
+        warmup_steps=8,
+        data_note="Squares made by a test. CC0.",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_captioner(settings_for(squares, tmp_path_factory.mktemp("trained") / "model"))
+
+
+def history_of(model: Path) -> list[dict[str, float]]:
+    with (model / "history.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_it_learns_to_name_colours(trained: Path, squares: Path) -> None:
+    captioner = load_captioner(trained)
+    images = [load_image(squares / "images" / f"{n:03}.png", 64).pixels for n in range(64, 72)]
+    settings = DecodeSettings(captioner.config.decoder.max_length)
+    decoded = captioner.caption(np.stack(images), np.ones(8, np.bool_), settings, [""] * 8)
+    captions = [
+        join_words(captioner.vocabulary.decode(ids[:length]))
+        for ids, length in zip(decoded.tokens, decoded.lengths, strict=True)
+    ]
+    right = [list(COLOURS)[number % 4] in caption for number, caption in enumerate(captions)]
+    assert sum(right) >= 6  # of 8; a model blind to the photos has 2
+
+
+def test_the_model_directory_is_whole_and_nothing_is_left_beside_it(trained: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "README.md",
+        "config.json",
+        "history.csv",
+        "history.png",
+        "metrics.json",
+        "model.safetensors",
+        "vocabulary.txt",
+    ]
+    assert [path.name for path in trained.parent.iterdir()] == ["model"]
+
+
+def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: Path) -> None:
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert "Squares made by a test. CC0." in card
+    assert metrics["signature"] in card
+    assert f"CIDEr-D | {metrics['validation']['cider_d']:.1f}" in card
+    assert "## Limits" in card
+
+
+def test_history_has_a_row_an_epoch_and_a_picture(trained: Path) -> None:
+    history = history_of(trained)
+    assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+    assert {"seconds", "accuracy", "bleu_4", "cider_d"} <= history[0].keys()
+    with Image.open(trained / "history.png") as curves:
+        assert curves.size[0] > 600
+
+
+def start_training(squares: Path, out: Path) -> subprocess.Popen[str]:
+    wanted = settings_for(squares, out)
+    flags = {
+        "--annotations": wanted.annotations,
+        "--images": wanted.images,
+        "--out": out,
+        "--backbone-weights": wanted.backbone_weights,
+        "--image-size": wanted.image_size,
+        "--min-count": wanted.min_count,
+        "--max-length": wanted.max_length,
+        "--units": wanted.units,
+        "--key-size": wanted.key_size,
+        "--dropout": wanted.dropout,
+        "--batch-size": wanted.batch_size,
+        "--epochs": wanted.epochs,
+        "--patience": wanted.patience,
+        "--learning-rate": wanted.learning_rate,
+        "--warmup-steps": wanted.warmup_steps,
+    }
+    arguments = [str(part) for flag in flags.items() for part in flag]
+    command = [sys.executable, "-c", "from batchcap.cli import main; main()", "train", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(
+    trained: Path, squares: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    first = start_training(squares, out)
+    checkpoint = tmp_path / ".model.training" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not out.exists()
+    second = start_training(squares, out)
+    _, log = second.communicate(timeout=300)
+    assert second.returncode == 0, log
+    assert "going on from" in log
+    for resumed, uninterrupted in zip(history_of(out), history_of(trained), strict=True):
+        for name in ("loss", "val_loss", "learning_rate"):
+            assert resumed[name] == pytest.approx(uninterrupted[name], rel=1e-3)
+
+
+def test_another_training_is_not_mixed_into_an_unfinished_one(
+    squares: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(squares, tmp_path / "model")
+    process = start_training(squares, settings.out)
+    checkpoint = tmp_path / ".model.training" / "checkpoint.safetensors"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    with pytest.raises(UsageError, match=r"other settings or data"):
+        train_captioner(replace(settings, dropout=0.4))
+
+
+def test_a_model_that_exists_is_never_overwritten(squares: Path, trained: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        train_captioner(settings_for(squares, trained))
+
+
+@pytest.mark.parametrize("decay", list(Decay))
+def test_every_decay_trains(decay: Decay, squares: Path, tmp_path: Path) -> None:
+    wanted = replace(
+        settings_for(squares, tmp_path / "model"),
+        decay=decay,
+        epochs=1,
+        steps_per_epoch=3,
+        warmup_steps=0,
+        captions_per_image=1,
+        flip=False,
+        label_smoothing=0.1,
+    )
+    (row,) = history_of(train_captioner(wanted))
+    assert row["learning_rate"] == pytest.approx(0 if decay is Decay.COSINE else 5e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Captioner:
+    vocabulary = Vocabulary(("[PAD]", "[UNK]", "[START]", "[END]", "狗", "猫", "跑"))
+    decoder = DecoderConfig(len(vocabulary), grid_cells=4, feature_size=1024, units=16, key_size=8)
+    config = ModelConfig(BackboneConfig(image_size=64), decoder)
+    keras.utils.set_random_seed(2)
+    return Captioner(
+        config, vocabulary, build_backbone(config.backbone, None), build_decoder(decoder)
+    )
+
+
+def test_the_loss_is_the_mean_over_words_that_count(tiny: Captioner) -> None:
+    features = np.random.default_rng(3).random((1, 4, 1024), np.float32)
+    captions = np.array([[[START_ID, 4, UNKNOWN_ID, 6, END_ID, PADDING_ID]]], np.int32)
+    mean, (loss_sum, right, count) = loss_function(tiny.decoder, 0.0)(features, captions, False)
+    inputs, labels = captions[0, :, :-1], captions[0, 0, 1:]
+    logits = tiny.decoder(inputs, tiny.decoder.keys_values(features)).numpy()[0].astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    counted = [0, 2, 3]  # 狗, 跑 and END: neither [UNK] nor padding
+    expected = -sum(log_probs[place, labels[place]] for place in counted)
+    assert float(count) == 3
+    assert float(loss_sum) == pytest.approx(expected, rel=1e-5)
+    assert float(mean) == pytest.approx(expected / 3, rel=1e-5)
+    assert float(right) == sum(logits[place].argmax() == labels[place] for place in counted)
+
+
+def test_label_smoothing_adds_the_loss_of_a_uniform_guess(tiny: Captioner) -> None:
+    features = np.random.default_rng(3).random((1, 4, 1024), np.float32)
+    captions = np.array([[[START_ID, 4, 5, END_ID]]], np.int32)
+    plain, _ = loss_function(tiny.decoder, 0.0)(features, captions, False)
+    smoothed, _ = loss_function(tiny.decoder, 0.1)(features, captions, False)
+    logits = tiny.decoder(captions[0, :, :-1], tiny.decoder.keys_values(features)).numpy()[0]
+    log_probs = tf.nn.log_softmax(logits).numpy()[:, 3:]  # what can be said: END and three words
+    expected = 0.9 * float(plain) + 0.1 * -log_probs.mean()
+    assert float(smoothed) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,326 @@
+"""From annotations and photos to batches: splits, token tables, cached features, mirrored views."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from batchcap.contracts import InputError
+from batchcap.model.backbones import build_backbone, extract_features
+from batchcap.model.config import BackboneConfig
+from batchcap.model.images import load_image
+from batchcap.model.text import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID, UNKNOWN_ID, Vocabulary
+from batchcap.settings import TrainSettings
+from batchcap.training_data import (
+    Example,
+    Features,
+    Tokens,
+    TrainingBatches,
+    extract_all,
+    load_examples,
+    token_table,
+    trim,
+)
+
+PHOTOS = 10
+VOCABULARY = Vocabulary((*SPECIAL_WORDS, "左边", "右边", "狗", "草地", *map(str, range(PHOTOS))))
+LEFT, RIGHT, DOG, GRASS = VOCABULARY.encode(["左边", "右边", "狗", "草地"])
+BACKBONE = BackboneConfig("mobilenet", image_size=32)
+
+
+def write_annotations(path: Path, splits: dict[str, str | None]) -> Path:
+    lines = [
+        json.dumps({"image_id": name, "captions": ["一只狗在跑"], "split": split})
+        for name, split in splits.items()
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def data_set(folder: Path, splits: dict[str, str | None], **settings: Any) -> TrainSettings:
+    """A folder of annotations, and a file for every photo."""
+    for name in splits:
+        (folder / name).write_bytes(name.encode())
+    annotations = write_annotations(folder / "captions.jsonl", splits)
+    return TrainSettings(annotations=annotations, images=folder, out=folder / "model", **settings)
+
+
+def ids(examples: list[Example]) -> list[str]:
+    return [example.image_id for example in examples]
+
+
+def example(*captions: str, image_id: str = "1.jpg", path: Path = Path("1.jpg")) -> Example:
+    """A photo with captions whose words are parted by spaces."""
+    cut = tuple(tuple(caption.split()) for caption in captions)
+    return Example(image_id, path, sha256=image_id, captions=cut)
+
+
+def test_annotations_tell_the_split(tmp_path):
+    settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": "train"})
+    training, validation = load_examples(settings)
+    assert (ids(training), ids(validation)) == (["1", "4"], ["2"])
+
+
+def test_validation_annotations_count_more_than_splits(tmp_path):
+    settings = data_set(
+        tmp_path,
+        {"1": "train", "2": "val", "3": None},
+        validation_annotations=write_annotations(tmp_path / "val.jsonl", {"3": None}),
+    )
+    training, validation = load_examples(settings)
+    assert (ids(training), ids(validation)) == (["1", "2", "3"], ["3"])
+
+
+def test_validation_photos_are_drawn_where_nothing_names_them(tmp_path):
+    unsplit = {str(i): None for i in range(PHOTOS)}
+    draws = {}
+    for seed in (1, 2):
+        settings = data_set(tmp_path, unsplit, validation_count=3, seed=seed)
+        training, validation = draws[seed] = load_examples(settings)
+        assert len(validation) == 3
+        assert sorted(ids(training) + ids(validation)) == list(unsplit)
+        assert load_examples(settings) == (training, validation)
+    assert draws[1] != draws[2]
+
+
+def test_examples_know_the_bytes_and_the_words(tmp_path):
+    (training,), _ = load_examples(data_set(tmp_path, {"1": "train", "2": "val"}))
+    assert training.path.read_bytes() == b"1"
+    assert training.sha256 == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    assert training.captions == (("一只", "狗", "在", "跑"),)
+
+
+def test_photos_without_a_file_are_left_out_and_counted(tmp_path, caplog):
+    settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val"})
+    (tmp_path / "2").unlink()
+    training, _ = load_examples(settings)
+    assert ids(training) == ["1"]
+    assert "1 of 2 annotated photos" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("splits", "empty"), [({"1": "train"}, "validation"), ({"1": "val"}, "training")]
+)
+def test_side_without_photos_is_refused(tmp_path, splits, empty):
+    with pytest.raises(InputError, match=f"captions.jsonl .* no {empty} photo"):
+        load_examples(data_set(tmp_path, splits))
+
+
+def test_token_table_holds_start_words_end_and_padding():
+    (table,) = token_table([example("狗 草地", "草地")], VOCABULARY, max_length=4)
+    assert table.tolist() == [
+        [START_ID, DOG, GRASS, END_ID, PADDING_ID],
+        [START_ID, GRASS, END_ID, PADDING_ID, PADDING_ID],
+    ]
+
+
+def test_token_table_says_which_words_are_unknown():
+    ((row,),) = token_table([example("狗 宇航员")], VOCABULARY, max_length=3)
+    assert row.tolist() == [START_ID, DOG, UNKNOWN_ID, END_ID]
+
+
+@pytest.mark.parametrize("caption", ["狗 草地 狗", "狗 草地 狗 草地 狗"])
+def test_caption_that_is_too_long_loses_its_tail_and_its_end(caption):
+    ((row,),) = token_table([example(caption)], VOCABULARY, max_length=3)
+    assert row.tolist() == [START_ID, DOG, GRASS, DOG]
+
+
+def test_photos_with_fewer_captions_get_rows_of_padding():
+    table = token_table([example("狗", "草地", "狗"), example("狗")], VOCABULARY, max_length=3)
+    assert table.shape == (2, 3, 4)
+    assert table[1, 0].any()
+    assert (table[1, 1:] == PADDING_ID).all()
+
+
+@pytest.mark.parametrize("longest", [1, 5, 9])
+def test_trimmed_captions_are_as_long_as_the_longest(longest):
+    captions = np.full((2, 3, 10), PADDING_ID, np.int32)
+    captions[:, :, 0] = START_ID
+    captions[1, 2, 1 : longest + 1] = DOG
+    np.testing.assert_array_equal(trim(captions), captions[:, :, : longest + 1])
+
+
+class NumberedFeatures:
+    """Stands for `Features`: the features of a photo are its number, mirrored ones are negative."""
+
+    plain = np.arange(1, PHOTOS + 1)
+    mirrored = -plain
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return rows[:, None, None].astype(np.float32)
+
+
+def batches_of(captions: Tokens, **settings: Any) -> TrainingBatches:
+    nowhere = Path()
+    asked = TrainSettings(annotations=nowhere, images=nowhere, out=nowhere, **settings)
+    return TrainingBatches(NumberedFeatures(), captions, VOCABULARY, asked)
+
+
+def one_caption_each() -> Tokens:
+    """The caption of a photo says its place in the table, and that it looks left."""
+    return token_table([example(f"{i} 左边") for i in range(PHOTOS)], VOCABULARY, max_length=4)
+
+
+def photos_of(batch: tuple[npt.NDArray[np.float32], Tokens]) -> list[int]:
+    return np.abs(batch[0]).ravel().astype(int).tolist()
+
+
+def test_pass_sees_every_photo_once():
+    batches = batches_of(one_caption_each(), batch_size=5)
+    assert batches.steps_per_pass == 2
+    for number in range(3):
+        seen = photos_of(batches[2 * number]) + photos_of(batches[2 * number + 1])
+        assert sorted(seen) == list(range(1, PHOTOS + 1))
+
+
+def test_passes_have_orders_of_their_own():
+    batches = batches_of(one_caption_each(), batch_size=PHOTOS)
+    assert photos_of(batches[0]) != photos_of(batches[1])
+
+
+def test_photos_that_fill_no_batch_wait_for_another_pass():
+    batches = batches_of(one_caption_each(), batch_size=4)
+    assert batches.steps_per_pass == 2
+    seen = photos_of(batches[0]) + photos_of(batches[1])
+    assert len(set(seen)) == 8
+
+
+def test_batch_is_never_larger_than_the_data():
+    batches = batches_of(one_caption_each(), batch_size=100)
+    assert batches.steps_per_pass == 1
+    assert sorted(photos_of(batches[5])) == list(range(1, PHOTOS + 1))
+
+
+def test_step_has_the_same_batch_whatever_came_before():
+    batches, resumed = (batches_of(one_caption_each(), batch_size=3, seed=7) for _ in range(2))
+    of_steps = [batches[step] for step in range(9)]
+    for array, again in zip(of_steps[8], resumed[8], strict=True):
+        np.testing.assert_array_equal(array, again)
+
+
+def test_seed_changes_the_batches():
+    one, other = (batches_of(one_caption_each(), batch_size=5, seed=seed) for seed in (1, 2))
+    assert photos_of(one[0]) != photos_of(other[0])
+
+
+def test_mirrored_photos_have_mirrored_captions():
+    batches = batches_of(one_caption_each(), batch_size=PHOTOS)
+    mirrored_count = 0
+    for step in range(20):
+        features, captions = batches[step]
+        is_mirrored = features.ravel() < 0
+        np.testing.assert_array_equal(captions[:, 0, 2], np.where(is_mirrored, RIGHT, LEFT))
+        mirrored_count += is_mirrored.sum()
+    assert 60 < mirrored_count < 140
+
+
+def test_captions_stay_with_their_photos():
+    features, captions = batches_of(one_caption_each(), batch_size=PHOTOS)[0]
+    places = [int(VOCABULARY.words[word]) for word in captions[:, 0, 1]]
+    assert [place + 1 for place in places] == photos_of((features, captions))
+
+
+def test_nothing_is_mirrored_without_flip():
+    batches = batches_of(one_caption_each(), batch_size=PHOTOS, flip=False)
+    for step in range(20):
+        features, captions = batches[step]
+        assert (features > 0).all()
+        assert (captions[:, 0, 2] == LEFT).all()
+
+
+def test_batches_are_trimmed():
+    captions = token_table([example("狗")] * PHOTOS, VOCABULARY, max_length=30)
+    assert batches_of(captions)[0][1].shape == (PHOTOS, 1, len(("START", "狗", "END")))
+
+
+def test_captions_of_a_step_are_drawn_before_rows_of_padding():
+    words = [str(i) for i in range(5)]
+    captions = token_table([example(*words), example("狗")], VOCABULARY, max_length=4)
+    batches = batches_of(captions, captions_per_image=2)
+    drawn = set()
+    for step in range(40):
+        features, batch = batches[step]
+        of_first, of_second = batch[np.argsort(np.abs(features.ravel())), :, 1]
+        assert len(set(of_first)) == 2
+        assert of_second.tolist() == [DOG, PADDING_ID]
+        drawn |= set(of_first)
+    assert drawn == set(VOCABULARY.encode(words))
+
+
+def test_all_captions_are_taken_where_more_are_asked_for():
+    captions = token_table([example("狗", "草地")], VOCABULARY, max_length=4)
+    _, batch = batches_of(captions, captions_per_image=9)[0]
+    assert batch[0, :, 1].tolist() == [DOG, GRASS]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> keras.Model:
+    """Random layers, of which each makes what it sees a little larger, not next to nothing."""
+    keras.utils.set_random_seed(1)
+    backbone = build_backbone(BACKBONE, None)
+    for variable in backbone.variables:
+        if variable.path.endswith("gamma"):
+            variable.assign(np.full(variable.shape, 6))
+    return backbone
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Example]:
+    """More than a batch of them."""
+    draws = np.random.default_rng(1)
+    examples = [example("狗", image_id=f"{i}.png", path=tmp_path / f"{i}.png") for i in range(35)]
+    for photo in examples:
+        Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(photo.path)
+    return examples
+
+
+def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
+    cache, good = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
+    assert good == photos
+    features = Features(cache, good, mirrored=True)
+    pixels = np.stack([load_image(photo.path, 32).pixels for photo in photos])
+    for rows, view in ((features.plain, pixels), (features.mirrored, pixels[:, :, ::-1])):
+        expected = extract_features(backbone, BACKBONE, view)
+        np.testing.assert_allclose(features[rows], expected, rtol=2e-3, atol=1e-3)
+
+
+def test_photos_are_extracted_once(backbone, photos, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    cache, _ = extract_all(photos[:30], backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    assert cache.row_count == 30
+    assert "0 photos in the cache, 30 to extract" in caplog.text
+    cache, _ = extract_all(photos, backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    assert cache.row_count == 35
+    assert "30 photos in the cache, 5 to extract" in caplog.text
+
+
+def test_mirrored_views_are_added_when_they_are_asked_for(backbone, photos, tmp_path):
+    extract_all(photos, backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    cache, _ = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
+    features = Features(cache, photos, mirrored=True)
+    difference = np.abs(features[features.plain] - features[features.mirrored])
+    assert (difference.max(axis=(1, 2)) > 0.1).all()
+
+
+def test_other_weights_have_a_cache_of_their_own(backbone, photos, tmp_path):
+    cache, _ = extract_all(photos[:1], backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    other, _ = extract_all(
+        photos[:1], build_backbone(BACKBONE, None), BACKBONE, mirrored=False, cache_root=tmp_path
+    )
+    assert other.folder != cache.folder
+    assert (cache.row_count, other.row_count) == (1, 1)
+
+
+def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog):
+    photos[3].path.write_bytes(b"no photo")
+    cache, good = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
+    assert good == photos[:3] + photos[4:]
+    assert "3.png left out" in caplog.text
+    assert cache.row_count == 2 * len(good)
+    assert len(Features(cache, good, mirrored=True).plain) == len(good)
