@@ -41,7 +41,6 @@ class Record:
     step: int = 0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -68,7 +67,11 @@ class Trainer:
         self._step = self._compile_step()
 
     def run(self, judge: Judge) -> None:
-        """Train to the last epoch, or until `patience` epochs brought nothing better."""
+        """Train to the last epoch, or until `patience` epochs brought nothing better.
+
+        Raises:
+            UsageError: the hidden folder holds another training, or the loss diverged.
+        """
         self._restore()
         while not self._finished():
             epoch = len(self.record.history) + 1
@@ -104,6 +107,10 @@ class Trainer:
 
     def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
         loss, correct, count = self.sums.numpy()
+        if not np.isfinite(loss):
+            raise UsageError(
+                f"the loss is no number any more in epoch {epoch}: lower --learning-rate"
+            )
         self.sums.assign(tf.zeros(3))
         row = {"epoch": epoch, "loss": loss / count, "accuracy": correct / count}
         with self._averaged_weights():

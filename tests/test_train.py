@@ -235,6 +235,12 @@ def test_every_decay_trains(decay: Decay, squares: Path, tmp_path: Path) -> None
     assert row["learning_rate"] == pytest.approx(0 if decay is Decay.COSINE else 5e-3, abs=1e-6)
 
 
+def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
+    wanted = replace(settings_for(squares, tmp_path / "model"), learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(UsageError, match="no number any more in epoch 1"):
+        train_captioner(wanted)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Captioner:
     vocabulary = Vocabulary(("[PAD]", "[UNK]", "[START]", "[END]", "狗", "猫", "跑"))
