@@ -46,7 +46,7 @@ Signature: `{signature}`
 ## Training
 
 Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
-dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
+features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
 Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 
 ## Limits
@@ -95,6 +95,7 @@ def write_card(
         warmup_steps=settings.warmup_steps,
         decay=settings.decay,
         batch_size=settings.batch_size,
+        feature_norm="yes" if settings.feature_norm else "no",
         dropout=settings.dropout,
         input_dropout=settings.input_dropout,
         ema_momentum=settings.ema_momentum,

@@ -106,7 +106,7 @@ class CaptionSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `batchcap train` is asked. The defaults are the recipe of the shipped model."""
+    """What `batchcap train` is asked. The defaults are how the shipped model was trained."""
 
     annotations: Path = _option(MISSING, "Captions of the photos.")
     images: Path = _option(MISSING, "Directory of the photos.")
@@ -122,18 +122,19 @@ class TrainSettings:
     image_size: int = _option(224, "Side of the square that photos are resized to.", least=32)
     input_range: tuple[float, float] = _option((-1.0, 1.0), "What pixel values 0 and 255 become.")
     vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
-    min_count: int = _option(4, "Words seen less often become [UNK].", least=1)
-    max_length: int = _option(30, "Most words in a caption; longer ones are cut.", least=1)
+    min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
+    max_length: int = _option(20, "Most words in a caption; longer ones are cut.", least=1)
     units: int = _option(256, "Width of the decoder.", least=1)
     layers: int = _option(2, "Layers of the decoder.", least=1)
     heads: int = _option(2, "Attention heads.", least=1)
     key_size: int = _option(128, "Size of a head's keys and values.", least=1)
+    feature_norm: bool = _option(True, "Normalise the features of each grid cell.")
     dropout: float = _option(0.3, "Share of activations dropped in training.", least=0, most=0.99)
     input_dropout: float = _option(
-        0.0, "Share of features and embedded words dropped in training.", least=0, most=0.99
+        0.3, "Share of features and embedded words dropped in training.", least=0, most=0.99
     )
     label_smoothing: float = _option(
-        0.0, "Probability spread over all words in the training loss.", least=0, most=0.99
+        0.1, "Probability spread over all words in the training loss.", least=0, most=0.99
     )
     flip: bool = _option(True, "Train on mirrored photos too.")
     batch_size: int = _option(32, "Photos in a training step.", least=1)
@@ -141,14 +142,14 @@ class TrainSettings:
         0, "Captions of a photo in a training step; 0 for all it has.", least=0
     )
     steps_per_epoch: int = _option(0, "Steps of an epoch; 0 for one pass.", least=0)
-    epochs: int = _option(20, "Epochs at most.", least=1)
+    epochs: int = _option(14, "Epochs at most.", least=1)
     patience: int = _option(5, "Epochs without a better validation result before the end.", least=1)
     monitor: Monitor = _option(Monitor.CIDER_D, "Which validation result is the measure.")
-    learning_rate: float = _option(1e-3, "Peak learning rate of Adam.", least=0)
+    learning_rate: float = _option(6e-4, "Peak learning rate of Adam.", least=0)
     warmup_steps: int = _option(500, "Steps in which the rate rises from 0.", least=0)
     decay: Decay = _option(Decay.COSINE, "How the rate falls afterwards, to 0 at the last epoch.")
     ema_momentum: float = _option(
-        0.0,
+        0.995,
         "Momentum of the moving average of the weights that is kept; 0 for none.",
         least=0,
         most=1,

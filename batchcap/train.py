@@ -101,6 +101,7 @@ def _decoder_config(
         key_size=settings.key_size,
         dropout=settings.dropout,
         input_dropout=settings.input_dropout,
+        feature_norm=settings.feature_norm,
     )
 
 

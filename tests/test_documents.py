@@ -38,6 +38,7 @@ def test_the_notebook_s_recipe_is_the_notebook_s(monkeypatch: pytest.MonkeyPatch
     assert settings.input_range == (0, 1)
     assert (settings.units, settings.layers, settings.heads, settings.key_size) == (256, 2, 2, 256)
     assert (settings.dropout, settings.learning_rate, settings.decay) == (0.5, 1e-4, Decay.CONSTANT)
+    assert (settings.feature_norm, settings.input_dropout, settings.ema_momentum) == (False, 0, 0)
     assert (settings.max_length, settings.steps_per_epoch, settings.patience) == (50, 5000, 5)
     assert (settings.monitor, settings.flip, settings.warmup_steps) == (Monitor.LOSS, False, 0)
 

@@ -59,6 +59,7 @@ class DecoderConfig:
 
     `max_length` is the most words a caption can have. `dropout` is of attention weights and of the
     feed-forward output, as in the notebook; `input_dropout` of features and embedded words.
+    `feature_norm` normalises each grid cell's features before they are looked at.
     """
 
     __pydantic_config__ = STRICT
@@ -73,6 +74,7 @@ class DecoderConfig:
     key_size: Positive = 128
     dropout: Share = 0.3
     input_dropout: Share = 0.0
+    feature_norm: bool = False
 
 
 @dataclass(frozen=True)

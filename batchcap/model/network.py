@@ -5,7 +5,9 @@ Shapes, here and in `decoding.py`:
     G grid cells, D feature channels, U units, H heads, K key size, V words in the vocabulary.
 
 The layers are the notebook's, with one difference of form: attention keys and values are computed
-by calls of their own, so that decoding keeps those of earlier words and of the image.
+by calls of their own, so that decoding keeps those of earlier words and of the image. Ahead of them
+`feature_norm` may bring all grid cells to one size: softmax otherwise finds the faintest cells,
+those of background and border, whatever the word.
 """
 
 from typing import Any, NamedTuple
@@ -145,6 +147,8 @@ class CaptionDecoder(keras.layers.Layer):
         self.config = config
         self.words = keras.layers.Embedding(config.vocabulary_size, config.units, name="words")
         self.positions = keras.layers.Embedding(config.max_length, config.units, name="positions")
+        norm = keras.layers.LayerNormalization if config.feature_norm else keras.layers.Identity
+        self.feature_norm = norm(name="feature_norm")
         self.input_dropout = keras.layers.Dropout(config.input_dropout)
         self.layers = [DecoderLayer(config, f"layer_{i}") for i in range(config.layers)]
         self.output_logits = keras.layers.Dense(
@@ -157,13 +161,14 @@ class CaptionDecoder(keras.layers.Layer):
     def build(self, *_: Any) -> None:
         self.words.build()
         self.positions.build()
+        self.feature_norm.build((None, None, self.config.feature_size))
         for layer in self.layers:
             layer.build()
         self.output_logits.build((None, None, self.config.units))
 
     def keys_values(self, features: Any, training: bool = False) -> list[KeysValues]:
         """Per layer, the cross-attention keys and values of features `float32[B, G, D]`."""
-        features = self.input_dropout(features, training=training)
+        features = self.input_dropout(self.feature_norm(features), training=training)
         return [layer.cross_attention.keys_values(features) for layer in self.layers]
 
     def call(self, tokens: Any, image: list[KeysValues], training: bool = False) -> Any:

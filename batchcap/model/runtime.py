@@ -9,8 +9,9 @@ def start_tensorflow() -> str:
     """Import TensorFlow and find its devices; names the one that work will run on.
 
     What C++ code prints meanwhile is dropped: on a machine without a GPU it speaks of nothing else,
-    before it has read its log level.
+    before it has read its log level. GPU memory is taken as it is needed.
     """
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     with _no_stderr():
         import tensorflow as tf
 

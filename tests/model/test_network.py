@@ -1,5 +1,6 @@
 """The decoder with random weights: two ways to read a caption, one result."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,16 @@ def test_captions_of_an_image_do_not_see_each_other(decoder, features):
         of_its_image = features[row // captions_per_image][None]
         alone = whole_logits(decoder, tokens[row : row + 1], of_its_image)
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("feature_norm", [True, False])
+def test_normalised_features_are_seen_alike_however_strong_their_cells_are(features, feature_norm):
+    decoder = build_decoder(replace(CONFIG, feature_norm=feature_norm))
+    stronger = features * np.linspace(10, 90, CELLS)[:, None]
+    for seen, seen_stronger in zip(
+        decoder.keys_values(features * 10), decoder.keys_values(stronger), strict=True
+    ):
+        assert np.allclose(seen.keys, seen_stronger.keys, atol=1e-3) == feature_norm
 
 
 @pytest.mark.parametrize("changed", range(1, LONGEST))
