@@ -1,5 +1,6 @@
 """Attention over a photo, word by word, as the notebook draws it. Needs a font with Chinese."""
 
+import math
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from batchcap.contracts import InputError, OutputError
 # Ships Noto Sans CJK as a PyPI package, for machines without a Chinese font.
 FONT_PACKAGE = "noto_cjk_sans_otc"
 PREFERRED_FONTS = ("CJK", "Source Han", "WenQuanYi", "PingFang", "YaHei", "Hei")
-COLUMNS = 4
+MOST_COLUMNS = 5
 
 
 def draw_attention(
@@ -36,9 +37,10 @@ def draw_attention(
         OutputError: `path` can't be written.
     """
     font = find_font("".join(words))
-    lines = -(-(len(words) + 1) // COLUMNS)
-    figure = Figure(figsize=(2.4 * COLUMNS, 2.7 * lines), layout="constrained")
-    panels = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    lines = math.ceil((len(words) + 1) / MOST_COLUMNS)
+    columns = math.ceil((len(words) + 1) / lines)
+    figure = Figure(figsize=(2.4 * columns, 2.7 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
     panels[0].imshow(pixels)
