@@ -21,6 +21,7 @@ from batchcap.contracts import UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import (
+    FORMAT_VERSION,
     BackboneConfig,
     DecoderConfig,
     DecodeSettings,
@@ -92,11 +93,14 @@ def settings_for(squares: Path, out: Path) -> TrainSettings:
         units=32,
         key_size=16,
         dropout=0.1,
+        input_dropout=0.0,
+        label_smoothing=0.0,
         batch_size=8,
         epochs=30,
         patience=30,
         learning_rate=5e-3,
         warmup_steps=8,
+        ema_momentum=0.9,
         data_note="Squares made by a test. CC0.",
     )
 
@@ -245,7 +249,7 @@ def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
 def tiny() -> Captioner:
     vocabulary = Vocabulary(("[PAD]", "[UNK]", "[START]", "[END]", "狗", "猫", "跑"))
     decoder = DecoderConfig(len(vocabulary), grid_cells=4, feature_size=1024, units=16, key_size=8)
-    config = ModelConfig(BackboneConfig(image_size=64), decoder)
+    config = ModelConfig(FORMAT_VERSION, BackboneConfig(image_size=64), decoder)
     keras.utils.set_random_seed(2)
     return Captioner(
         config, vocabulary, build_backbone(config.backbone, None), build_decoder(decoder)
