@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import keras
@@ -161,24 +161,12 @@ def test_history_has_a_row_an_epoch_and_a_picture(trained: Path) -> None:
 
 def start_training(squares: Path, out: Path) -> subprocess.Popen[str]:
     wanted = settings_for(squares, out)
-    flags = {
-        "--annotations": wanted.annotations,
-        "--images": wanted.images,
-        "--out": out,
-        "--backbone-weights": wanted.backbone_weights,
-        "--image-size": wanted.image_size,
-        "--min-count": wanted.min_count,
-        "--max-length": wanted.max_length,
-        "--units": wanted.units,
-        "--key-size": wanted.key_size,
-        "--dropout": wanted.dropout,
-        "--batch-size": wanted.batch_size,
-        "--epochs": wanted.epochs,
-        "--patience": wanted.patience,
-        "--learning-rate": wanted.learning_rate,
-        "--warmup-steps": wanted.warmup_steps,
-    }
-    arguments = [str(part) for flag in flags.items() for part in flag]
+    asked = {field: getattr(wanted, field.name) for field in fields(wanted)}
+    arguments = [
+        f"--{field.name.replace('_', '-')}={value}"
+        for field, value in asked.items()
+        if value != field.default
+    ]
     command = [sys.executable, "-c", "from batchcap.cli import main; main()", "train", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
