@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from batchcap.attention_figure import draw_attention
 from batchcap.contracts import Rejection
+from batchcap.inputs import printable
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.images import load_image
@@ -33,10 +34,10 @@ class CaptionedImage:
 
     def __str__(self) -> str:
         if self.failed:
-            return f"{self.path}: {self.reason}"
+            return f"{printable(self.path)}: {self.reason}"
         labelled = zip([*self.words, END_LABEL], self.probabilities, strict=False)
         shown = "  ".join(f"{word} {probability:.2f}" for word, probability in labelled)
-        return f"{self.path}\n{join_words(self.words)}\n  {shown}"
+        return f"{printable(self.path)}\n{join_words(self.words)}\n  {shown}"
 
 
 def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
@@ -44,7 +45,7 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
 
     Raises:
         ModelError: the model directory is wrong.
-        InputError: no font for the figure, or no photo to draw it of.
+        InputError: no font for the figure.
         OutputError: the figure can't be written.
     """
     captioner = load_captioner(settings.model)
@@ -59,9 +60,9 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
         captioned, weights = _caption(
             path, image.pixels, str(image.sha256), captioner, decode_settings
         )
+        yield captioned
         if settings.attention_figure is not None:
             draw_attention(image.pixels, captioned.words, weights, settings.attention_figure)
-        yield captioned
 
 
 def _caption(

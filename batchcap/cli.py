@@ -22,12 +22,16 @@ from batchcap.contracts import BatchcapError
 from batchcap.model.runtime import start_tensorflow
 from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
 
+CONFIGURABLE_VERBS = ("run", "train", "caption")
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback unless `--verbose`."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _terminate)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         batchcap.main(arguments, prog_name="batchcap", standalone_mode=False)
@@ -38,9 +42,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("batchcap: stopped by SIGINT", err=True)
         sys.exit(130)
-    except Terminated:
-        click.echo("batchcap: stopped by SIGTERM", err=True)
-        sys.exit(143)
+    except Terminated as stop:
+        click.echo(f"batchcap: stopped by {stop.signal.name}", err=True)
+        sys.exit(128 + stop.signal)
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             logging.getLogger(__name__).debug("where it happened", exc_info=True)
@@ -48,11 +52,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: unwinds like KeyboardInterrupt, so that temporary files are removed."""
+    """A signal to end: unwinds like KeyboardInterrupt, so that temporary files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
 
 
-def _terminate(_signal: int, _frame: types.FrameType | None) -> NoReturn:
-    raise Terminated
+def _terminate(number: int, _frame: types.FrameType | None) -> NoReturn:
+    raise Terminated(number)
 
 
 def _report(error: Exception) -> int:
@@ -69,14 +76,27 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
     if path is None:
         return
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8")).get(str(context.info_name), {})
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise click.UsageError(f"cannot read {path}: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(values.keys() - known):
-        raise click.UsageError(f"{path}: [{context.info_name}] has no setting {unknown[0]!r}")
-    context.default_map = values
+    for name, table in tables.items():
+        if name not in CONFIGURABLE_VERBS or not isinstance(table, dict):
+            raise click.UsageError(
+                f"{path}: {name!r} is not known: settings stand under [run], [train] or [caption]"
+            )
+    options = {
+        option.opts[0].removeprefix("--"): option
+        for option in context.command.params
+        if isinstance(option, click.Option) and option.expose_value
+    }
+    context.default_map = {}
+    for name, value in tables.get(str(context.info_name), {}).items():
+        option = options.get(name.replace("_", "-"))
+        if option is None:
+            raise click.UsageError(f"{path}: [{context.info_name}] has no setting {name!r}")
+        # As text, which click checks like a flag's.
+        as_text = list(map(str, value)) if isinstance(value, list) else str(value)
+        context.default_map[str(option.name)] = as_text if option.nargs > 1 else str(value)
 
 
 def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
@@ -128,25 +148,22 @@ def _option(spec: Field[Any], hint: Any) -> Decorator:
     return click.option(flag, **extra)
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags of every verb."""
-    config = click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_configure,
-        help="TOML file whose table named like the verb holds flags.",
-    )
-    verbose = click.option(
-        "--verbose",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_be_verbose,
-        help="Show tracebacks and details.",
-    )
-    return config(verbose(command))
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_configure,
+    help="TOML file whose table named like the verb holds flags.",
+)
+verbose_option = click.option(
+    "--verbose",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="Show tracebacks and details.",
+)
 
 
 @click.group(
@@ -159,7 +176,8 @@ def batchcap() -> None:
     Every flag is also an environment variable, BATCHCAP_<VERB>_<FLAG>, and a setting of the file
     that --config names. A flag beats the environment, which beats the file.
 
-    Exit codes: 0 done; 1 failure; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM.
+    Exit codes: 0 done; 1 failure; 2 wrong usage; 130, 143 and 129 stopped by SIGINT, SIGTERM and
+    SIGHUP.
     """
 
 
@@ -167,7 +185,8 @@ def batchcap() -> None:
 @click.argument("source", metavar="INPUT")
 @click.argument("output", metavar="OUTPUT.parquet", type=click.Path(path_type=Path))
 @options_of(RunSettings)
-@common_options
+@config_option
+@verbose_option
 def run(**asked: Any) -> None:
     """Caption every photo under INPUT into a Parquet file.
 
@@ -185,7 +204,8 @@ def run(**asked: Any) -> None:
 
 @batchcap.command()
 @options_of(TrainSettings)
-@common_options
+@config_option
+@verbose_option
 def train(**asked: Any) -> None:
     """Train a model on photos with captions, and write it as a model directory.
 
@@ -205,7 +225,8 @@ def train(**asked: Any) -> None:
 @batchcap.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @options_of(CaptionSettings)
-@common_options
+@config_option
+@verbose_option
 def caption(**asked: Any) -> None:
     """Caption photos on the terminal, with the probability of each word.
 
@@ -235,7 +256,7 @@ _model_argument = click.argument(
 
 @model.command()
 @_model_argument
-@common_options
+@verbose_option
 def show(directory: Path) -> None:
     """What a model is: sizes, fingerprint, metrics. The shipped model where none is named."""
     from batchcap.model_card import describe
@@ -245,7 +266,7 @@ def show(directory: Path) -> None:
 
 @model.command()
 @_model_argument
-@common_options
+@verbose_option
 def card(directory: Path) -> None:
     """The model card: data, licence, results, limits."""
     from batchcap.model_card import read_card

@@ -64,6 +64,8 @@ def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
     Raises UsageError if there is no such source, InputError if it cannot be read or is neither.
     """
     is_wanted = _matcher(pattern)
+    if source == "-" and sys.stdin is None:
+        raise InputError("standard input is closed: give the list of photos there, or name it")
     if source == "-":
         return _read_list(sys.stdin.buffer.read(), "", is_wanted)
     path = Path(source)
@@ -74,6 +76,11 @@ def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
     raise InputError(f"{source} is neither a folder nor a .txt file of paths; name one of these.")
 
 
+def printable(name: str) -> str:
+    """A file's name without the control characters that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in name)
+
+
 def image_id_of(path: str) -> str:
     r"""Escape a relative POSIX path reversibly: `\` is doubled, invalid bytes become `\xNN`."""
     if path.isascii() and "\\" not in path:
@@ -82,20 +89,11 @@ def image_id_of(path: str) -> str:
     return doubled.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def path_of_image_id(image_id: str) -> str:
-    """The path (surrogateescape str) that `image_id_of` escaped."""
-
-    def unescape(match: re.Match[str]) -> str:
-        escaped = match[1]
-        return escaped if escaped == "\\" else chr(0xDC00 + int(escaped[1:], 16))
-
-    return re.sub(r"\\(\\|x[89a-f][0-9a-f])", unescape, image_id)
-
-
 def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
     if pattern is None:
         return None
-    matches = re.compile(fnmatch.translate(pattern.lower())).match
+    wanted = pattern.lower(), pattern.lower().replace("**/", "")  # **/ may stand for no folder
+    matches = re.compile("|".join(map(fnmatch.translate, wanted))).match
     if "/" in pattern:
         return lambda relative: matches(relative.lower()) is not None
     return lambda relative: matches(posixpath.basename(relative).lower()) is not None
@@ -152,9 +150,9 @@ def _read_list(data: bytes, base: str, is_wanted: Callable[[str], bool] | None) 
 
 
 def _normalised(line: str) -> str:
-    """Without `./` and doubled slashes; POSIX lets normpath keep two at the very start."""
-    name = posixpath.normpath(line)
-    return name[1:] if name.startswith("//") else name
+    """Without `./` and doubled slashes. `..` stays: behind a link it is another folder."""
+    root = "/" if line.startswith("/") else ""
+    return root + "/".join(part for part in line.split("/") if part not in ("", "."))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from batchcap.contracts import ModelError
 from batchcap.model.config import (
     CARD_FILE,
     METRICS_FILE,
@@ -13,6 +14,7 @@ from batchcap.model.config import (
     model_file,
     read_config,
 )
+from batchcap.model.text import SPECIAL_WORDS
 from batchcap.settings import TrainSettings
 
 CARD = """\
@@ -81,7 +83,7 @@ def write_card(
         heads=decoder.heads,
         units=decoder.units,
         max_length=decoder.max_length,
-        vocabulary_size=f"{decoder.vocabulary_size:,}",
+        vocabulary_size=f"{decoder.vocabulary_size - len(SPECIAL_WORDS):,}",
         data_note=settings.data_note or "Not described by who trained it.",
         training_photos=metrics["training_photos"],
         validation_photos=metrics["validation_photos"],
@@ -116,7 +118,11 @@ def read_card(directory: Path) -> str:
     Raises:
         ModelError: the directory has none.
     """
-    return model_file(directory, CARD_FILE).read_text(encoding="utf-8").rstrip()
+    path = model_file(directory, CARD_FILE)
+    try:
+        return path.read_text(encoding="utf-8").rstrip()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read ({error}): copy the model again") from error
 
 
 def describe(directory: Path) -> str:
@@ -129,19 +135,25 @@ def describe(directory: Path) -> str:
     backbone, decoder = config.backbone, config.decoder
     low, high = backbone.input_range
     size = model_file(directory, WEIGHTS_FILE).stat().st_size
-    lines = {
+    lines: dict[str, object] = {
         "model": directory,
         "fingerprint": fingerprint(directory),
         "format": config.format_version,
         "backbone": f"{backbone.name}, {backbone.image_size} px, pixels in [{low:g}, {high:g}]",
         "decoder": f"{decoder.layers} layers, {decoder.heads} heads of {decoder.key_size}, "
         f"{decoder.units} units, {decoder.grid_cells} grid cells of {decoder.feature_size}",
-        "vocabulary": f"{decoder.vocabulary_size} words, captions of at most {decoder.max_length}",
+        "vocabulary": f"{decoder.vocabulary_size - len(SPECIAL_WORDS):,} words, captions of at most {decoder.max_length}",
         "weights": f"{size / 1e6:.1f} MB",
     }
     if (directory / METRICS_FILE).is_file():
-        metrics = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))
-        values = [f"{name} {metrics['validation'][key]:.1f}" for key, name in METRIC_NAMES.items()]
-        lines["validation"] = ", ".join(values)
-        lines["signature"] = metrics["signature"]
+        lines |= _describe_metrics(directory / METRICS_FILE)
     return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def _describe_metrics(path: Path) -> dict[str, str]:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        values = [f"{name} {metrics['validation'][key]:.1f}" for key, name in METRIC_NAMES.items()]
+        return {"validation": ", ".join(values), "signature": str(metrics["signature"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path} is damaged ({error}): copy the model again") from error

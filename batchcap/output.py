@@ -24,7 +24,7 @@ class RowWriter:
         self._pending: list[Row] = []
 
     def append(self, rows: list[Row]) -> None:
-        """Add rows, each with a value or None for every column of the schema."""
+        """Add rows; a column that a row leaves out is null there."""
         self._pending += rows
         if len(self._pending) >= ROWS_PER_GROUP:
             self.flush()

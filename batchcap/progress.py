@@ -1,11 +1,12 @@
 """How far long work has come: a bar on a terminal, plain lines in a log. Always on stderr."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -24,8 +25,9 @@ class Progress(Protocol):
 class _Lines:
     """The same news as the bar's, as one log line every half a minute."""
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+    def __init__(self, what: str, total: int, unit: str, done: int) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.done_before = done
         self.started = self.last_line = time.monotonic()
 
     def update(self, n: int) -> None:
@@ -34,7 +36,7 @@ class _Lines:
         if now - self.last_line < SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        rate = self.done / (now - self.started)
+        rate = (self.done - self.done_before) / (now - self.started)
         left = (self.total - self.done) / rate
         log.info(
             "%s: %d of %d %ss, %.1f %ss/s, %.0f s left",
@@ -43,10 +45,13 @@ class _Lines:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Progress]:
-    """Count towards `total` with rate and remaining time; `unit` is in the singular."""
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Count from `done` to `total` with rate and remaining time; `unit` is in the singular."""
     if sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True) as bar:
+        # Terminals that don't tell their width say 0, in which tqdm shows nothing.
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        options: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": 80}
+        with tqdm(total=total, initial=done, desc=what, unit=unit, **options) as bar:
             yield bar
     else:
-        yield _Lines(what, total, unit)
+        yield _Lines(what, total, unit, done)

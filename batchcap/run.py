@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from batchcap.contracts import SCHEMA_VERSION, InputError, UsageError
 from batchcap.engines import run_locally
-from batchcap.inputs import list_images
+from batchcap.inputs import list_images, printable
 from batchcap.model.captioner import load_captioner
 from batchcap.model.config import DecodeSettings, ModelConfig, fingerprint, read_config
 from batchcap.model.runtime import start_tensorflow
@@ -34,8 +34,9 @@ class RunSummary:
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.failed.most_common())
         failed = f"{self.failed.total()} failed" + (f" ({reasons})" if reasons else "")
+        output = printable(str(self.settings.output))
         return (
-            f"{self.settings.output}: {self.found} found, {self.captioned} captioned, {failed}; "
+            f"{output}: {self.found} found, {self.captioned} captioned, {failed}; "
             f"{self.seconds:.1f} s, {self.found / self.seconds:.1f} images/s"
         )
 
@@ -62,7 +63,8 @@ def run_captioning(settings: RunSettings) -> RunSummary:
     }
     log.info(
         "captioning %d photos of %s into %s, first %s; on %s, model %.12s, %s, at most %d words",
-        *(len(refs), settings.source, settings.output, _printable(refs[0].image_id)),
+        len(refs),
+        *map(printable, (settings.source, str(settings.output), refs[0].image_id)),
         *(start_tensorflow(), model),
         f"temperature {settings.temperature:g}" if settings.temperature else "greedy",
         decode_settings.max_length,
@@ -75,7 +77,7 @@ def run_captioning(settings: RunSettings) -> RunSummary:
             refs,
             captioner,
             decode_settings,
-            settings.batch_size,
+            min(settings.batch_size, len(refs)),
             settings.attention,
             uuid.uuid4().hex,
         )
@@ -98,7 +100,3 @@ def _decode_settings(settings: RunSettings, model: ModelConfig) -> DecodeSetting
         temperature=settings.temperature,
         seed=settings.seed if draws else 0,
     )
-
-
-def _printable(image_id: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in image_id)

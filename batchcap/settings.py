@@ -3,6 +3,7 @@
 The fields are the command line's flags, in order: their defaults and help texts stand here only.
 """
 
+import math
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -76,7 +77,9 @@ class RunSettings:
         AttentionDetail.SUMMARY, "What to keep of the attention of each word."
     )
     limit: int | None = _option(None, "Stop after this many photos.", least=1)
-    glob: str | None = _option(None, "Take the files that match, whatever their extension.")
+    glob: str | None = _option(
+        None, "Take the files that match, whatever their extension; * crosses folders too."
+    )
 
     def __post_init__(self) -> None:
         _check_limits(self)
@@ -106,7 +109,7 @@ class CaptionSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `batchcap train` is asked. The defaults are how the shipped model was trained."""
+    """What `batchcap train` is asked. The defaults are the recipe of the shipped model."""
 
     annotations: Path = _option(MISSING, "Captions of the photos.")
     images: Path = _option(MISSING, "Directory of the photos.")
@@ -118,8 +121,12 @@ class TrainSettings:
         1000, "Photos held out for validation where nothing else names them.", least=1
     )
     backbone: str = _option("mobilenet", "CNN of keras.applications that sees the photos.")
-    backbone_weights: str = _option("imagenet", 'Its weights: "imagenet" or a Keras HDF5 file.')
-    image_size: int = _option(224, "Side of the square that photos are resized to.", least=32)
+    backbone_weights: str = _option(
+        "imagenet", 'Its weights: "imagenet" or a file of Keras named *.weights.h5.'
+    )
+    image_size: int = _option(
+        224, "Side of the square that photos are resized to.", least=32, most=1024
+    )
     input_range: tuple[float, float] = _option((-1.0, 1.0), "What pixel values 0 and 255 become.")
     vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
     min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
@@ -154,11 +161,13 @@ class TrainSettings:
         least=0,
         most=1,
     )
-    seed: int = _option(1, "Seed of the weights, the order, the flips and the dropout.", least=0)
+    seed: int = _option(
+        1, "Seed of the weights, the order, the flips and the dropout.", least=0, most=2**32 - 1
+    )
     data_note: str = _option("", "What the model card says of the data and its licence.")
 
     def __post_init__(self) -> None:
         _check_limits(self)
         low, high = self.input_range
-        if low >= high:
+        if not -math.inf < low < high < math.inf:
             raise UsageError(f"--input-range must rise, not go from {low} to {high}")

@@ -11,10 +11,10 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from batchcap.contracts import OutputError, UsageError
+from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.history import CURVES_FILE, HISTORY_FILE
 from batchcap.metrics import score_captions, signature
-from batchcap.model.backbones import build_backbone
+from batchcap.model.backbones import build_backbone, weights_digest
 from batchcap.model.captioner import Captioner, round_weights, save_captioner
 from batchcap.model.config import (
     CARD_FILE,
@@ -26,7 +26,7 @@ from batchcap.model.config import (
 )
 from batchcap.model.network import build_decoder, log_frequencies
 from batchcap.model.runtime import start_tensorflow
-from batchcap.model.text import Vocabulary
+from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
 from batchcap.settings import TrainSettings
 from batchcap.trainer import Trainer
@@ -50,9 +50,11 @@ def train_captioner(settings: TrainSettings) -> Path:
         UsageError: the model exists, or its unfinished training had other settings or data.
         InputError: annotations or photos.
         ModelError: the backbone or its weights.
+        OutputError: the place of the model can't be written to.
     """
     if settings.out.exists():
         raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
+    work_folder = _make_work_folder(settings.out)
     score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
@@ -64,6 +66,10 @@ def train_captioner(settings: TrainSettings) -> Path:
 
     captions = [words for example in training for words in example.captions]
     vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
+    if len(vocabulary) == len(SPECIAL_WORDS):
+        raise InputError(
+            f"no word is {settings.min_count} times in {settings.annotations}: lower --min-count"
+        )
     tokens = token_table(training, vocabulary, settings.max_length)
     config = ModelConfig(
         FORMAT_VERSION, backbone_config, _decoder_config(settings, vocabulary, cache.row_shape)
@@ -77,7 +83,8 @@ def train_captioner(settings: TrainSettings) -> Path:
         Features(cache, training, settings.flip), tokens, vocabulary, settings
     )
     judge = Judge(captioner, validation, Features(cache, validation, mirrored=False))
-    trainer = Trainer(settings, captioner, batches, _run_digest(settings, training, validation))
+    run = _run_digest(settings, backbone, (*training, *validation))
+    trainer = Trainer(settings, captioner, batches, work_folder, run)
     log.info(
         "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
         *(start_tensorflow(), len(training), len(captions), len(validation), len(vocabulary)),
@@ -85,6 +92,18 @@ def train_captioner(settings: TrainSettings) -> Path:
     )
     trainer.run(judge)
     return _write_model(settings, trainer, judge)
+
+
+def _make_work_folder(out: Path) -> Path:
+    """The hidden folder beside the model to be, made before hours of work are put into it."""
+    folder = out.with_name(f".{out.name}.training")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {folder}: {error.strerror}; choose another --out"
+        ) from error
+    return folder
 
 
 def _decoder_config(
@@ -105,10 +124,8 @@ def _decoder_config(
     )
 
 
-def _run_digest(
-    settings: TrainSettings, training: Sequence[Example], validation: Sequence[Example]
-) -> str:
-    """What must be equal for training to go on: every setting but places, and all the data."""
+def _run_digest(settings: TrainSettings, backbone: keras.Model, examples: Sequence[Example]) -> str:
+    """What must be equal for training to go on: settings but places, backbone, all the data."""
     places = {
         "annotations",
         "images",
@@ -119,7 +136,8 @@ def _run_digest(
     }
     wishes = {name: value for name, value in asdict(settings).items() if name not in places}
     digest = hashlib.sha256(json.dumps(wishes, sort_keys=True).encode())
-    for example in (*training, *validation):
+    digest.update(weights_digest(backbone).encode())
+    for example in examples:
         digest.update(f"{example.sha256} {example.captions}\n".encode())
     return digest.hexdigest()
 

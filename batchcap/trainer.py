@@ -1,6 +1,6 @@
 """Steps, epochs and checkpoints of one training, which goes on after a kill exactly where it was.
 
-Work in progress lives in a hidden folder beside the model to be: `.NAME.training`.
+Work in progress lives in a folder of its own, hidden beside the model to be: `.NAME.training`.
 """
 
 import json
@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from batchcap.contracts import UsageError
+from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.history import write_history
 from batchcap.model.captioner import Captioner, Weights
@@ -48,7 +49,12 @@ class Trainer:
     """The steps, epochs and checkpoints of one training."""
 
     def __init__(
-        self, settings: TrainSettings, captioner: Captioner, batches: TrainingBatches, run: str
+        self,
+        settings: TrainSettings,
+        captioner: Captioner,
+        batches: TrainingBatches,
+        folder: Path,
+        run: str,
     ) -> None:
         self.settings, self.captioner, self.batches = settings, captioner, batches
         self.decoder = captioner.decoder
@@ -60,8 +66,7 @@ class Trainer:
         )
         self.optimizer.build(self.decoder.trainable_variables)
         self.sums = tf.Variable(tf.zeros(3))  # read once an epoch: no round trip inside a step
-        self.folder = settings.out.with_name(f".{settings.out.name}.training")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.record = Record(run)
         self.best: Weights = {}
         self._step = self._compile_step()
@@ -70,14 +75,15 @@ class Trainer:
         """Train to the last epoch, or until `patience` epochs brought nothing better.
 
         Raises:
-            UsageError: the hidden folder holds another training, or the loss diverged.
+            UsageError: the folder holds another training.
+            InputError: the checkpoint is damaged, or the loss diverged.
         """
         self._restore()
         while not self._finished():
             epoch = len(self.record.history) + 1
             started = time.monotonic() - self.record.seconds
-            with progress(f"epoch {epoch}", self.steps_per_epoch, "step") as bar:
-                bar.update(self.record.step % self.steps_per_epoch)
+            done = self.record.step % self.steps_per_epoch
+            with progress(f"epoch {epoch}", self.steps_per_epoch, "step", done) as bar:
                 self._train_epoch(epoch, started, bar)
             self._close_epoch(epoch, started, judge)
             self._checkpoint()
@@ -108,7 +114,7 @@ class Trainer:
     def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
         loss, correct, count = self.sums.numpy()
         if not np.isfinite(loss):
-            raise UsageError(
+            raise InputError(
                 f"the loss is no number any more in epoch {epoch}: lower --learning-rate"
             )
         self.sums.assign(tf.zeros(3))
@@ -198,7 +204,7 @@ class Trainer:
         path = self.folder / CHECKPOINT_FILE
         if not path.exists():
             return
-        with safe_open(path, framework="numpy") as saved:
+        with self._open_checkpoint(path) as saved:
             record = Record(**json.loads(saved.metadata()["record"]))
             if record.run != self.record.run:
                 raise UsageError(
@@ -211,3 +217,11 @@ class Trainer:
             best = [name for name in saved.keys() if name.startswith("best/")]  # noqa: SIM118
             self.best = {name.removeprefix("best/"): saved.get_tensor(name) for name in best}
         log.info("going on from %s: %d steps done", self.folder, record.step)
+
+    def _open_checkpoint(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="numpy")
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): delete {self.folder} to start anew"
+            ) from error

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import platformdirs
 import tensorflow as tf
 
-from batchcap.contracts import InputError, Rejection
+from batchcap.contracts import InputError, Rejection, UsageError
 from batchcap.feature_cache import FeatureCache
 from batchcap.inputs import AnnotatedImage, read_annotations
 from batchcap.model.backbones import extract_features, weights_digest
@@ -48,9 +48,11 @@ class Example:
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
     """Training and validation examples, by the annotations' split or a seeded draw.
 
-    Photos without a file are left out, and said.
+    Photos without a file or a split are left out of both, validation photos out of training, and
+    it is said.
 
     Raises:
+        UsageError: more photos are to be held out than there are.
         InputError: wrong annotations, or no photo left on one of the two sides.
     """
     annotated = read_annotations(settings.annotations)
@@ -59,12 +61,23 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
     elif any(image.split for image in annotated):
         training = [image for image in annotated if image.split == "train"]
         validation = [image for image in annotated if image.split == "val"]
+        if others := len(annotated) - len(training) - len(validation):
+            log.info("%d annotated photos are neither of split train nor val", others)
+    elif settings.validation_count >= len(annotated):
+        raise UsageError(
+            f"{settings.annotations} has {len(annotated)} photos and names no split: lower "
+            f"--validation-count {settings.validation_count}, or give --validation-annotations"
+        )
     else:
         order = np.random.default_rng(settings.seed).permutation(len(annotated))
         held_out = set(order[: settings.validation_count].tolist())
         training = [image for i, image in enumerate(annotated) if i not in held_out]
         validation = [image for i, image in enumerate(annotated) if i in held_out]
-    sides = _read_all(training, settings.images), _read_all(validation, settings.images)
+    held_out_examples = _read_all(validation, settings.images)
+    sides = (
+        _without(_read_all(training, settings.images), held_out_examples),
+        held_out_examples,
+    )
     for side, examples in zip(("training", "validation"), sides, strict=True):
         if not examples:
             raise InputError(
@@ -72,6 +85,15 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
                 "both are of the same data set, and its split"
             )
     return sides
+
+
+def _without(training: list[Example], validation: list[Example]) -> list[Example]:
+    """Training photos that are not validation photos too, under whatever name."""
+    held_out = {example.sha256 for example in validation}
+    kept = [example for example in training if example.sha256 not in held_out]
+    if both := len(training) - len(kept):
+        log.warning("%d training photos are validation photos too, and left out", both)
+    return kept
 
 
 def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example]:

@@ -1,5 +1,6 @@
 """The door: help without weight, settings by precedence, exit codes, no traceback."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,9 @@ from click.testing import CliRunner
 
 from batchcap import __version__
 from batchcap.cli import batchcap, main
-from batchcap.settings import CaptionSettings, RunSettings, TrainSettings
+from batchcap.contracts import ModelError
+from batchcap.model_card import describe
+from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
 
 VERBS = ("run", "train", "caption", "model")
 
@@ -77,7 +80,31 @@ def test_an_unknown_setting_in_a_file_is_named(tmp_path: Path) -> None:
     config.write_text("[run]\nbatch-sise = 5\n")
     result = invoke("run", "in", "out.parquet", "--config", config)
     assert result.exit_code == 2
-    assert "batch_sise" in result.output
+    assert "[run] has no setting 'batch-sise'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("batch-size = 5", "batch-size"),
+        ("run = 5", "run"),
+        ("[runs]\nbatch-size = 5", "runs"),
+        ("[run]\nbatch-size = 2.7", "2.7"),
+        ("[run]\nseed = true", "True"),
+        ("[run]\nlimit = []", "limit"),
+        ('[run]\nsource = "in"', "source"),
+        ("[train]\nflip = 2", "flip"),
+        ("[train]\ninput-range = 5", "input-range"),
+    ],
+)
+def test_a_file_is_checked_like_flags(toml: str, named: str, tmp_path: Path) -> None:
+    config = tmp_path / "nightly.toml"
+    config.write_text(toml)
+    train_flags = ("--annotations", "a", "--images", "i", "--out", tmp_path)
+    arguments = ("train", *train_flags) if "train" in toml else ("run", "in", "out.parquet")
+    result = invoke(*arguments, "--config", config)
+    assert result.exit_code == 2, result.output
+    assert named in result.output
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
@@ -122,6 +149,15 @@ def test_model_show_tells_what_the_shipped_model_is() -> None:
     assert "fingerprint" in shown
     assert "mobilenet, 224 px" in shown
     assert "CIDEr-D" in shown
+
+
+@pytest.mark.parametrize("metrics", ["{", "[]", '{"validation": {}}', "\udcff"])
+def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "metrics.json"
+    path.write_bytes(metrics.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError, match=r"metrics\.json is damaged"):
+        describe(tmp_path / "model")
 
 
 def test_model_card_names_data_licence_and_limits() -> None:

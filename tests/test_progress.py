@@ -19,9 +19,10 @@ with progress("captioning", 3, "image") as bar:
 """
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_remaining_time() -> None:
+@pytest.mark.parametrize("columns", [100, 0])
+def test_a_terminal_gets_a_bar_with_rate_and_remaining_time(columns: int) -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
+    termios.tcsetwinsize(theirs, (24, columns))
     subprocess.run([sys.executable, "-c", COUNT_TO_THREE], stderr=theirs, check=True)
     shown = os.read(ours, 100_000).decode()
     assert "captioning" in shown
@@ -45,3 +46,14 @@ def test_a_log_of_long_work_gets_a_line_every_half_minute(
         for _ in range(4):
             bar.update(10)
     assert caplog.messages == ["captioning: 30 of 80 images, 0.8 images/s, 67 s left"]
+
+
+def test_work_done_before_does_not_count_as_speed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([0.0, 31.0])
+    monkeypatch.setattr("batchcap.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("batchcap.progress.sys.stderr.isatty", lambda: False)
+    with caplog.at_level(logging.INFO), progress("epoch 3", 5000, "step", done=4000) as bar:
+        bar.update(31)
+    assert caplog.messages == ["epoch 3: 4031 of 5000 steps, 1.0 steps/s, 969 s left"]

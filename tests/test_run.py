@@ -279,7 +279,9 @@ def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path
     assert len(run_with(photos_folder, output)) == 5
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_the_run_and_leaves_nothing_half_written(
     number: signal.Signals, code: int, photos_folder: Path, tmp_path: Path
 ) -> None:

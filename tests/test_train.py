@@ -17,7 +17,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from batchcap.contracts import UsageError
+from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import (
@@ -202,8 +202,28 @@ def test_another_training_is_not_mixed_into_an_unfinished_one(
         time.sleep(0.05)
     process.kill()
     process.communicate()
-    with pytest.raises(UsageError, match=r"other settings or data"):
-        train_captioner(replace(settings, dropout=0.4))
+    other_weights = tmp_path / "other.weights.h5"
+    build_backbone(BackboneConfig(image_size=64), None).save_weights(other_weights)
+    for changed in ({"dropout": 0.4}, {"backbone_weights": str(other_weights)}):
+        with pytest.raises(UsageError, match=r"other settings or data"):
+            train_captioner(replace(settings, **changed))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"checkpoint.safetensors is damaged"):
+        train_captioner(settings)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_work(
+    squares: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose another --out"):
+        train_captioner(settings_for(squares, tmp_path / "file" / "model"))
+
+
+def test_a_vocabulary_without_words_is_refused(squares: Path, tmp_path: Path) -> None:
+    settings = replace(settings_for(squares, tmp_path / "model"), min_count=1000)
+    with pytest.raises(InputError, match="lower --min-count"):
+        train_captioner(settings)
 
 
 def test_a_model_that_exists_is_never_overwritten(squares: Path, trained: Path) -> None:
@@ -229,7 +249,7 @@ def test_every_decay_trains(decay: Decay, squares: Path, tmp_path: Path) -> None
 
 def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
     wanted = replace(settings_for(squares, tmp_path / "model"), learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(UsageError, match="no number any more in epoch 1"):
+    with pytest.raises(InputError, match="no number any more in epoch 1"):
         train_captioner(wanted)
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from batchcap.contracts import InputError
+from batchcap.contracts import InputError, UsageError
 from batchcap.model.backbones import build_backbone, extract_features
 from batchcap.model.config import BackboneConfig
 from batchcap.model.images import load_image
@@ -74,7 +74,28 @@ def test_validation_annotations_count_more_than_splits(tmp_path):
         validation_annotations=write_annotations(tmp_path / "val.jsonl", {"3": None}),
     )
     training, validation = load_examples(settings)
-    assert (ids(training), ids(validation)) == (["1", "2", "3"], ["3"])
+    assert (ids(training), ids(validation)) == (["1", "2"], ["3"])
+
+
+def test_validation_photos_are_not_trained_on_under_another_name(tmp_path, caplog):
+    settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val"})
+    (tmp_path / "2").write_bytes(b"3")
+    training, validation = load_examples(settings)
+    assert (ids(training), ids(validation)) == (["1"], ["3"])
+    assert "1 training photos are validation photos too" in caplog.text
+
+
+def test_photos_of_no_known_split_are_counted(tmp_path, caplog):
+    settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": None})
+    with caplog.at_level(logging.INFO):
+        load_examples(settings)
+    assert "2 annotated photos are neither" in caplog.text
+
+
+def test_more_photos_held_out_than_there_are_is_refused(tmp_path):
+    settings = data_set(tmp_path, {"1": None, "2": None}, validation_count=2)
+    with pytest.raises(UsageError, match="--validation-count 2"):
+        load_examples(settings)
 
 
 def test_validation_photos_are_drawn_where_nothing_names_them(tmp_path):

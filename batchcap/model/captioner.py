@@ -23,7 +23,6 @@ from batchcap.model.config import (
     WEIGHTS_FILE,
     DecodeSettings,
     ModelConfig,
-    fingerprint,
     model_file,
     read_config,
 )
@@ -46,13 +45,11 @@ class Captioner:
         vocabulary: Vocabulary,
         backbone: keras.Model,
         decoder: CaptionDecoder,
-        fingerprint: str = "",
     ) -> None:
         self.config = config
         self.vocabulary = vocabulary
         self.backbone = backbone
         self.decoder = decoder
-        self.fingerprint = fingerprint
         self._compiled = cache(self._compile)
 
     @property
@@ -83,7 +80,7 @@ class Captioner:
         Returns:
             `Decoded` as numpy arrays.
         """
-        return self._run(lambda: tf.constant(pixels), live, settings, keys, from_pixels=True)
+        return self._run(pixels, live, settings, keys, from_pixels=True)
 
     def caption_features(
         self,
@@ -93,11 +90,11 @@ class Captioner:
         keys: list[str],
     ) -> Decoded:
         """`caption` for photos whose features `float32[B, G, D]` are known already."""
-        return self._run(lambda: tf.constant(features), live, settings, keys, from_pixels=False)
+        return self._run(features, live, settings, keys, from_pixels=False)
 
     def _run(
         self,
-        images: Callable[[], Any],
+        images: npt.NDArray[Any],
         live: npt.NDArray[np.bool_],
         settings: DecodeSettings,
         keys: list[str],
@@ -106,7 +103,7 @@ class Captioner:
         run = self._compiled(settings.max_length, settings.temperature > 0, from_pixels)
         uniforms = uniform_draws(settings, keys)
         temperature = tf.constant(settings.temperature, tf.float32)
-        decoded = run(images(), tf.constant(live), temperature, uniforms)
+        decoded = run(tf.constant(images), tf.constant(live), temperature, uniforms)
         return Decoded(*(tensor.numpy() for tensor in decoded))
 
     def _compile(self, max_length: int, draws: bool, from_pixels: bool) -> Callable[..., Decoded]:
@@ -153,7 +150,7 @@ def load_captioner(directory: Path) -> Captioner:
         )
     backbone, decoder = _build_networks(config, directory / CONFIG_FILE)
     set_weights(backbone, decoder, read_weights(directory), str(directory / WEIGHTS_FILE))
-    return Captioner(config, vocabulary, backbone, decoder, fingerprint(directory))
+    return Captioner(config, vocabulary, backbone, decoder)
 
 
 def _build_networks(config: ModelConfig, source: Path) -> tuple[keras.Model, CaptionDecoder]:

@@ -217,7 +217,10 @@ def _check_jpeg_end(data: bytes) -> None:
     """An end marker must follow the first scan: Pillow decodes a tail of zeros to grey."""
     position = 2
     while data.startswith(b"\xff", position) and not data.startswith(b"\xff\xda", position):
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if data.startswith(b"\xff\xff", position):  # a fill byte, which any marker may have ahead
+            position += 1
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     if data.find(b"\xff\xd9", position) == -1:
         raise _truncated()
 

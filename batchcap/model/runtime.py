@@ -9,12 +9,13 @@ def start_tensorflow() -> str:
     """Import TensorFlow and find its devices; names the one that work will run on.
 
     What C++ code prints meanwhile is dropped: on a machine without a GPU it speaks of nothing else,
-    before it has read its log level. GPU memory is taken as it is needed.
+    before it has read its log level.
     """
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     with _no_stderr():
         import tensorflow as tf
 
+        # Else float32 has 10 bits on newer GPUs, and captions change with the batch.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         gpus = tf.config.list_physical_devices("GPU")
         if not gpus:
             return "CPU"

@@ -284,7 +284,6 @@ def test_saved_model_is_loaded_as_it_was(tiny_captioner, model):
     loaded = load_captioner(model)
     assert loaded.config == tiny_captioner.config
     assert loaded.vocabulary == tiny_captioner.vocabulary
-    assert loaded.fingerprint == fingerprint(model)
     for name, weight in weights_of(tiny_captioner).items():
         stored_type = np.float32 if weight.ndim == 1 else np.float16
         np.testing.assert_array_equal(weights_of(loaded)[name], weight.astype(stored_type))

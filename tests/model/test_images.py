@@ -291,6 +291,14 @@ def test_cut_file_is_truncated_or_whole_in_its_first_frame(load, name):
             np.testing.assert_array_equal(loaded.pixels, whole)
 
 
+@pytest.mark.parametrize("fill", [b"\xff", b"\xff\xff\xff"])
+def test_fill_bytes_before_a_jpeg_marker_are_skipped(load, fill):
+    data = SAMPLES["JPEG"]
+    tables = data.index(b"\xff\xdb")
+    filled = load(data[:tables] + fill + data[tables:]).pixels
+    np.testing.assert_array_equal(filled, load(data).pixels)
+
+
 @pytest.mark.parametrize("name", ["JPEG", "progressive JPEG", "PNG", "GIF"])
 @pytest.mark.parametrize("percent", [30, 60, 95])
 def test_preallocated_download_is_refused(load, name, percent):
