@@ -75,6 +75,23 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
     """Take the verb's table of a TOML file as defaults, below flags and the environment."""
     if path is None:
         return
+    options = {
+        option.name: option
+        for option in context.command.params
+        if isinstance(option, click.Option) and option.expose_value
+    }
+    settings: dict[str, Any] = {}
+    for key, value in _read_config(path).get(str(context.info_name), {}).items():
+        name = key.replace("-", "_")
+        if name not in options:
+            raise click.UsageError(f"{path}: [{context.info_name}] has no setting {key!r}")
+        # As text, which click then checks like a flag's.
+        several = options[name].nargs > 1 and isinstance(value, list)
+        settings[name] = [str(item) for item in value] if several else str(value)
+    context.default_map = settings
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,19 +101,7 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
             raise click.UsageError(
                 f"{path}: {name!r} is not known: settings stand under [run], [train] or [caption]"
             )
-    options = {
-        option.opts[0].removeprefix("--"): option
-        for option in context.command.params
-        if isinstance(option, click.Option) and option.expose_value
-    }
-    context.default_map = {}
-    for name, value in tables.get(str(context.info_name), {}).items():
-        option = options.get(name.replace("_", "-"))
-        if option is None:
-            raise click.UsageError(f"{path}: [{context.info_name}] has no setting {name!r}")
-        # As text, which click checks like a flag's.
-        as_text = list(map(str, value)) if isinstance(value, list) else str(value)
-        context.default_map[str(option.name)] = as_text if option.nargs > 1 else str(value)
+    return tables
 
 
 def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:

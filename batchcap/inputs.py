@@ -64,9 +64,9 @@ def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
     Raises UsageError if there is no such source, InputError if it cannot be read or is neither.
     """
     is_wanted = _matcher(pattern)
-    if source == "-" and sys.stdin is None:
-        raise InputError("standard input is closed: give the list of photos there, or name it")
     if source == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed: give the list of photos there, or name it")
         return _read_list(sys.stdin.buffer.read(), "", is_wanted)
     path = Path(source)
     if path.is_dir():

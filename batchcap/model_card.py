@@ -27,7 +27,7 @@ transformer decoder ({layers} layers, {heads} heads, {units} units) that writes 
 
 `batchcap run PHOTOS captions.parquet --model THIS_DIRECTORY`
 
-Captions everyday photos with one plain sentence of at most {max_length} words out of {vocabulary_size}.
+Captions everyday photos with one plain sentence of at most {max_length} words out of {word_count}.
 
 ## Data
 
@@ -83,7 +83,7 @@ def write_card(
         heads=decoder.heads,
         units=decoder.units,
         max_length=decoder.max_length,
-        vocabulary_size=f"{decoder.vocabulary_size - len(SPECIAL_WORDS):,}",
+        word_count=_word_count(config),
         data_note=settings.data_note or "Not described by who trained it.",
         training_photos=metrics["training_photos"],
         validation_photos=metrics["validation_photos"],
@@ -142,12 +142,17 @@ def describe(directory: Path) -> str:
         "backbone": f"{backbone.name}, {backbone.image_size} px, pixels in [{low:g}, {high:g}]",
         "decoder": f"{decoder.layers} layers, {decoder.heads} heads of {decoder.key_size}, "
         f"{decoder.units} units, {decoder.grid_cells} grid cells of {decoder.feature_size}",
-        "vocabulary": f"{decoder.vocabulary_size - len(SPECIAL_WORDS):,} words, captions of at most {decoder.max_length}",
+        "vocabulary": f"{_word_count(config)} words, captions of at most {decoder.max_length}",
         "weights": f"{size / 1e6:.1f} MB",
     }
     if (directory / METRICS_FILE).is_file():
         lines |= _describe_metrics(directory / METRICS_FILE)
     return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def _word_count(config: ModelConfig) -> str:
+    """Words that a caption can hold: the special ones can't stand in it."""
+    return f"{config.decoder.vocabulary_size - len(SPECIAL_WORDS):,}"
 
 
 def _describe_metrics(path: Path) -> dict[str, str]:

@@ -54,10 +54,10 @@ def train_captioner(settings: TrainSettings) -> Path:
     """
     if settings.out.exists():
         raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
-    work_folder = _make_work_folder(settings.out)
     score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
+    work_folder = _make_work_folder(settings.out)
     backbone_config = BackboneConfig(settings.backbone, settings.image_size, settings.input_range)
     backbone = build_backbone(backbone_config, settings.backbone_weights)
     round_weights(backbone.variables)  # the features trained on are those the model will see
@@ -83,7 +83,7 @@ def train_captioner(settings: TrainSettings) -> Path:
         Features(cache, training, settings.flip), tokens, vocabulary, settings
     )
     judge = Judge(captioner, validation, Features(cache, validation, mirrored=False))
-    run = _run_digest(settings, backbone, (*training, *validation))
+    run = _run_digest(settings, backbone, training, validation)
     trainer = Trainer(settings, captioner, batches, work_folder, run)
     log.info(
         "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
@@ -124,7 +124,12 @@ def _decoder_config(
     )
 
 
-def _run_digest(settings: TrainSettings, backbone: keras.Model, examples: Sequence[Example]) -> str:
+def _run_digest(
+    settings: TrainSettings,
+    backbone: keras.Model,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> str:
     """What must be equal for training to go on: settings but places, backbone, all the data."""
     places = {
         "annotations",
@@ -137,8 +142,10 @@ def _run_digest(settings: TrainSettings, backbone: keras.Model, examples: Sequen
     wishes = {name: value for name, value in asdict(settings).items() if name not in places}
     digest = hashlib.sha256(json.dumps(wishes, sort_keys=True).encode())
     digest.update(weights_digest(backbone).encode())
-    for example in examples:
-        digest.update(f"{example.sha256} {example.captions}\n".encode())
+    for side in (training, validation):
+        digest.update(f"{len(side)} photos\n".encode())
+        for example in side:
+            digest.update(f"{example.sha256} {example.captions}\n".encode())
     return digest.hexdigest()
 
 

@@ -55,36 +55,39 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
         UsageError: more photos are to be held out than there are.
         InputError: wrong annotations, or no photo left on one of the two sides.
     """
-    annotated = read_annotations(settings.annotations)
-    if settings.validation_annotations is not None:
-        training, validation = annotated, read_annotations(settings.validation_annotations)
-    elif any(image.split for image in annotated):
-        training = [image for image in annotated if image.split == "train"]
-        validation = [image for image in annotated if image.split == "val"]
-        if others := len(annotated) - len(training) - len(validation):
-            log.info("%d annotated photos are neither of split train nor val", others)
-    elif settings.validation_count >= len(annotated):
-        raise UsageError(
-            f"{settings.annotations} has {len(annotated)} photos and names no split: lower "
-            f"--validation-count {settings.validation_count}, or give --validation-annotations"
-        )
-    else:
-        order = np.random.default_rng(settings.seed).permutation(len(annotated))
-        held_out = set(order[: settings.validation_count].tolist())
-        training = [image for i, image in enumerate(annotated) if i not in held_out]
-        validation = [image for i, image in enumerate(annotated) if i in held_out]
-    held_out_examples = _read_all(validation, settings.images)
-    sides = (
-        _without(_read_all(training, settings.images), held_out_examples),
-        held_out_examples,
-    )
-    for side, examples in zip(("training", "validation"), sides, strict=True):
+    annotated_training, annotated_validation = _split(settings)
+    validation = _read_all(annotated_validation, settings.images)
+    training = _without(_read_all(annotated_training, settings.images), validation)
+    for side, examples in (("training", training), ("validation", validation)):
         if not examples:
             raise InputError(
                 f"{settings.annotations} and {settings.images} give no {side} photo: check that "
                 "both are of the same data set, and its split"
             )
-    return sides
+    return training, validation
+
+
+def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
+    annotated = read_annotations(settings.annotations)
+    if settings.validation_annotations is not None:
+        return annotated, read_annotations(settings.validation_annotations)
+    if any(image.split for image in annotated):
+        training = [image for image in annotated if image.split == "train"]
+        validation = [image for image in annotated if image.split == "val"]
+        if others := len(annotated) - len(training) - len(validation):
+            log.info("%d annotated photos are neither of split train nor val", others)
+        return training, validation
+    if settings.validation_count >= len(annotated):
+        raise UsageError(
+            f"{settings.annotations} has {len(annotated)} photos and names no split: lower "
+            f"--validation-count {settings.validation_count}, or give --validation-annotations"
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(annotated))
+    held_out = set(order[: settings.validation_count].tolist())
+    return (
+        [image for i, image in enumerate(annotated) if i not in held_out],
+        [image for i, image in enumerate(annotated) if i in held_out],
+    )
 
 
 def _without(training: list[Example], validation: list[Example]) -> list[Example]:

@@ -78,7 +78,7 @@ def test_attention_moves_to_the_other_side_of_a_mirrored_photo(
         columns_of_words(captioner, seen) for seen in (pixels, pixels[:, :, ::-1])
     )
     pairs = [
-        (columns[word], 6 - mirrored_columns[word])
+        (columns[word], captioner.grid[1] - 1 - mirrored_columns[word])
         for columns, mirrored_columns in zip(as_taken, mirrored, strict=True)
         for word in columns.keys() & mirrored_columns.keys()
     ]

@@ -220,6 +220,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(
         train_captioner(settings_for(squares, tmp_path / "file" / "model"))
 
 
+def test_wrong_annotations_leave_no_folder(squares: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text("{")
+    settings = replace(
+        settings_for(squares, tmp_path / "model"), annotations=tmp_path / "captions.jsonl"
+    )
+    with pytest.raises(InputError):
+        train_captioner(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]
+
+
 def test_a_vocabulary_without_words_is_refused(squares: Path, tmp_path: Path) -> None:
     settings = replace(settings_for(squares, tmp_path / "model"), min_count=1000)
     with pytest.raises(InputError, match="lower --min-count"):
