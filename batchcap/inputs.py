@@ -126,7 +126,7 @@ def _walk(root: str) -> Iterator[str]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(f"{folder}{entry.name}/")
-                    elif not (entry.is_symlink() and entry.is_dir()):  # may be a loop
+                    elif not (entry.is_symlink() and _leads_to_folder(entry)):
                         yield folder + entry.name
         except OSError as error:
             if not folder:
@@ -136,6 +136,14 @@ def _walk(root: str) -> Iterator[str]:
                 image_id_of(folder),
                 error.strerror,
             )
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    """Whether to leave a link out, since it may lead in a circle; False where it leads nowhere."""
+    try:
+        return link.is_dir()
+    except OSError:
+        return False
 
 
 def _read_list(data: bytes, base: str, is_wanted: Callable[[str], bool] | None) -> list[ImageRef]:

@@ -100,6 +100,13 @@ def test_pattern_decides_instead_of_the_extension(tmp_path, pattern, expected):
     assert ids(list_images(root, pattern)) == expected
 
 
+def test_link_that_leads_nowhere_is_listed_and_hides_no_other_photo(tmp_path):
+    root = make_tree(tmp_path, "1.jpg")
+    for name, target in (("circle.jpg", "circle.jpg"), ("dangling.jpg", "nothing")):
+        (Path(root) / name).symlink_to(Path(root) / target)
+    assert ids(list_images(root)) == ["1.jpg", "circle.jpg", "dangling.jpg"]
+
+
 def test_folder_that_cannot_be_listed_is_warned_of_and_left_out(tmp_path, monkeypatch, caplog):
     """The refusal is scripted, because root, who runs many tests, can list any folder."""
     root = make_tree(tmp_path, "a/1.jpg", "b/2.jpg")

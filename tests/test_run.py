@@ -50,6 +50,12 @@ def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) 
     (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "dangling.jpg").symlink_to(folder / "nothing")
     Image.new("RGB", (8, 8)).save(folder / "scan.tiff")
+    Image.new("1", (20_000, 6_000)).save(folder / "bomb.png")
+    Image.effect_noise((32, 32), 50).save(folder / "damaged.png")
+    damaged = bytearray((folder / "damaged.png").read_bytes())
+    damaged[200] ^= 1
+    (folder / "damaged.png").write_bytes(damaged)
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "notes.md").write_text("left out")
     (folder / ".hidden.jpg").write_bytes(jpeg)
@@ -69,10 +75,13 @@ def mixed_run(
 MIXED_IDS = [
     "animals/cat.jpg",
     "astronaut.jpg",
+    "bomb.png",
     "coffee.jpg",
     "cut.jpg",
+    "damaged.png",
     "dangling.jpg",
     "empty.jpg",
+    "loop.jpg",
     "photographer.jpg",
     "pipe.jpg",
     "rocket.jpg",
@@ -80,9 +89,12 @@ MIXED_IDS = [
     "text.jpg",
 ]
 REASONS = {
+    "bomb.png": "too_large",
     "cut.jpg": "truncated",
+    "damaged.png": "corrupt",
     "dangling.jpg": "missing",
     "empty.jpg": "empty",
+    "loop.jpg": "unreadable",
     "pipe.jpg": "not_a_file",
     "scan.tiff": "unsupported_format",
     "text.jpg": "unsupported_format",
@@ -120,14 +132,14 @@ def test_good_files_have_captions_whose_columns_agree(mixed_run: tuple[Path, Any
 def test_the_summary_counts_failures_by_reason(mixed_run: tuple[Path, Any]) -> None:
     done = mixed_run[1]
     assert done.returncode == 0
-    assert "11 found, 5 captioned, 6 failed (2 unsupported_format" in done.stdout
+    assert "14 found, 5 captioned, 9 failed (2 unsupported_format" in done.stdout
     assert "images/s" in done.stdout
 
 
 def test_nothing_but_progress_is_on_stderr_and_no_traceback(mixed_run: tuple[Path, Any]) -> None:
     lines = mixed_run[1].stderr.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("captioning 11 photos of ")
+    assert lines[0].startswith("captioning 14 photos of ")
 
 
 def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, Any]) -> None:
