@@ -8,10 +8,12 @@ import numpy.typing as npt
 
 from batchcap.attention_figure import draw_attention
 from batchcap.contracts import Rejection
+from batchcap.engines import decode_settings_of
 from batchcap.inputs import printable
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecodeSettings
+from batchcap.model.config import DecodeSettings, read_config
 from batchcap.model.images import load_image
+from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.settings import CaptionSettings
 
@@ -44,14 +46,14 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
     """Caption photos one by one, in order.
 
     Raises:
+        UsageError: a setting that the model or the machine can't do.
         ModelError: the model directory is wrong.
         InputError: no font for the figure.
         OutputError: the figure can't be written.
     """
-    captioner = load_captioner(settings.model)
-    decode_settings = DecodeSettings(
-        captioner.config.decoder.max_length, settings.temperature, settings.seed
-    )
+    decode_settings = decode_settings_of(settings, read_config(settings.model))
+    execution = choose_execution(settings.runtime, settings.precision)
+    captioner = load_captioner(settings.model, execution)
     for path in settings.images:
         image = load_image(path, captioner.config.backbone.image_size)
         if isinstance(image.pixels, Rejection):

@@ -20,9 +20,15 @@ import click
 from batchcap import __version__
 from batchcap.contracts import BatchcapError
 from batchcap.model.runtime import start_tensorflow
-from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
+from batchcap.settings import (
+    DEFAULT_MODEL,
+    BenchSettings,
+    CaptionSettings,
+    RunSettings,
+    TrainSettings,
+)
 
-CONFIGURABLE_VERBS = ("run", "train", "caption")
+CONFIGURABLE_VERBS = ("run", "train", "caption", "bench")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -99,7 +105,8 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     for name, table in tables.items():
         if name not in CONFIGURABLE_VERBS or not isinstance(table, dict):
             raise click.UsageError(
-                f"{path}: {name!r} is not known: settings stand under [run], [train] or [caption]"
+                f"{path}: {name!r} is not known: settings stand under "
+                + ", ".join(f"[{verb}]" for verb in CONFIGURABLE_VERBS)
             )
     return tables
 
@@ -247,6 +254,23 @@ def caption(**asked: Any) -> None:
         failed += captioned.failed
     if failed:
         sys.exit(1)
+
+
+@batchcap.command()
+@options_of(BenchSettings)
+@config_option
+@verbose_option
+def bench(**asked: Any) -> None:
+    """Images per second on this machine: each stage of a run alone, and all together.
+
+    Example: batchcap bench --images ./images
+    """
+    settings = BenchSettings(**asked)
+    start_tensorflow()
+    from batchcap.bench import run_bench
+
+    result = run_bench(settings)
+    click.echo(result.as_json() if settings.json else str(result))
 
 
 @batchcap.group()

@@ -49,6 +49,23 @@ ARROW_SCHEMA = pa.schema(
 )
 
 
+class Runtime(StrEnum):
+    """What runs the backbone. `auto` is OpenVINO where it is installed and there is no GPU."""
+
+    AUTO = "auto"
+    TENSORFLOW = "tensorflow"
+    OPENVINO = "openvino"
+
+
+class Precision(StrEnum):
+    """What the backbone computes in; its weights and features are float32."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class ErrorType(StrEnum):
     """Why a photo has no caption: the values of the column `error_type`."""
 

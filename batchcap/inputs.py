@@ -12,9 +12,10 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from batchcap.contracts import InputError, UsageError
 
@@ -53,11 +54,12 @@ class AnnotatedImage:
     split: str | None
 
 
-def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
+def list_images(source: str, pattern: str | None = None, warn: bool = True) -> Iterator[ImageRef]:
     """List the photos of a folder (recursive), of a `.txt` file of paths, or of stdin (`-`).
 
     A folder is listed by extension, in code-point order of the ids, without dot files and without
-    entering linked folders. A list keeps its order; relative lines start at the list's folder.
+    entering linked folders; a subfolder is read, or with `warn` warned of, when its turn comes. A
+    list keeps its order and is read line by line; relative lines start at the list's folder.
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
     the relative path if it holds a `/` and against the file name otherwise.
 
@@ -67,12 +69,14 @@ def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
-        return _read_list(sys.stdin.buffer.read(), "", is_wanted)
+        return _read_list(sys.stdin.buffer, "", is_wanted)
     path = Path(source)
     if path.is_dir():
-        return _list_folder(source, is_wanted or _has_image_extension)
+        return _list_folder(source, is_wanted or _has_image_extension, warn)
     if path.suffix.lower() == ".txt" or not path.exists():
-        return _read_list(_read_bytes(path), f"{path.parent}/", is_wanted)
+        with _saying_which(path):
+            lines = path.open("rb")
+        return _read_list(lines, f"{path.parent}/", is_wanted)
     raise InputError(f"{source} is neither a folder nor a .txt file of paths; name one of these.")
 
 
@@ -104,38 +108,49 @@ def _has_image_extension(relative: str) -> bool:
     return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
 
 
-def _list_folder(root: str, is_wanted: Callable[[str], bool]) -> list[ImageRef]:
+def _list_folder(root: str, is_wanted: Callable[[str], bool], warn: bool) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
-    images = [
+    try:
+        top = _folder_entries(prefix, "")
+    except OSError as error:
+        raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
+    return (
         ImageRef(image_id_of(relative), prefix + relative)
-        for relative in _walk(prefix)
+        for relative in _walk(prefix, top, warn)
         if is_wanted(relative)
-    ]
-    return sorted(images, key=lambda image: image.image_id)
+    )
 
 
-def _walk(root: str) -> Iterator[str]:
-    """Paths relative to `root` of all that is no folder; `root` ends with a slash."""
-    folders = [""]
-    while folders:
-        folder = folders.pop()
+def _walk(root: str, pending: list[str], warn: bool) -> Iterator[str]:
+    """Paths relative to `root` of all that is no folder, from the last of `pending` to the first.
+
+    Each folder is sorted by itself: with the slash that its paths go on with, all are in order.
+    """
+    while pending:
+        path = pending.pop()
+        if not path.endswith("/"):
+            yield path
+            continue
         try:
-            with os.scandir(root + folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{folder}{entry.name}/")
-                    elif not (entry.is_symlink() and _leads_to_folder(entry)):
-                        yield folder + entry.name
+            pending += _folder_entries(root, path)
         except OSError as error:
-            if not folder:
-                raise InputError(f"{root} cannot be listed ({error.strerror}).") from error
-            logger.warning(
-                "The folder %s cannot be listed (%s); its photos are left out.",
-                image_id_of(folder),
-                error.strerror,
-            )
+            if warn:
+                logger.warning(
+                    "The folder %s cannot be listed (%s); its photos are left out.",
+                    *(image_id_of(path), error.strerror),
+                )
+
+
+def _folder_entries(root: str, folder: str) -> list[str]:
+    """Paths relative to `root`, a folder's with a slash at its end; the last in order first."""
+    with os.scandir(root + folder) as entries:
+        paths = [
+            f"{folder}{entry.name}/" if entry.is_dir(follow_symlinks=False) else folder + entry.name
+            for entry in entries
+            if not entry.name.startswith(".")
+            and not (entry.is_symlink() and _leads_to_folder(entry))
+        ]
+    return sorted(paths, key=image_id_of, reverse=True)
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -146,15 +161,19 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
         return False
 
 
-def _read_list(data: bytes, base: str, is_wanted: Callable[[str], bool] | None) -> list[ImageRef]:
-    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    names = dict.fromkeys(_normalised(line) for line in lines if line.strip())
-    return [
-        ImageRef(image_id_of(name), posixpath.join(base, name))
-        for name in names
-        if is_wanted is None or is_wanted(name)
-    ]
+def _read_list(
+    lines: IO[bytes], base: str, is_wanted: Callable[[str], bool] | None
+) -> Iterator[ImageRef]:
+    seen: set[str] = set()
+    with lines, _saying_which(lines.name):
+        for number, line in enumerate(lines):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+            name = _normalised(text)
+            if not text.strip() or name in seen or not (is_wanted is None or is_wanted(name)):
+                continue
+            seen.add(name)
+            yield ImageRef(image_id_of(name), posixpath.join(base, name))
 
 
 def _normalised(line: str) -> str:
@@ -164,12 +183,18 @@ def _normalised(line: str) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with _saying_which(path):
         return path.read_bytes()
+
+
+@contextmanager
+def _saying_which(file: object) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
-        raise UsageError(f"There is no {path}; check the path.") from error
+        raise UsageError(f"There is no {file}; check the path.") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+        raise InputError(f"{file} cannot be read ({error.strerror}).") from error
 
 
 def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:

@@ -21,18 +21,18 @@ class RowWriter:
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
-        self._pending: list[Row] = []
+        self._pending: list[pa.RecordBatch] = []
 
     def append(self, rows: list[Row]) -> None:
         """Add rows; a column that a row leaves out is null there."""
-        self._pending += rows
-        if len(self._pending) >= ROWS_PER_GROUP:
+        self._pending.append(pa.RecordBatch.from_pylist(rows, self._writer.schema))
+        if sum(map(len, self._pending)) >= ROWS_PER_GROUP:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows held in memory."""
         if self._pending:
-            self._writer.write_table(pa.Table.from_pylist(self._pending, self._writer.schema))
+            self._writer.write_table(pa.Table.from_batches(self._pending))
             self._pending = []
 
 

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Told of every piece of work done."""
+    """Told of every piece of work done, and of how much there is when that is known."""
+
+    total: float | None
 
     def update(self, n: int) -> object:
         """Count `n` more."""
@@ -25,7 +27,7 @@ class Progress(Protocol):
 class _Lines:
     """The same news as the bar's, as one log line every half a minute."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, what: str, total: float | None, unit: str, done: int) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.done_before = done
         self.started = self.last_line = time.monotonic()
@@ -37,16 +39,21 @@ class _Lines:
             return
         self.last_line = now
         rate = (self.done - self.done_before) / (now - self.started)
-        left = (self.total - self.done) / rate
+        of, left = "", ""
+        if self.total is not None:
+            of, left = f" of {self.total:.0f}", f", {(self.total - self.done) / rate:.0f} s left"
         log.info(
-            "%s: %d of %d %ss, %.1f %ss/s, %.0f s left",
-            *(self.what, self.done, self.total, self.unit, rate, self.unit, left),
+            "%s: %d%s %ss, %.1f %ss/s%s",
+            *(self.what, self.done, of, self.unit, rate, self.unit, left),
         )
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """Count from `done` to `total` with rate and remaining time; `unit` is in the singular."""
+def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Count from `done` to `total` with rate and remaining time; `unit` is in the singular.
+
+    A total of None is not known yet.
+    """
     if sys.stderr.isatty():
         # Terminals that don't tell their width say 0, in which tqdm shows nothing.
         width = os.get_terminal_size(sys.stderr.fileno()).columns

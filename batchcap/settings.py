@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import UsageError
+from batchcap.contracts import Precision, Runtime, UsageError
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
@@ -41,10 +41,6 @@ def _option(default: Any, description: str, **limits: float) -> Any:
     return field(default=default, metadata={"help": description, **limits})
 
 
-def _model_option() -> Any:
-    return _option(DEFAULT_MODEL, "Model directory  [default: the shipped model]")
-
-
 def _check_limits(settings: Any) -> None:
     for name, spec in settings.__dataclass_fields__.items():
         value, least, most = getattr(settings, name), *map(spec.metadata.get, ("least", "most"))
@@ -57,14 +53,29 @@ def _check_limits(settings: Any) -> None:
             raise UsageError(f"{flag} must be at most {most}, not {value}")
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """What `batchcap run` is asked."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, what it runs on, and how its words are chosen."""
 
-    source: str
-    output: Path
-    model: Path = _model_option()
-    batch_size: int = _option(32, "Photos captioned at a time.", least=1)
+    model: Path = _option(DEFAULT_MODEL, "Model directory  [default: the shipped model]")
+    runtime: Runtime = _option(
+        Runtime.AUTO, "What runs the backbone; auto: OpenVINO if installed and there is no GPU."
+    )
+    precision: Precision = _option(Precision.AUTO, "What the backbone computes in; auto: float32.")
+    max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
+    min_length: int = _option(0, "Fewest words in a caption.", least=0)
+    no_repeat_ngram: int = _option(
+        0, "Say no sequence of this many words twice in a caption; 0 allows all.", least=0
+    )
+    beam_size: int = _option(
+        1, "Captions searched side by side for the most probable; 1 is greedy.", least=1, most=100
+    )
+    length_penalty: float = _option(
+        1.0,
+        "A beam's score is log-probability / words ** this: 0 favours short captions, 1 none.",
+        least=-10,
+        most=10,
+    )
     temperature: float = _option(
         0.0,
         "0 takes the most probable words; above 0 draws, more freely the higher.",
@@ -72,7 +83,26 @@ class RunSettings:
         most=100,
     )
     seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
-    max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
+    top_k: int | None = _option(None, "Draw from this many most probable words [all].", least=1)
+    top_p: float = _option(
+        1.0, "Draw from the most probable words that reach this probability.", least=0, most=1
+    )
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        if self.temperature > 0 and self.beam_size > 1:
+            raise UsageError("--beam-size searches, --temperature draws: give only one of them")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            raise UsageError("--top-k and --top-p limit draws: give a --temperature above 0 too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(ModelOptions):
+    """What `batchcap run` is asked."""
+
+    source: str
+    output: Path
+    batch_size: int = _option(64, "Photos captioned at a time.", least=1)
     attention: AttentionDetail = _option(
         AttentionDetail.SUMMARY, "What to keep of the attention of each word."
     )
@@ -82,29 +112,34 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
-        _check_limits(self)
+        super().__post_init__()
         if self.output.suffix != ".parquet":
             raise UsageError(f"OUTPUT must end in .parquet, not {self.output.name!r}")
 
 
-@dataclass(frozen=True)
-class CaptionSettings:
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(ModelOptions):
     """What `batchcap caption` is asked."""
 
     images: tuple[str, ...]
-    model: Path = _model_option()
-    temperature: float = _option(
-        0.0, "0 takes the most probable words; above 0 draws.", least=0, most=100
-    )
-    seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
     attention_figure: Path | None = _option(
         None, "Draw where the model looked for each word of one IMAGE, as a PNG."
     )
 
     def __post_init__(self) -> None:
-        _check_limits(self)
+        super().__post_init__()
         if self.attention_figure is not None and len(self.images) != 1:
             raise UsageError(f"--attention-figure draws one IMAGE, not {len(self.images)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(ModelOptions):
+    """What `batchcap bench` is asked."""
+
+    images: Path | None = _option(None, "Directory of the photos [generated ones].")
+    limit: int = _option(1000, "Most photos to time.", least=1)
+    batch_size: int = _option(64, "Photos captioned at a time.", least=1)
+    json: bool = _option(False, "Print JSON instead of a table.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A backbone is frozen: it is run, never trained, here.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import einops
 import keras
 import tensorflow as tf
 
-from batchcap.contracts import ModelError
+from batchcap.contracts import ModelError, Precision
 from batchcap.model.config import BackboneConfig
 
 BACKBONES: dict[str, Callable[..., keras.Model]] = {"mobilenet": keras.applications.MobileNet}
 
 
-def build_backbone(config: BackboneConfig, weights: str | Path | None) -> keras.Model:
-    """A CNN from `float32[B, S, S, 3]` to `float32[B, S/32, S/32, D]`.
+def build_backbone(
+    config: BackboneConfig, weights: str | Path | None, precision: Precision = Precision.FLOAT32
+) -> keras.Model:
+    """A CNN from `float32[B, S, S, 3]` to `[B, S/32, S/32, D]` of a precision; float32 weights.
 
     `weights` is "imagenet" (fetched once by Keras), the path of a Keras HDF5 weights file without
     the classification top, or None for a model whose weights are set later.
@@ -33,9 +36,10 @@ def build_backbone(config: BackboneConfig, weights: str | Path | None) -> keras.
         raise ModelError(f"there is no backbone weights file {weights}")
     shape = (config.image_size, config.image_size, 3)
     try:
-        backbone = BACKBONES[config.name](
-            weights=weights and str(weights), include_top=False, input_shape=shape
-        )
+        with _computing_in(precision):
+            backbone = BACKBONES[config.name](
+                weights=weights and str(weights), include_top=False, input_shape=shape
+            )
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -45,11 +49,29 @@ def build_backbone(config: BackboneConfig, weights: str | Path | None) -> keras.
     return backbone
 
 
-def extract_features(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
-    """Features `float32[B, G, D]`, cells in row-major order, of `uint8[B, S, S, 3]` RGB pixels."""
+@contextmanager
+def _computing_in(precision: Precision) -> Iterator[None]:
+    """The models of keras.applications take their precision from a global setting only."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(
+        "float32" if precision is Precision.FLOAT32 else f"mixed_{precision}"
+    )
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def feature_grid(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
+    """Features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels."""
     low, high = config.input_range
     images = tf.cast(pixels, tf.float32) * ((high - low) / 255) + low
-    return einops.rearrange(backbone(images, training=False), "b h w d -> b (h w) d")
+    return tf.cast(backbone(images, training=False), tf.float32)
+
+
+def extract_features(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
+    """Features `float32[B, G, D]`, cells in row-major order, of `uint8[B, S, S, 3]` RGB pixels."""
+    return einops.rearrange(feature_grid(backbone, config, pixels), "b h w d -> b (h w) d")
 
 
 def weights_digest(backbone: keras.Model) -> str:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,34 @@ import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from batchcap.contracts import ModelError
-from batchcap.model.backbones import build_backbone, extract_features
+from batchcap.contracts import ModelError, Precision, Runtime
+from batchcap.model.backbones import build_backbone
 from batchcap.model.config import (
     CONFIG_FILE,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     DecodeSettings,
     ModelConfig,
+    fingerprint,
     model_file,
     read_config,
 )
-from batchcap.model.decoding import Decoded, decode, greedy, sampler
+from batchcap.model.decoding import (
+    Decoded,
+    beam_search,
+    decode,
+    forbidder,
+    greedy,
+    sampler,
+)
+from batchcap.model.extraction import (
+    Extract,
+    locked_cache,
+    openvino_extractor,
+    tensorflow_extractor,
+)
 from batchcap.model.network import CaptionDecoder, build_decoder
+from batchcap.model.runtime import Execution
 from batchcap.model.text import Vocabulary
 
 Weights = dict[str, npt.NDArray[Any]]
@@ -36,7 +50,8 @@ Weights = dict[str, npt.NDArray[Any]]
 class Captioner:
     """Backbone, decoder and vocabulary of one model, compiled once for each way to decode.
 
-    Batches of one shape are compiled once; use one batch size and fill it up with dead rows.
+    Batches of one shape are compiled once; use one batch size and fill it up with dead rows. May be
+    called from several threads.
     """
 
     def __init__(
@@ -45,22 +60,20 @@ class Captioner:
         vocabulary: Vocabulary,
         backbone: keras.Model,
         decoder: CaptionDecoder,
+        extract: Extract | None = None,
     ) -> None:
         self.config = config
         self.vocabulary = vocabulary
         self.backbone = backbone
         self.decoder = decoder
-        self._compiled = cache(self._compile)
+        self.extract = extract or tensorflow_extractor(backbone, config.backbone)
+        self._compiled = locked_cache(self._compile)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the backbone's grid of features."""
         rows, columns = self.backbone.output_shape[1:3]
         return rows, columns
-
-    def features(self, pixels: Any) -> tf.Tensor:
-        """Features `float32[B, G, D]` of photos `uint8[B, S, S, 3]`."""
-        return extract_features(self.backbone, self.config.backbone, pixels)
 
     def caption(
         self,
@@ -79,47 +92,48 @@ class Captioner:
 
         Returns:
             `Decoded` as numpy arrays.
+
+        Raises:
+            MemoryError: the device has not enough for this batch.
         """
-        return self._run(pixels, live, settings, keys, from_pixels=True)
+        try:
+            return self.caption_features(self.extract(pixels), live, settings, keys)
+        except tf.errors.ResourceExhaustedError as error:
+            raise MemoryError(f"no memory for {len(pixels)} photos at a time") from error
 
     def caption_features(
-        self,
-        features: npt.NDArray[np.float32],
-        live: npt.NDArray[np.bool_],
-        settings: DecodeSettings,
-        keys: list[str],
+        self, features: Any, live: npt.NDArray[np.bool_], settings: DecodeSettings, keys: list[str]
     ) -> Decoded:
         """`caption` for photos whose features `float32[B, G, D]` are known already."""
-        return self._run(features, live, settings, keys, from_pixels=False)
-
-    def _run(
-        self,
-        images: npt.NDArray[Any],
-        live: npt.NDArray[np.bool_],
-        settings: DecodeSettings,
-        keys: list[str],
-        from_pixels: bool,
-    ) -> Decoded:
-        run = self._compiled(settings.max_length, settings.temperature > 0, from_pixels)
+        write = self._compiled(replace(settings, seed=0))
         uniforms = uniform_draws(settings, keys)
-        temperature = tf.constant(settings.temperature, tf.float32)
-        decoded = run(tf.constant(images), tf.constant(live), temperature, uniforms)
+        decoded = write(tf.constant(features), tf.constant(live), tf.constant(uniforms))
         return Decoded(*(tensor.numpy() for tensor in decoded))
 
-    def _compile(self, max_length: int, draws: bool, from_pixels: bool) -> Callable[..., Decoded]:
+    def _compile(self, settings: DecodeSettings) -> Callable[..., Decoded]:
         decoder, grid_cells = self.decoder, self.config.decoder.grid_cells
+        forbid = forbidder(settings.min_length, settings.no_repeat_ngram)
+        draws = settings.temperature > 0
+        choose = sampler(settings.temperature, settings.top_k, settings.top_p) if draws else greedy
+
+        # Compiled by XLA: a step is a hundred small operations, which cost more to start than to
+        # do. Convolutions and big products, which XLA is slow at on CPUs, stay outside.
+        @tf.function(jit_compile=True)
+        def write(image: Any, live: Any, uniforms: Any) -> Decoded:
+            images, beams = live.shape[0], settings.beam_size
+            cache = decoder.empty_cache(images, beams, settings.max_length)
+            if beams == 1:
+                return decode(
+                    decoder.step, cache, image, choose, forbid, uniforms, live, grid_cells
+                )
+            return beam_search(
+                *(decoder.step, cache, image, beams, settings.length_penalty, forbid, live),
+                *(settings.max_length, grid_cells),
+            )
 
         @tf.function
-        def run(images: Any, live: Any, temperature: Any, uniforms: Any) -> Decoded:
-            features = self.features(images) if from_pixels else images
-            image = decoder.keys_values(features)
-
-            def step(tokens: Any, position: Any, cache: Any) -> tuple[Any, Any, Any]:
-                return decoder.step(tokens, position, cache, image)
-
-            choose = sampler(temperature, uniforms) if draws else greedy
-            state = decoder.empty_cache(live.shape[0], max_length)
-            return decode(step, state, choose, live, max_length, grid_cells)
+        def run(features: Any, live: Any, uniforms: Any) -> Decoded:
+            return write(decoder.keys_values(features), live, uniforms)
 
         return run
 
@@ -135,8 +149,8 @@ def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.f
     return uniforms
 
 
-def load_captioner(directory: Path) -> Captioner:
-    """The model of a directory, its every file checked.
+def load_captioner(directory: Path, execution: Execution | None = None) -> Captioner:
+    """The model of a directory, its every file checked, to be run as `execution` says.
 
     Raises:
         ModelError: a file is missing, a field is wrong, or weights do not fit; says which.
@@ -148,14 +162,21 @@ def load_captioner(directory: Path) -> Captioner:
             f"{directory / VOCABULARY_FILE} has {len(vocabulary)} words, but {CONFIG_FILE} says "
             f"{config.decoder.vocabulary_size}: the files are of different models"
         )
-    backbone, decoder = _build_networks(config, directory / CONFIG_FILE)
+    execution = execution or Execution()
+    precision = execution.precision
+    backbone, decoder = _build_networks(config, precision, directory / CONFIG_FILE)
     set_weights(backbone, decoder, read_weights(directory), str(directory / WEIGHTS_FILE))
-    return Captioner(config, vocabulary, backbone, decoder)
+    extract = None
+    if execution.runtime is Runtime.OPENVINO:
+        extract = openvino_extractor(backbone, config.backbone, precision, fingerprint(directory))
+    return Captioner(config, vocabulary, backbone, decoder, extract)
 
 
-def _build_networks(config: ModelConfig, source: Path) -> tuple[keras.Model, CaptionDecoder]:
+def _build_networks(
+    config: ModelConfig, precision: Precision, source: Path
+) -> tuple[keras.Model, CaptionDecoder]:
     try:
-        backbone = build_backbone(config.backbone, None)
+        backbone = build_backbone(config.backbone, None, precision)
     except ModelError as error:
         raise ModelError(f"{source}: backbone.name: {error}") from error
     rows, columns = backbone.output_shape[1:3]

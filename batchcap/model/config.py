@@ -92,12 +92,26 @@ class ModelConfig:
 class DecodeSettings:
     """How words are chosen. Recorded in every file of captions: other settings, other captions.
 
-    `temperature` 0 takes the most probable word, above 0 draws. `seed` counts only then.
+    `temperature` 0 takes the most probable words, above 0 draws; `seed`, `top_k` and `top_p` count
+    only then, `length_penalty` only with a `beam_size` above 1. What each means stands in
+    `decoding.py`.
     """
 
     max_length: int
     temperature: float = 0.0
     seed: int = 0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beam_size: int = 1
+    length_penalty: float = 0.0
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+
+    def __str__(self) -> str:
+        how = f"beam of {self.beam_size}" if self.beam_size > 1 else "greedy"
+        if self.temperature > 0:
+            how = f"temperature {self.temperature:g}"
+        return f"{how}, at most {self.max_length} words"
 
 
 def read_config(directory: Path) -> ModelConfig:

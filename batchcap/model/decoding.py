@@ -1,21 +1,34 @@
-"""Logits to words: one loop over a batch, each row stopping at its own END.
+"""Logits to words: greedy and drawn captions in one loop, beam search in another.
 
 Ids only: no text, no photos, and no network either, which comes in as a step function. Shapes as in
-`network.py`, with T the length limit.
+`network.py`, with T the length limit and R the images still in the batch.
+
+Finished images leave the batch: when no more than a quarter of it is open, these rows are gathered
+and the loop goes on with a quarter of the rows. So its cost follows the words that are written, not
+the longest caption, while all shapes stay static.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
 
-# (tokens int32[B], position int32[], state)
-#     -> (logits float32[B, V], attention float32[B, G], state)
-Step = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
-# (logits float32[B, V], position int32[]) -> int32[B]
+# (tokens int32[B, C], position int32[], cache, image)
+#     -> (logits float32[B, C, V], attention float32[B, C, G], cache)
+# `cache` is nested tensors float32[B, C, ...], `image` nested tensors [B, ...].
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+# (logits float32[R, V], uniforms float32[R]) -> int32[R]
 Choose = Callable[[Any, Any], Any]
+# (logits float32[N, V], tokens int32[N, T], position int32[]) -> float32[N, V]
+Forbid = Callable[[Any, Any, Any], Any]
+
+FORBIDDEN = -1e9
+IMPOSSIBLE = -1e8  # under any sum of real log-probabilities, above any sum with a forbidden word
+
+FEWEST_ROWS = 4  # a step costs much the same for fewer
 
 
 class Decoded(NamedTuple):
@@ -35,85 +48,358 @@ class Decoded(NamedTuple):
     attention: Any
 
 
-def decode(
-    step: Step, state: Any, choose: Choose, live: Any, max_length: int, grid_cells: int
-) -> Decoded:
-    """Decode until every row has reached END or `max_length` positions.
+class _Written(NamedTuple):
+    """Captions as far as they are written: `[..., T]`, `[..., T]` and `[..., T, G]`."""
 
-    A finished row is frozen: it writes padding from then on, so that its batch mates change nothing
-    in it. Log-probabilities are natural, of the logits as they come (temperature 1).
+    tokens: Any
+    log_probs: Any
+    attention: Any
+
+
+class _Rows(NamedTuple):
+    """The images of a batch that are still decoded; every tensor leads with R.
+
+    open: `bool[R]`, whether the image's caption is unfinished.
+    result: what the image leaves behind.
+    working: what is needed to go on with it.
+    """
+
+    open: Any
+    result: Any
+    working: Any
+
+
+def decode(
+    step: Step,
+    cache: Any,
+    image: Any,
+    choose: Choose,
+    forbid: Forbid,
+    uniforms: Any,
+    live: Any,
+    grid_cells: int,
+) -> Decoded:
+    """Write one caption an image, word by word, until each has reached END or T positions.
+
+    Batch mates change nothing in a row. Log-probabilities are natural, of the logits as they come
+    (temperature 1, nothing forbidden).
 
     Args:
         step: the network; called first with START at position 0.
-        state: what `step` carries from word to word; nested tensors of fixed shape.
+        cache: what `step` carries from word to word, of one caption an image.
+        image: what `step` sees of each image.
         choose: `greedy`, or what `sampler` gives.
+        forbid: what `forbidder` gives.
+        uniforms: `float32[B, T]` in [0, 1), the random numbers of `choose`.
         live: `bool[B]`; rows that only fill the batch are False, finished from birth.
-        max_length: T.
         grid_cells: G.
     """
-    rows = live.shape[0]
-    tokens = tf.TensorArray(tf.int32, max_length, element_shape=(rows,))
-    log_probs = tf.TensorArray(tf.float32, max_length, element_shape=(rows,))
-    attention = tf.TensorArray(tf.float32, max_length, element_shape=(rows, grid_cells))
+    rows, max_length = uniforms.shape
 
-    def unfinished(position: Any, _last: Any, open_rows: Any, *_: Any) -> Any:
-        return (position < max_length) & tf.reduce_any(open_rows)
-
-    def one_word(
-        position: Any,
-        last: Any,
-        open_rows: Any,
-        state: Any,
-        tokens: Any,
-        log_probs: Any,
-        attention: Any,
-    ) -> tuple[Any, ...]:
-        logits, looked, state = step(last, position, state)
-        word = tf.where(open_rows, choose(logits, position), PADDING_ID)
-        word_log_probs = tf.gather(tf.nn.log_softmax(logits), word, batch_dims=1)
-        is_word = open_rows & (word != END_ID)
-        return (
-            position + 1,
-            word,
-            is_word,
-            state,
-            tokens.write(position, tf.where(is_word, word, PADDING_ID)),
-            log_probs.write(position, tf.where(open_rows, word_log_probs, 0.0)),
-            attention.write(position, tf.where(is_word[:, None], looked, 0.0)),
+    def one_word(position: Any, rows: _Rows) -> _Rows:
+        written, (last, cache, image, uniforms) = rows.result, rows.working
+        logits, looked, cache = step(last[:, None], position, cache, image)
+        logits = logits[:, 0]
+        word = choose(forbid(logits, written.tokens, position), uniforms[:, position])
+        is_word = rows.open & (word != END_ID)
+        log_prob = tf.gather(logits, word, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
+        written = _write(
+            written,
+            tf.where(is_word, word, PADDING_ID),
+            tf.where(rows.open, log_prob, 0.0),
+            tf.where(is_word[:, None], looked[:, 0], 0.0),
+            position,
         )
+        return _Rows(is_word, written, (word, cache, image, uniforms))
 
     start = tf.fill((rows,), START_ID)
-    _, _, open_rows, _, tokens, log_probs, attention = tf.while_loop(
-        unfinished, one_word, (0, start, live, state, tokens, log_probs, attention)
-    )
-    words = tf.transpose(tokens.stack())
-    return Decoded(
-        tokens=words,
-        lengths=tf.reduce_sum(tf.cast(words != PADDING_ID, tf.int32), axis=1),
-        log_probs=tf.transpose(log_probs.stack()),
-        finished=live & ~open_rows,
-        attention=tf.transpose(attention.stack(), (1, 0, 2)),
-    )
+    born = _Rows(live, _nothing((rows,), max_length, grid_cells), (start, cache, image, uniforms))
+    still_open, written = _until_closed(one_word, born, max_length)
+    return _decoded(written, finished=live & ~still_open)
 
 
-def greedy(logits: Any, _position: Any) -> Any:
+def greedy(logits: Any, _uniforms: Any) -> Any:
     """The most probable word of each row."""
     return tf.argmax(logits, axis=-1, output_type=tf.int32)
 
 
-def sampler(temperature: Any, uniforms: Any) -> Choose:
+def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
     """Draw words from softmax(logits / temperature) by inverting its cumulative distribution.
 
-    `uniforms`, `float32[B, T]` in [0, 1), holds every random number beforehand, one per row and
-    position: a row draws the same words in whatever batch it stands.
+    `top_k` leaves only that many most probable words, and `top_p` of these the fewest whose
+    probabilities add up to it (Holtzman et al. 2020, nucleus sampling). All random numbers come in
+    from outside, one a row and position: a row draws the same words in whatever batch it stands.
     """
 
-    def choose(logits: Any, position: Any) -> Any:
+    def choose(logits: Any, uniforms: Any) -> Any:
         # Near 0, where the division would overflow, the most probable word is certain already.
-        scaled = logits / tf.maximum(temperature, 1e-6)
-        cumulative = tf.cumsum(tf.nn.softmax(scaled), axis=-1)
-        drawn = uniforms[:, position, None] * cumulative[:, -1:]
+        scaled = logits / max(temperature, 1e-6)
+        if top_k is not None:
+            least = tf.math.top_k(scaled, min(top_k, logits.shape[-1])).values[:, -1:]
+            scaled = tf.where(scaled < least, FORBIDDEN, scaled)
+        probabilities = tf.nn.softmax(scaled)
+        if top_p < 1:
+            falling = tf.sort(probabilities, direction="DESCENDING")
+            before = tf.cumsum(falling, axis=-1, exclusive=True)
+            least = tf.reduce_min(tf.where(before < top_p, falling, 1.0), axis=-1, keepdims=True)
+            probabilities = tf.where(probabilities < least, 0.0, probabilities)
+        cumulative = tf.cumsum(probabilities, axis=-1)
+        drawn = uniforms[:, None] * cumulative[:, -1:]
         word = tf.reduce_sum(tf.cast(cumulative <= drawn, tf.int32), axis=-1)
-        return tf.minimum(word, logits.shape[-1] - 1)  # rounding can push `drawn` to the very end
+        # Rounding can push `drawn` to the very end, past the last word that has a probability.
+        last = tf.reduce_sum(tf.cast(cumulative < cumulative[:, -1:], tf.int32), axis=-1)
+        return tf.minimum(word, last)
 
     return choose
+
+
+def forbidder(min_length: int, no_repeat_ngram: int) -> Forbid:
+    """Bar words from being chosen; their log-probabilities stay what they are.
+
+    END is barred from the first `min_length` positions, and a word wherever it would complete an
+    n-gram of `no_repeat_ngram` words that the caption has already (0 bars none).
+    """
+
+    def forbid(logits: Any, tokens: Any, position: Any) -> Any:
+        if min_length > 0:
+            is_end = tf.range(logits.shape[-1]) == END_ID
+            logits = tf.where(is_end & (position < min_length), FORBIDDEN, logits)
+        if 0 < no_repeat_ngram <= tokens.shape[-1]:
+            words = _repeating(tokens, position, no_repeat_ngram)
+            count, places = words.shape
+            rows = tf.broadcast_to(tf.range(count)[:, None], (count, places))
+            barred = tf.fill((count, places), FORBIDDEN)
+            at = tf.stack([rows, words], axis=-1)
+            logits = tf.tensor_scatter_nd_min(logits, at, barred)
+        return logits
+
+    return forbid
+
+
+def _repeating(tokens: Any, position: Any, n: int) -> Any:
+    """Per row the words that would complete an n-gram said before: `int32[N, T - n + 1]`.
+
+    Padding, which is barred anyway, stands where there is none.
+    """
+    starts = tokens.shape[1] - n + 1
+    repeats = tf.fill((tokens.shape[0], starts), True) & (tf.range(starts) + n - 1 < position)
+    for offset in range(n - 1):
+        recent = tokens[:, tf.maximum(position - n + 1 + offset, 0)]
+        repeats &= tokens[:, offset : offset + starts] == recent[:, None]
+    return tf.where(repeats, tokens[:, n - 1 :], PADDING_ID)
+
+
+class _Beams(NamedTuple):
+    """The K captions of each image that are still written, best first.
+
+    score: `float32[R, K]`, log-probability so far.
+    last: `int32[R, K]`, the last words.
+    """
+
+    written: _Written
+    score: Any
+    last: Any
+
+
+class _Best(NamedTuple):
+    """Of each image the best caption that has ended; before one has, the most probable so far.
+
+    score: `float32[R]`, its log-probability over its length to the power of the penalty.
+    ended: `int32[R]`, how many have.
+    """
+
+    written: _Written
+    score: Any
+    ended: Any
+
+
+def beam_search(
+    step: Step,
+    cache: Any,
+    image: Any,
+    beam_size: int,
+    length_penalty: float,
+    forbid: Forbid,
+    live: Any,
+    max_length: int,
+    grid_cells: int,
+) -> Decoded:
+    """Keep the `beam_size` (K) most probable captions of each image; return the best that ended.
+
+    At each position every caption is extended by every word. Those of the K best extensions that
+    are by END have ended; the K best by words live on. An image is done when K captions have ended,
+    or at T positions. The best has the highest log-probability / length ** `length_penalty`, where
+    END counts as a word; if none has ended, it is the most probable unfinished one.
+
+    Args:
+        step: as in `decode`, of K captions an image (C = K).
+        cache: what `step` carries from word to word, of K captions an image.
+        image: what `step` sees of each image.
+        beam_size: K.
+        length_penalty: 0 compares sums of log-probabilities, which favours short captions, 1 means.
+        forbid: what `forbidder` gives.
+        live: `bool[B]`; rows that only fill the batch are False.
+        max_length: T.
+        grid_cells: G.
+    """
+
+    def one_word(position: Any, rows: _Rows) -> _Rows:
+        beams, cache, image = rows.working
+        logits, looked, cache = step(beams.last, position, cache, image)
+        log_probs = tf.nn.log_softmax(logits)
+        scores, sources, words = _extensions(beams, log_probs, forbid, position)
+        ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
+        # The best one that ends, ahead of those that live on.
+        first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
+        going_on = tf.where(words == END_ID, 2 * FORBIDDEN, scores)
+        chosen = tf.concat([first_end[:, None], tf.math.top_k(going_on, beam_size).indices], axis=1)
+        scores, sources, words = _take((scores, sources, words), chosen)
+        written = _extended(beams.written, log_probs, looked, sources, words, position)
+        ended, going_on = (tf.nest.map_structure(part, written) for part in (_first, _others))
+        length = tf.cast(position + 1, tf.float32)
+        newly_ended = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
+        best = _better(
+            rows.result,
+            _Best(ended, scores[:, 0] / length**length_penalty, newly_ended),
+            tf.nest.map_structure(_first, going_on),
+            rows.open,
+        )
+        beams = _Beams(going_on, scores[:, 1:], words[:, 1:])
+        still_open = rows.open & (best.ended < beam_size)
+        return _Rows(still_open, best, (beams, _take(cache, sources[:, 1:]), image))
+
+    images = live.shape[0]
+    # One caption to begin with: the others are out of the race until it has extensions enough.
+    score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=FORBIDDEN)
+    beams = _Beams(
+        _nothing((images, beam_size), max_length, grid_cells),
+        score,
+        tf.fill((images, beam_size), START_ID),
+    )
+    best = _Best(
+        _nothing((images,), max_length, grid_cells),
+        tf.fill((images,), FORBIDDEN),
+        tf.zeros((images,), tf.int32),
+    )
+    _, best = _until_closed(one_word, _Rows(live, best, (beams, cache, image)), max_length)
+    return _decoded(best.written, finished=best.ended > 0)
+
+
+def _extensions(
+    beams: _Beams, log_probs: Any, forbid: Forbid, position: Any
+) -> tuple[Any, Any, Any]:
+    """The 2K best extensions, best first: score, which caption, which word, each `[R, 2K]`.
+
+    Twice as many as captions, since K of them may be by END.
+    """
+    images, beam_size, words = log_probs.shape
+    allowed = forbid(
+        tf.reshape(log_probs, (images * beam_size, words)),
+        tf.reshape(beams.written.tokens, (images * beam_size, -1)),
+        position,
+    )
+    totals = tf.reshape(beams.score, (images * beam_size, 1)) + allowed
+    scores, flat = tf.math.top_k(tf.reshape(totals, (images, beam_size * words)), 2 * beam_size)
+    return scores, flat // words, flat % words
+
+
+def _extended(
+    written: _Written, log_probs: Any, looked: Any, sources: Any, words: Any, position: Any
+) -> _Written:
+    """The captions `sources`, `int32[R, M]`, each longer by one of `words`, `int32[R, M]`."""
+    images, beam_size, vocabulary = log_probs.shape
+    flat = tf.reshape(log_probs, (images, beam_size * vocabulary))
+    written, looked = _take((written, looked), sources)
+    is_word = words != END_ID
+    return _write(
+        written,
+        tf.where(is_word, words, PADDING_ID),
+        _take(flat, sources * vocabulary + words),
+        tf.where(is_word[..., None], looked, 0.0),
+        position,
+    )
+
+
+def _better(best: _Best, ended: _Best, going_on: _Written, is_open: Any) -> _Best:
+    """`best`, replaced in open rows by what has just ended, if higher, or else is going on."""
+    is_higher = is_open & (ended.ended > 0) & (ended.score > best.score)
+    total = tf.where(is_open, best.ended + ended.ended, best.ended)
+    written = _where(is_higher, ended.written, _where(total == 0, going_on, best.written))
+    return _Best(written, tf.where(is_higher, ended.score, best.score), total)
+
+
+def _until_closed(
+    advance: Callable[[Any, _Rows], _Rows], rows: _Rows, max_length: int
+) -> tuple[Any, Any]:
+    """Advance rows, fewer and fewer, until all are closed or T positions are done.
+
+    Returns which are still open, `bool[B]`, and the results.
+    """
+    results = rows.open, rows.result
+    places = tf.range(rows.open.shape[0])
+    position = tf.constant(0)
+
+    def busy(fewest: int, position: Any, rows: _Rows) -> Any:
+        return (position < max_length) & (tf.reduce_sum(tf.cast(rows.open, tf.int32)) > fewest)
+
+    def one_position(position: Any, rows: _Rows) -> tuple[Any, _Rows]:
+        return position + 1, advance(position, rows)
+
+    quarter = rows.open.shape[0] // 4
+    for fewer in (quarter, 0) if quarter >= FEWEST_ROWS else (0,):
+        position, rows = tf.while_loop(partial(busy, fewer), one_position, (position, rows))
+        scatter = partial(_scatter, places[:, None])
+        results = tf.nest.map_structure(scatter, results, (rows.open, rows.result))
+        if fewer:
+            kept = tf.math.top_k(tf.cast(rows.open, tf.int32), fewer).indices
+            places, rows = tf.nest.map_structure(partial(tf.gather, indices=kept), (places, rows))
+    return results
+
+
+def _scatter(places: Any, whole: Any, part: Any) -> Any:
+    return tf.tensor_scatter_nd_update(whole, places, part)
+
+
+def _nothing(rows: tuple[int, ...], max_length: int, grid_cells: int) -> _Written:
+    return _Written(
+        tf.fill((*rows, max_length), PADDING_ID),
+        tf.zeros((*rows, max_length)),
+        tf.zeros((*rows, max_length, grid_cells)),
+    )
+
+
+def _write(written: _Written, token: Any, log_prob: Any, looked: Any, position: Any) -> _Written:
+    here = tf.range(written.tokens.shape[-1]) == position
+    return _Written(
+        tf.where(here, token[..., None], written.tokens),
+        tf.where(here, log_prob[..., None], written.log_probs),
+        tf.where(here[:, None], looked[..., None, :], written.attention),
+    )
+
+
+def _decoded(written: _Written, finished: Any) -> Decoded:
+    lengths = tf.reduce_sum(tf.cast(written.tokens != PADDING_ID, tf.int32), axis=1)
+    return Decoded(written.tokens, lengths, written.log_probs, finished, written.attention)
+
+
+def _take(tensors: Any, columns: Any) -> Any:
+    """Of nested `[R, M, ...]` the `columns`, `int32[R, N]`, of each row: `[R, N, ...]`."""
+    return tf.nest.map_structure(lambda t: tf.gather(t, columns, batch_dims=1), tensors)
+
+
+def _first(tensor: Any) -> Any:
+    return tensor[:, 0]
+
+
+def _others(tensor: Any) -> Any:
+    return tensor[:, 1:]
+
+
+def _where(rows: Any, those: Any, these: Any) -> Any:
+    """Nested tensors `[R, ...]`: `those` in the rows that are True, `these` in the others."""
+
+    def choose(that: Any, this: Any) -> Any:
+        shape = (-1, *(1 for _ in that.shape[1:]))
+        return tf.where(tf.reshape(rows, shape), that, this)
+
+    return tf.nest.map_structure(choose, those, these)

@@ -173,13 +173,17 @@ def _decode(data: bytes, image_size: int) -> tuple[npt.NDArray[np.uint8], tuple[
         if format_name in END_CHECKS:
             END_CHECKS[format_name](data)
         image = OPENERS[format_name](io.BytesIO(data))
-        _check_pixel_count(*image.size)
+        size = image.size
+        _check_pixel_count(*size)
+        # Only JPEG can: decodes to the half, quarter or eighth that is at least this large, in a
+        # fraction of the time.
+        image.draft(None, (image_size, image_size))
         image.load()
         if format_name == "PNG":
             _match_transparent_colour(image, bit_depth=data[24])
         orientation = _orientation(image)
         square = _squashed(_as_rgb(image), image_size)
-        return np.array(_upright(square, orientation)), _upright_size(image.size, orientation)
+        return np.array(_upright(square, orientation)), _upright_size(size, orientation)
     except _RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
@@ -327,7 +331,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _eight_bit_grey(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(rgba, mask=rgba)

@@ -10,6 +10,7 @@ by calls of their own, so that decoding keeps those of earlier words and of the 
 those of background and border, whatever the word.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import einops
@@ -183,40 +184,41 @@ class CaptionDecoder(keras.layers.Layer):
             x, _ = layer(x, past, causal, keys_values, training=training)
         return self.output_logits(x) + self.banned
 
-    def empty_cache(self, rows: int, length: int) -> list[KeysValues]:
-        """Per layer, room for the self-attention keys and values of `length` words."""
-        shape = (rows, self.config.heads, length, self.config.key_size)
+    def empty_cache(self, images: int, captions: int, length: int) -> list[KeysValues]:
+        """Per layer, room for self-attention keys and values: `[B, C, H, T, K]`, T of `length`."""
+        shape = (images, captions, self.config.heads, length, self.config.key_size)
         room = ops.zeros(shape, self.compute_dtype)
         return [KeysValues(room, room) for _ in self.layers]
 
     def step(
         self, tokens: Any, position: Any, cache: list[KeysValues], image: list[KeysValues]
     ) -> tuple[Any, Any, list[KeysValues]]:
-        """Read one more word of each row.
+        """Read one more word of each caption.
 
         Args:
-            tokens: `int32[B]`, one word of each row.
+            tokens: `int32[B, C]`, one word of each.
             position: `int32[]`, the place of these words in their captions, from 0.
             cache: as `empty_cache` or the last step gave it.
             image: as `keys_values` gave it.
 
         Returns:
-            logits `float32[B, V]` of the next word, cross-attention averaged over layers and heads
-            `float32[B, G]`, and the cache with this word in it.
+            logits `float32[B, C, V]` of the next word, cross-attention averaged over layers and
+            heads `float32[B, C, G]`, and the cache with this word in it.
         """
-        x = self.words(tokens[:, None]) + self.positions(ops.reshape(position, (1, 1)))
-        seen = ops.arange(cache[0].keys.shape[2])[None, :] <= position
+        images, captions = tokens.shape
+        x = self.words(ops.reshape(tokens, (-1, 1))) + self.positions(ops.reshape(position, (1, 1)))
+        seen = ops.arange(cache[0].keys.shape[3])[None, :] <= position
         weights_per_layer, grown = [], []
         for layer, past, keys_values in zip(self.layers, cache, image, strict=True):
             new = layer.self_attention.keys_values(x)
-            past = KeysValues(
-                *(_place(old, at, position) for old, at in zip(past, new, strict=True))
-            )
-            x, weights = layer(x, past, seen, keys_values)
+            past = KeysValues(*map(partial(_place, position), past, new))
+            rows = KeysValues(*(einops.rearrange(t, "b c h t k -> (b c) h t k") for t in past))
+            x, weights = layer(x, rows, seen, keys_values)
             weights_per_layer.append(weights)
             grown.append(past)
-        attention = einops.reduce(ops.stack(weights_per_layer), "l b h 1 g -> b g", "mean")
-        return self.output_logits(x[:, 0]) + self.banned, attention, grown
+        attention = einops.reduce(ops.stack(weights_per_layer), "l b h c g -> b c g", "mean")
+        logits = self.output_logits(x[:, 0]) + self.banned
+        return ops.reshape(logits, (images, captions, -1)), attention, grown
 
 
 def build_decoder(config: DecoderConfig) -> CaptionDecoder:
@@ -239,5 +241,7 @@ def log_frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     return np.log(weights).astype(np.float32)
 
 
-def _place(cache: Any, new: Any, position: Any) -> Any:
-    return ops.slice_update(cache, (0, 0, position, 0), new)
+def _place(position: Any, cache: Any, new: Any) -> Any:
+    """Put `[B * C, H, 1, K]` into `[B, C, H, T, K]` at a position."""
+    new = ops.reshape(new, (*cache.shape[:3], 1, cache.shape[4]))
+    return ops.slice_update(cache, (0, 0, 0, position, 0), new)

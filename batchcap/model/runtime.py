@@ -1,8 +1,58 @@
-"""TensorFlow, started once and quietly."""
+"""What the model runs on: TensorFlow started quietly, the device, the runtime, the precision."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from batchcap.contracts import Precision, Runtime, UsageError
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the backbone is run: nothing is `auto` any more."""
+
+    device: str = "CPU"
+    runtime: Runtime = Runtime.TENSORFLOW
+    precision: Precision = Precision.FLOAT32
+
+    def __str__(self) -> str:
+        return f"{self.device} with {self.runtime}, {self.precision}"
+
+
+def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
+    """What to run the backbone with here, TensorFlow started.
+
+    `auto` precision is float32: of 1,000 photos float16 changes the captions of 1.3 %, bfloat16 of
+    17 %, and no more than 1 % may differ without having been asked for.
+
+    Raises:
+        UsageError: OpenVINO is asked for and not installed, or can't compute so on this CPU.
+    """
+    device = start_tensorflow()
+    installed = find_spec("openvino") is not None
+    if runtime is Runtime.AUTO:
+        runtime = Runtime.OPENVINO if installed and device == "CPU" else Runtime.TENSORFLOW
+    elif runtime is Runtime.OPENVINO and not installed:
+        raise UsageError("--runtime openvino: install it with pip install 'batchcap[openvino]'")
+    if precision is Precision.AUTO:
+        precision = Precision.FLOAT32
+    if runtime is Runtime.OPENVINO:
+        device = "CPU"
+        _check_openvino_computes_in(precision)
+    return Execution(device, runtime, precision)
+
+
+def _check_openvino_computes_in(precision: Precision) -> None:
+    import openvino
+
+    name = {Precision.BFLOAT16: "BF16", Precision.FLOAT16: "FP16"}.get(precision, "FP32")
+    if name not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UsageError(
+            f"this CPU does not compute in {precision}: choose --precision float32, "
+            "or --runtime tensorflow, which imitates it slowly"
+        )
 
 
 def start_tensorflow() -> str:

@@ -1,0 +1,146 @@
+"""Pixels to features with a frozen backbone: by TensorFlow, or on CPUs by OpenVINO.
+
+Both compute the same; a batch shape is compiled once. Extractors may be called from several
+threads.
+"""
+
+import logging
+import math
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Hashable
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from batchcap.contracts import Precision
+from batchcap.files import replacing
+from batchcap.model.backbones import extract_features, feature_grid
+from batchcap.model.config import BackboneConfig
+
+# uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor
+Extract = Callable[[npt.NDArray[np.uint8]], Any]
+
+Key = TypeVar("Key", bound=Hashable)
+Built = TypeVar("Built")
+
+PHOTOS_PER_REQUEST = 4  # a request runs on one core, and is fastest while it fits the core's cache
+
+log = logging.getLogger(__name__)
+
+
+def tensorflow_extractor(backbone: keras.Model, config: BackboneConfig) -> Extract:
+    """Extract with variables made constants, so that TensorFlow folds batch norm into kernels."""
+
+    @locked_cache
+    def frozen(batch: int) -> Callable[[Any], Any]:
+        traced = tf.function(partial(extract_features, backbone, config)).get_concrete_function(
+            tf.TensorSpec((batch, config.image_size, config.image_size, 3), tf.uint8)
+        )
+        return convert_variables_to_constants_v2(traced)
+
+    def extract(pixels: npt.NDArray[np.uint8]) -> tf.Tensor:
+        (features,) = frozen(len(pixels))(tf.constant(pixels))
+        return features
+
+    return extract
+
+
+def openvino_extractor(
+    backbone: keras.Model, config: BackboneConfig, precision: Precision, fingerprint: str
+) -> Extract:
+    """Extract with OpenVINO, a request a core.
+
+    The exported graph is kept in the user's cache directory under the model's fingerprint.
+    """
+    import openvino
+
+    exported = _exported(backbone, config, fingerprint)
+    core = openvino.Core()
+    hints = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": {Precision.BFLOAT16: "bf16", Precision.FLOAT16: "f16"}.get(
+            precision, "f32"
+        ),
+    }
+
+    @locked_cache
+    def compiled(photos: int) -> Any:
+        model = core.read_model(exported["graph"].tobytes(), openvino.Tensor(exported["weights"]))
+        model.reshape([photos, config.image_size, config.image_size, 3])
+        return core.compile_model(model, "CPU", hints)
+
+    threads = threading.local()
+
+    def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        photos = math.gcd(len(pixels), PHOTOS_PER_REQUEST)
+        model = compiled(photos)
+        if getattr(threads, "model", None) is not model:
+            threads.model, threads.queue = model, openvino.AsyncInferQueue(model)
+        features = np.empty((len(pixels), *model.output(0).shape[1:]), np.float32)
+
+        def keep(request: Any, start: int) -> None:
+            features[start : start + photos] = request.get_output_tensor().data
+
+        threads.queue.set_callback(keep)
+        for start in range(0, len(pixels), photos):
+            threads.queue.start_async([pixels[start : start + photos]], start, share_inputs=True)
+        threads.queue.wait_all()
+        return features.reshape(len(pixels), -1, features.shape[-1])
+
+    return extract
+
+
+def _exported(
+    backbone: keras.Model, config: BackboneConfig, fingerprint: str
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """OpenVINO's `graph` and `weights` of a backbone, from the cache where they are there."""
+    key = f"{fingerprint[:32]}-{version('openvino')}-{version('batchcap')}.npz"
+    path = Path(platformdirs.user_cache_dir("batchcap")) / "openvino" / key
+    try:
+        with np.load(path, allow_pickle=False) as arrays:  # checks a sum of each
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = _export(backbone, config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("xb") as file:
+            np.savez(file, graph=arrays["graph"], weights=arrays["weights"])
+    except OSError as error:
+        log.warning("the exported backbone is not kept: %s cannot be written (%s)", path, error)
+    return arrays
+
+
+def _export(backbone: keras.Model, config: BackboneConfig) -> dict[str, npt.NDArray[np.uint8]]:
+    import openvino
+
+    traced = tf.function(partial(feature_grid, backbone, config)).get_concrete_function(
+        tf.TensorSpec((None, config.image_size, config.image_size, 3), tf.uint8)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "backbone.xml"
+        openvino.save_model(openvino.convert_model(traced), graph, compress_to_fp16=False)
+        return {
+            "graph": np.fromfile(graph, np.uint8),
+            "weights": np.fromfile(graph.with_suffix(".bin"), np.uint8),
+        }
+
+
+def locked_cache(build: Callable[[Key], Built]) -> Callable[[Key], Built]:
+    """`functools.cache` for what is slow to build and asked for by several threads at once."""
+    lock, cached = threading.Lock(), cache(build)
+
+    def get(key: Key) -> Built:
+        with lock:
+            return cached(key)
+
+    return get
