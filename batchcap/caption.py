@@ -53,7 +53,7 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
     """
     decode_settings = decode_settings_of(settings, read_config(settings.model))
     execution = choose_execution(settings.runtime, settings.precision)
-    captioner = load_captioner(settings.model, execution)
+    captioner = load_captioner(settings.model, execution, compiled=False)
     for path in settings.images:
         image = load_image(path, captioner.config.backbone.image_size)
         if isinstance(image.pixels, Rejection):

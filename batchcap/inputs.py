@@ -69,14 +69,14 @@ def list_images(source: str, pattern: str | None = None, warn: bool = True) -> I
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
-        return _read_list(sys.stdin.buffer, "", is_wanted)
+        return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
     path = Path(source)
     if path.is_dir():
         return _list_folder(source, is_wanted or _has_image_extension, warn)
     if path.suffix.lower() == ".txt" or not path.exists():
         with _saying_which(path):
             lines = path.open("rb")
-        return _read_list(lines, f"{path.parent}/", is_wanted)
+        return _read_list(lines, source, f"{path.parent}/", is_wanted)
     raise InputError(f"{source} is neither a folder nor a .txt file of paths; name one of these.")
 
 
@@ -162,10 +162,10 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
 
 
 def _read_list(
-    lines: IO[bytes], base: str, is_wanted: Callable[[str], bool] | None
+    lines: IO[bytes], source: str, base: str, is_wanted: Callable[[str], bool] | None
 ) -> Iterator[ImageRef]:
     seen: set[str] = set()
-    with lines, _saying_which(lines.name):
+    with lines, _saying_which(source):
         for number, line in enumerate(lines):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")

@@ -14,9 +14,15 @@ from batchcap import __version__
 from batchcap.cli import batchcap, main
 from batchcap.contracts import ModelError
 from batchcap.model_card import describe
-from batchcap.settings import DEFAULT_MODEL, CaptionSettings, RunSettings, TrainSettings
+from batchcap.settings import (
+    DEFAULT_MODEL,
+    BenchSettings,
+    CaptionSettings,
+    RunSettings,
+    TrainSettings,
+)
 
-VERBS = ("run", "train", "caption", "model")
+VERBS = ("run", "train", "caption", "bench", "model")
 
 
 def invoke(*arguments: object, **environment: str) -> Any:
@@ -43,7 +49,12 @@ def test_version_is_the_package_s() -> None:
 
 @pytest.mark.parametrize(
     ("verb", "settings"),
-    [("run", RunSettings), ("train", TrainSettings), ("caption", CaptionSettings)],
+    [
+        ("run", RunSettings),
+        ("train", TrainSettings),
+        ("caption", CaptionSettings),
+        ("bench", BenchSettings),
+    ],
 )
 def test_every_setting_is_a_flag_with_a_help_text(verb: str, settings: type[Any]) -> None:
     shown = invoke(verb, "--help").output

@@ -30,7 +30,7 @@ def validation_run(
     names = (flickr8k / "val.txt").read_text().split()
     listed = folder / "val.txt"
     listed.write_text("".join(f"{flickr8k.absolute()}/images/{name}.jpg\n" for name in names))
-    summary = run_captioning(RunSettings(str(listed), folder / "captions.parquet"))
+    summary = run_captioning(RunSettings(source=str(listed), output=folder / "captions.parquet"))
     return summary, pq.read_table(folder / "captions.parquet").to_pylist()
 
 

@@ -5,14 +5,16 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchcap import inputs
 from batchcap.contracts import InputError, UsageError
 from batchcap.inputs import (
     ANNOTATION_READERS,
@@ -20,7 +22,6 @@ from batchcap.inputs import (
     ImageRef,
     detect_format,
     image_id_of,
-    list_images,
     read_annotations,
 )
 
@@ -37,6 +38,10 @@ def make_tree(root: Path, *names: str) -> str:
     return str(root)
 
 
+def list_images(source: str, pattern: str | None = None) -> list[ImageRef]:
+    return list(inputs.list_images(source, pattern))
+
+
 def ids(images: list[ImageRef]) -> list[str]:
     return [image.image_id for image in images]
 
@@ -45,6 +50,38 @@ def test_folder_is_listed_in_code_point_order_of_its_ids(tmp_path):
     root = make_tree(tmp_path, "b/1.jpg", "b.jpg", "B.JPG", "a/10.png", "a/9.png", "照片.webp")
     expected = ["B.JPG", "a/10.png", "a/9.png", "b.jpg", "b/1.jpg", "照片.webp"]
     assert ids(list_images(root)) == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sets(
+        st.lists(st.text("ab-.\\照", min_size=1, max_size=3), min_size=1, max_size=3).map(
+            lambda parts: "/".join(f"x{part}" for part in parts) + ".jpg"
+        )
+    )
+)
+def test_order_is_that_of_all_ids_however_folders_and_files_mix(names):
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_tree(Path(folder), *names)
+        assert ids(list_images(root)) == sorted(map(image_id_of, names))
+
+
+def test_a_subfolder_is_read_when_its_turn_comes(tmp_path):
+    images = inputs.list_images(make_tree(tmp_path, "a.jpg", "b/1.jpg"))
+    assert next(images).image_id == "a.jpg"
+    make_tree(tmp_path, "b/2.jpg")
+    assert ids(images) == ["b/1.jpg", "b/2.jpg"]
+
+
+def test_photos_on_stdin_are_taken_as_they_are_named(monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as stdin:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=stdin))
+        images = inputs.list_images("-")
+        os.write(write, b"a.jpg\n")
+        assert next(images).image_id == "a.jpg"  # before the list has ended
+        os.close(write)
+        assert list(images) == []
 
 
 def test_path_opens_the_photo_and_id_is_relative(tmp_path):

@@ -139,7 +139,7 @@ def test_the_summary_counts_failures_by_reason(mixed_run: tuple[Path, Any]) -> N
 def test_nothing_but_progress_is_on_stderr_and_no_traceback(mixed_run: tuple[Path, Any]) -> None:
     lines = mixed_run[1].stderr.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("captioning 14 photos of ")
+    assert lines[0].startswith("captioning the photos of ")
 
 
 def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, Any]) -> None:
@@ -149,6 +149,8 @@ def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, An
     assert metadata["batchcap.schema"] == "1"
     assert metadata["batchcap.model"] == fingerprint(DEFAULT_MODEL)
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
+    assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
+    assert metadata["batchcap.precision"] == "float32"
 
 
 def test_no_path_of_the_machine_is_in_the_file(mixed_run: tuple[Path, Any]) -> None:
@@ -242,6 +244,22 @@ def test_draws_follow_the_seed_and_nothing_else(photos_folder: Path, tmp_path: P
     assert captions("--seed", 2) != first
 
 
+def test_beams_are_more_probable_than_greedy_captions(photos_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--length-penalty", 0)
+    greedy = run_with(photos_folder, tmp_path / "o.parquet")
+    beam = run_with(photos_folder, tmp_path / "o.parquet", "--beam-size", 5, *arguments)
+    assert sum(row["logprob"] for row in beam) > sum(row["logprob"] for row in greedy) + 1
+    recorded = pq.read_schema(tmp_path / "o.parquet").metadata[b"batchcap.decode"]
+    assert json.loads(recorded)["beam_size"] == 5
+
+
+def test_captions_have_the_words_asked_for(photos_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--min-length", 9, "--no-repeat-ngram", 1)
+    for row in run_with(photos_folder, tmp_path / "o.parquet", *arguments):
+        assert len(row["tokens"]) >= 9
+        assert len(set(row["tokens"])) == len(row["tokens"])
+
+
 def test_a_list_on_stdin_names_the_photos(photos_folder: Path, tmp_path: Path) -> None:
     listed = f"{photos_folder}/coffee.jpg\n"
     done = batchcap("run", "-", tmp_path / "o.parquet", stdin=listed)
@@ -270,6 +288,11 @@ def test_wrong_usage_is_said_and_is_exit_code_2(photos_folder: Path, tmp_path: P
     assert_refused([photos_folder, output, "--batch-size", 0], 2, "--batch-size")
     assert_refused([photos_folder, output, "--max-length", 999], 2, "--max-length")
     assert_refused([photos_folder, output, "--attention", "some"], 2, "--attention")
+    assert_refused([photos_folder, output, "--min-length", 99], 2, "--min-length 99")
+    assert_refused([photos_folder, output, "--top-k", 5], 2, "--temperature")
+    assert_refused(
+        [photos_folder, output, "--beam-size", 3, "--temperature", 1], 2, "--beam-size", "only one"
+    )
     assert_refused([photos_folder], 2, "OUTPUT")
 
 

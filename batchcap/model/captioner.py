@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Captioner:
     """Backbone, decoder and vocabulary of one model, compiled once for each way to decode.
 
     Batches of one shape are compiled once; use one batch size and fill it up with dead rows. May be
-    called from several threads.
+    called from several threads. Where `compiled` is False each operation is run by itself: slower,
+    but there is a first caption seconds earlier.
     """
 
     def __init__(
@@ -61,13 +63,15 @@ class Captioner:
         backbone: keras.Model,
         decoder: CaptionDecoder,
         extract: Extract | None = None,
+        compiled: bool = True,
     ) -> None:
         self.config = config
         self.vocabulary = vocabulary
         self.backbone = backbone
         self.decoder = decoder
-        self.extract = extract or tensorflow_extractor(backbone, config.backbone)
-        self._compiled = locked_cache(self._compile)
+        self.compiled = compiled
+        self.extract = extract or tensorflow_extractor(backbone, config.backbone, compiled)
+        self._writers = locked_cache(self._writer)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,20 +109,17 @@ class Captioner:
         self, features: Any, live: npt.NDArray[np.bool_], settings: DecodeSettings, keys: list[str]
     ) -> Decoded:
         """`caption` for photos whose features `float32[B, G, D]` are known already."""
-        write = self._compiled(replace(settings, seed=0))
+        write = self._writers(replace(settings, seed=0))
         uniforms = uniform_draws(settings, keys)
         decoded = write(tf.constant(features), tf.constant(live), tf.constant(uniforms))
         return Decoded(*(tensor.numpy() for tensor in decoded))
 
-    def _compile(self, settings: DecodeSettings) -> Callable[..., Decoded]:
+    def _writer(self, settings: DecodeSettings) -> Callable[..., Decoded]:
         decoder, grid_cells = self.decoder, self.config.decoder.grid_cells
         forbid = forbidder(settings.min_length, settings.no_repeat_ngram)
         draws = settings.temperature > 0
         choose = sampler(settings.temperature, settings.top_k, settings.top_p) if draws else greedy
 
-        # Compiled by XLA: a step is a hundred small operations, which cost more to start than to
-        # do. Convolutions and big products, which XLA is slow at on CPUs, stay outside.
-        @tf.function(jit_compile=True)
         def write(image: Any, live: Any, uniforms: Any) -> Decoded:
             images, beams = live.shape[0], settings.beam_size
             cache = decoder.empty_cache(images, beams, settings.max_length)
@@ -131,11 +132,14 @@ class Captioner:
                 *(settings.max_length, grid_cells),
             )
 
-        @tf.function
-        def run(features: Any, live: Any, uniforms: Any) -> Decoded:
-            return write(decoder.keys_values(features), live, uniforms)
+        def run(write: Callable[..., Decoded], features: Any, *rest: Any) -> Decoded:
+            return write(decoder.keys_values(features), *rest)
 
-        return run
+        if not self.compiled:
+            return partial(run, write)
+        # By XLA: a step is a hundred small operations, which cost more to start than to do.
+        # Convolutions and big products, which XLA is slow at on CPUs, stay outside.
+        return tf.function(partial(run, tf.function(write, jit_compile=True)))
 
 
 def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:
@@ -149,7 +153,9 @@ def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.f
     return uniforms
 
 
-def load_captioner(directory: Path, execution: Execution | None = None) -> Captioner:
+def load_captioner(
+    directory: Path, execution: Execution | None = None, compiled: bool = True
+) -> Captioner:
     """The model of a directory, its every file checked, to be run as `execution` says.
 
     Raises:
@@ -169,7 +175,7 @@ def load_captioner(directory: Path, execution: Execution | None = None) -> Capti
     extract = None
     if execution.runtime is Runtime.OPENVINO:
         extract = openvino_extractor(backbone, config.backbone, precision, fingerprint(directory))
-    return Captioner(config, vocabulary, backbone, decoder, extract)
+    return Captioner(config, vocabulary, backbone, decoder, extract, compiled)
 
 
 def _build_networks(

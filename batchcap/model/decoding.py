@@ -28,6 +28,7 @@ Forbid = Callable[[Any, Any, Any], Any]
 FORBIDDEN = -1e9
 IMPOSSIBLE = -1e8  # under any sum of real log-probabilities, above any sum with a forbidden word
 
+TINY = 1e-6
 FEWEST_ROWS = 4  # a step costs much the same for fewer
 
 
@@ -133,7 +134,7 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
 
     def choose(logits: Any, uniforms: Any) -> Any:
         # Near 0, where the division would overflow, the most probable word is certain already.
-        scaled = logits / max(temperature, 1e-6)
+        scaled = logits / max(temperature, TINY)
         if top_k is not None:
             least = tf.math.top_k(scaled, min(top_k, logits.shape[-1])).values[:, -1:]
             scaled = tf.where(scaled < least, FORBIDDEN, scaled)
@@ -141,7 +142,8 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
         if top_p < 1:
             falling = tf.sort(probabilities, direction="DESCENDING")
             before = tf.cumsum(falling, axis=-1, exclusive=True)
-            least = tf.reduce_min(tf.where(before < top_p, falling, 1.0), axis=-1, keepdims=True)
+            kept = before < max(top_p, TINY)  # the first one always
+            least = tf.reduce_min(tf.where(kept, falling, 1.0), axis=-1, keepdims=True)
             probabilities = tf.where(probabilities < least, 0.0, probabilities)
         cumulative = tf.cumsum(probabilities, axis=-1)
         drawn = uniforms[:, None] * cumulative[:, -1:]
@@ -243,31 +245,6 @@ def beam_search(
         grid_cells: G.
     """
 
-    def one_word(position: Any, rows: _Rows) -> _Rows:
-        beams, cache, image = rows.working
-        logits, looked, cache = step(beams.last, position, cache, image)
-        log_probs = tf.nn.log_softmax(logits)
-        scores, sources, words = _extensions(beams, log_probs, forbid, position)
-        ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
-        # The best one that ends, ahead of those that live on.
-        first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
-        going_on = tf.where(words == END_ID, 2 * FORBIDDEN, scores)
-        chosen = tf.concat([first_end[:, None], tf.math.top_k(going_on, beam_size).indices], axis=1)
-        scores, sources, words = _take((scores, sources, words), chosen)
-        written = _extended(beams.written, log_probs, looked, sources, words, position)
-        ended, going_on = (tf.nest.map_structure(part, written) for part in (_first, _others))
-        length = tf.cast(position + 1, tf.float32)
-        newly_ended = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
-        best = _better(
-            rows.result,
-            _Best(ended, scores[:, 0] / length**length_penalty, newly_ended),
-            tf.nest.map_structure(_first, going_on),
-            rows.open,
-        )
-        beams = _Beams(going_on, scores[:, 1:], words[:, 1:])
-        still_open = rows.open & (best.ended < beam_size)
-        return _Rows(still_open, best, (beams, _take(cache, sources[:, 1:]), image))
-
     images = live.shape[0]
     # One caption to begin with: the others are out of the race until it has extensions enough.
     score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=FORBIDDEN)
@@ -281,8 +258,38 @@ def beam_search(
         tf.fill((images,), FORBIDDEN),
         tf.zeros((images,), tf.int32),
     )
+    one_word = partial(_extend_beams, step, forbid, length_penalty)
     _, best = _until_closed(one_word, _Rows(live, best, (beams, cache, image)), max_length)
     return _decoded(best.written, finished=best.ended > 0)
+
+
+def _extend_beams(
+    step: Step, forbid: Forbid, length_penalty: float, position: Any, rows: _Rows
+) -> _Rows:
+    beams, cache, image = rows.working
+    beam_size = beams.last.shape[1]
+    logits, looked, cache = step(beams.last, position, cache, image)
+    log_probs = tf.nn.log_softmax(logits)
+    scores, sources, words = _extensions(beams, log_probs, forbid, position)
+    ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
+    # The best one that ends, ahead of those that live on.
+    first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
+    going_on = tf.where(words == END_ID, 2 * FORBIDDEN, scores)
+    chosen = tf.concat([first_end[:, None], tf.math.top_k(going_on, beam_size).indices], axis=1)
+    scores, sources, words = _take((scores, sources, words), chosen)
+    written = _extended(beams.written, log_probs, looked, sources, words, position)
+    ended, going_on = (tf.nest.map_structure(part, written) for part in (_first, _others))
+    length = tf.cast(position + 1, tf.float32)
+    newly_ended = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
+    best = _better(
+        rows.result,
+        _Best(ended, scores[:, 0] / length**length_penalty, newly_ended),
+        tf.nest.map_structure(_first, going_on),
+        rows.open,
+    )
+    beams = _Beams(going_on, scores[:, 1:], words[:, 1:])
+    still_open = rows.open & (best.ended < beam_size)
+    return _Rows(still_open, best, (beams, _take(cache, sources[:, 1:]), image))
 
 
 def _extensions(

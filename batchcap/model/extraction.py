@@ -9,6 +9,7 @@ import math
 import tempfile
 import threading
 import zipfile
+from collections import deque
 from collections.abc import Callable, Hashable
 from functools import cache, partial
 from importlib.metadata import version
@@ -33,13 +34,20 @@ Extract = Callable[[npt.NDArray[np.uint8]], Any]
 Key = TypeVar("Key", bound=Hashable)
 Built = TypeVar("Built")
 
-PHOTOS_PER_REQUEST = 4  # a request runs on one core, and is fastest while it fits the core's cache
+PHOTOS_PER_REQUEST = 2  # a request runs on one core, and is fastest while it fits the core's cache
 
 log = logging.getLogger(__name__)
 
 
-def tensorflow_extractor(backbone: keras.Model, config: BackboneConfig) -> Extract:
-    """Extract with variables made constants, so that TensorFlow folds batch norm into kernels."""
+def tensorflow_extractor(
+    backbone: keras.Model, config: BackboneConfig, compiled: bool = True
+) -> Extract:
+    """Extract with variables made constants, so that TensorFlow folds batch norm into kernels.
+
+    Where `compiled` is False each layer is run by itself.
+    """
+    if not compiled:
+        return partial(extract_features, backbone, config)
 
     @locked_cache
     def frozen(batch: int) -> Callable[[Any], Any]:
@@ -79,22 +87,31 @@ def openvino_extractor(
         model.reshape([photos, config.image_size, config.image_size, 3])
         return core.compile_model(model, "CPU", hints)
 
-    threads = threading.local()
-
     def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         photos = math.gcd(len(pixels), PHOTOS_PER_REQUEST)
         model = compiled(photos)
-        if getattr(threads, "model", None) is not model:
-            threads.model, threads.queue = model, openvino.AsyncInferQueue(model)
         features = np.empty((len(pixels), *model.output(0).shape[1:]), np.float32)
+        # No AsyncInferQueue: with callbacks in Python its end can wait for itself forever.
+        idle = [
+            model.create_infer_request()
+            for _ in range(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        ]
+        under_way: deque[tuple[Any, int]] = deque()
 
-        def keep(request: Any, start: int) -> None:
+        def finish_oldest() -> None:
+            request, start = under_way.popleft()
+            request.wait()
             features[start : start + photos] = request.get_output_tensor().data
+            idle.append(request)
 
-        threads.queue.set_callback(keep)
         for start in range(0, len(pixels), photos):
-            threads.queue.start_async([pixels[start : start + photos]], start, share_inputs=True)
-        threads.queue.wait_all()
+            if not idle:
+                finish_oldest()
+            request = idle.pop()
+            request.start_async([pixels[start : start + photos]], share_inputs=True)
+            under_way.append((request, start))
+        while under_way:
+            finish_oldest()
         return features.reshape(len(pixels), -1, features.shape[-1])
 
     return extract

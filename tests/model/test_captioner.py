@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorflow as tf
+from plain_beam import plain_beam_search
 from safetensors.numpy import load_file, save_file
 
 from batchcap.contracts import ModelError
-from batchcap.model.backbones import BACKBONES, build_backbone
+from batchcap.model.backbones import BACKBONES, build_backbone, extract_features
 from batchcap.model.captioner import (
     Captioner,
     get_weights,
@@ -42,6 +43,7 @@ from batchcap.model.decoding import Decoded
 from batchcap.model.images import load_image
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
+from batchcap.settings import DEFAULT_MODEL
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -128,7 +130,7 @@ def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
     The two calls of the network are compiled for speed; the loop is plain Python.
     """
     decoder = captioner.decoder
-    look = tf.function(captioner.features)
+    look = tf.function(partial(extract_features, captioner.backbone, captioner.config.backbone))
 
     @tf.function(reduce_retracing=True)
     def read(tokens: Any, features: Any) -> Any:
@@ -221,11 +223,65 @@ def test_copies_of_a_photo_under_other_keys_are_drawn_apart(captioner, photos):
 
 def test_captions_of_known_features_are_those_of_the_photos(captioner, photos, greedy_captions):
     settings = DecodeSettings(captioner.config.decoder.max_length)
-    features = tf.function(captioner.features)(photos).numpy()
+    features = np.asarray(captioner.extract(photos))
     decoded = captioner.caption_features(
         features, np.ones(BATCH, np.bool_), settings, photo_keys(photos)
     )
     assert_same_captions(captions_of(decoded), greedy_captions)
+
+
+@pytest.fixture(scope="module")
+def beam_captions(captioner: Captioner, photo_crops: Pixels) -> list[Caption]:
+    return caption_photos(captioner, photo_crops[:100], beam_size=3, length_penalty=1.0)
+
+
+def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> Any:
+    """Plain Python, one photo alone, every caption read anew for each word."""
+    decoder = captioner.decoder
+
+    @tf.function(reduce_retracing=True)
+    def read(tokens: Any, features: Any) -> Any:
+        return decoder(tokens, decoder.keys_values(features))[:, -1]
+
+    def caption(photo: Pixels) -> Caption:
+        features = extract_features(captioner.backbone, captioner.config.backbone, photo[None])
+
+        def next_log_probs(captions: list[list[int]]) -> Any:
+            tokens = tf.constant([[START_ID, *words] for words in captions])
+            logits = read(tokens, features).numpy().astype(np.float64)
+            return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+        longest = captioner.config.decoder.max_length
+        best = plain_beam_search(next_log_probs, beam_size, length_penalty, longest)
+        return Caption(*best)
+
+    return caption
+
+
+def test_beam_search_of_100_photos_is_that_of_plain_python(captioner, photo_crops, beam_captions):
+    naive = naive_beam(captioner, 3, 1.0)
+    assert_same_captions(beam_captions, [naive(photo) for photo in photo_crops[:100]])
+
+
+def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, beam_captions):
+    captions = caption_photos(
+        captioner, photo_crops[:20], batch_size=7, beam_size=3, length_penalty=1.0
+    )
+    assert_same_captions(captions, beam_captions[:20])
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 20}, {"top_p": 0.9}])
+def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos, limits):
+    whole = caption_photos(captioner, photos, temperature=1.0, **limits)
+    assert_same_captions(
+        caption_photos(captioner, photos, batch_size=7, temperature=1.0, **limits), whole
+    )
+
+
+def test_uncompiled_captions_are_the_same(captioner, photos, greedy_captions):
+    uncompiled = load_captioner(DEFAULT_MODEL, compiled=False)
+    captions = caption_photos(uncompiled, photos[:8], batch_size=4)
+    assert_same_captions(captions, greedy_captions[:8])
 
 
 def test_length_limit_cuts_greedy_captions_and_changes_no_word(captioner, photos, greedy_captions):

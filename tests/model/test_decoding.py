@@ -12,8 +12,9 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_beam import plain_beam_search
 
-from batchcap.model.decoding import Decoded, decode, greedy, sampler
+from batchcap.model.decoding import Decoded, beam_search, decode, forbidder, greedy, sampler
 from batchcap.model.text import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID
 
 LETTERS = string.ascii_lowercase
@@ -33,15 +34,21 @@ def ids(script: str) -> list[int]:
     return [END_ID if char == "." else FIRST_LETTER + LETTERS.index(char) for char in chars]
 
 
-def spell(_tokens: Any, _position: Any, rest: Any) -> tuple[Any, Any, Any]:
+def spell(_tokens: Any, _position: Any, rest: Any, _image: Any) -> tuple[Any, Any, Any]:
     """A step function: says the first word of `rest`, and looks at that word's cell."""
-    logits = 10 * tf.one_hot(rest[:, 0], WORDS)
-    return logits, tf.one_hot(rest[:, 0], WORDS), tf.roll(rest, -1, axis=1)
+    logits = 10 * tf.one_hot(rest[:, :, 0], WORDS)
+    return logits, tf.one_hot(rest[:, :, 0], WORDS), tf.roll(rest, -1, axis=2)
+
+
+def decode_greedily(step: Any, cache: Any, live: Any, max_length: int, cells: int) -> Decoded:
+    uniforms = tf.zeros((len(live), max_length))
+    return decode(step, cache, (), greedy, forbidder(0, 0), uniforms, live, cells)
 
 
 @tf.function
 def decode_rests(rests: Any, live: Any) -> Decoded:
-    return decode(spell, rests, greedy, live, max_length=LIMIT, grid_cells=WORDS)
+    uniforms = tf.zeros((live.shape[0], LIMIT))
+    return decode(spell, rests[:, None], (), greedy, forbidder(0, 0), uniforms, live, WORDS)
 
 
 def decode_scripts(*batch: str, live: list[bool] | None = None) -> Decoded:
@@ -68,13 +75,13 @@ def log_softmax(logits: Any) -> npt.NDArray[np.float64]:
 def test_first_word_is_asked_of_start_and_each_next_one_of_the_last():
     asked = []
 
-    def listen(tokens: Any, position: Any, rest: Any) -> tuple[Any, Any, Any]:
+    def listen(tokens: Any, position: Any, rest: Any, image: Any) -> tuple[Any, Any, Any]:
         asked.append((int(position), tokens.numpy().tolist()))
-        return spell(tokens, position, rest)
+        return spell(tokens, position, rest, image)
 
-    decode(listen, tf.constant([ids("on.")]), greedy, tf.constant([True]), LIMIT, WORDS)
+    decode_greedily(listen, tf.constant([[ids("on.")]]), tf.constant([True]), LIMIT, WORDS)
     o, n, _ = ids("on.")[:3]
-    assert asked == [(0, [START_ID]), (1, [o]), (2, [n])]
+    assert asked == [(0, [[START_ID]]), (1, [[o]]), (2, [[n]])]
 
 
 def test_each_row_stops_at_its_own_end():
@@ -135,8 +142,8 @@ def test_loop_ends_with_the_last_row(batch, expected):
 
     @tf.function
     def run() -> Decoded:
-        rests = tf.constant([*map(ids, batch)])
-        return decode(counted, rests, greedy, tf.constant([True, True]), LIMIT, WORDS)
+        rests = tf.constant([*map(ids, batch)])[:, None]
+        return decode_greedily(counted, rests, tf.constant([True, True]), LIMIT, WORDS)
 
     run()
     assert steps.numpy() == expected
@@ -158,11 +165,13 @@ def test_log_probs_are_those_of_temperature_one(temperature):
     logits[:, :, :END_ID] = BANNED_LOGIT
     uniforms = draws.random((rows, LIMIT), np.float32)
 
-    def step(_tokens: Any, position: Any, state: Any) -> tuple[Any, Any, Any]:
-        return tf.constant(logits)[:, position], tf.zeros((rows, 1)), state
+    def step(tokens: Any, position: Any, cache: Any, table: Any) -> tuple[Any, Any, Any]:
+        return table[:, None, position], tf.zeros((*tokens.shape, 1)), cache
 
-    choose = sampler(temperature, uniforms) if temperature else greedy
-    decoded = decode(step, (), choose, tf.fill((rows,), True), LIMIT, 1)
+    choose = sampler(temperature, None, 1.0) if temperature else greedy
+    live = tf.fill((rows,), True)
+    table = tf.constant(logits)
+    decoded = decode(step, (), table, choose, forbidder(0, 0), tf.constant(uniforms), live, 1)
     assert 0 < np.count_nonzero(decoded.finished) < rows
     expected = log_softmax(logits)
     for row in range(rows):
@@ -182,11 +191,13 @@ def test_batch_of_sentences_is_each_sentence_alone(batch):
         assert_same_row(together, row, decode_scripts(script), 0)
 
 
-def draw(logits: Any, temperature: float, uniforms: Any) -> npt.NDArray[np.int32]:
+def draw(
+    logits: Any, temperature: float, uniforms: Any, top_k: int | None = None, top_p: float = 1.0
+) -> npt.NDArray[np.int32]:
     """One word per uniform, each from the same logits."""
     column = np.asarray(uniforms, np.float32)[:, None]
     rows = np.broadcast_to(np.float32(logits), (len(column), len(logits)))
-    return sampler(temperature, column)(tf.constant(rows), 0).numpy()
+    return sampler(temperature, top_k, top_p)(tf.constant(rows), column[:, 0]).numpy()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
@@ -209,24 +220,57 @@ def test_frequencies_of_draws_are_the_probabilities(temperature):
     np.testing.assert_allclose(frequencies, probabilities, atol=1 / 5000)
 
 
-def test_row_draws_the_same_words_in_any_batch():
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (3, 1.0), (None, 0.6), (8, 0.9)])
+def test_row_draws_the_same_words_in_any_batch(top_k, top_p):
     draws = np.random.default_rng(4)
     logits = tf.constant(draws.normal(size=(20, WORDS)), tf.float32)
-    uniforms = draws.random((20, LIMIT), np.float32)
-    position = 3
-    together = sampler(1.0, uniforms)(logits, position)
-    backwards = sampler(1.0, uniforms[::-1])(logits[::-1], position)
+    uniforms = draws.random(20, np.float32)
+    choose = sampler(1.0, top_k, top_p)
+    together = choose(logits, uniforms)
+    backwards = choose(logits[::-1], uniforms[::-1])
     np.testing.assert_array_equal(backwards[::-1], together)
     for row in range(20):
-        alone = sampler(1.0, uniforms[row : row + 1])(logits[row : row + 1], position)
-        assert alone[0] == together[row]
+        assert choose(logits[row : row + 1], uniforms[row : row + 1])[0] == together[row]
 
 
 def test_each_position_has_its_own_uniform():
-    uniforms = np.array([[0.1, 0.6]], np.float32)
-    choose = sampler(1.0, uniforms)
-    two_equal_words = tf.zeros((1, 2))
-    assert [int(choose(two_equal_words, position)[0]) for position in (0, 1)] == [0, 1]
+    def toss(tokens: Any, _position: Any, cache: Any, _image: Any) -> tuple[Any, Any, Any]:
+        heads_or_tails = tf.constant([BANNED_LOGIT] * FIRST_LETTER + [0.0, 0.0])
+        return heads_or_tails[None, None], tf.zeros((*tokens.shape, 1)), cache
+
+    uniforms = tf.constant([[0.1, 0.6, 0.9, 0.2]])
+    choose = sampler(1.0, None, 1.0)
+    decoded = decode(toss, (), (), choose, forbidder(0, 0), uniforms, tf.constant([True]), 1)
+    assert (decoded.tokens[0].numpy() - FIRST_LETTER).tolist() == [0, 1, 1, 0]
+
+
+GRID = (np.arange(5000) + 0.5) / 5000
+
+
+@pytest.mark.parametrize("top_k", [1, 3, WORDS, 10 * WORDS])
+def test_top_k_draws_the_most_probable_words_in_proportion(top_k):
+    logits = np.random.default_rng(5).normal(size=WORDS)
+    probabilities = np.exp(logits)
+    probabilities[np.argsort(-logits)[top_k:]] = 0
+    frequencies = np.bincount(draw(logits, 1.0, GRID, top_k=top_k), minlength=WORDS) / 5000
+    np.testing.assert_allclose(frequencies, probabilities / probabilities.sum(), atol=1 / 2500)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
+def test_top_p_draws_the_fewest_words_that_reach_it(top_p):
+    logits = np.random.default_rng(6).normal(size=WORDS)
+    probabilities = np.exp(log_softmax(logits))
+    order = np.argsort(-probabilities)
+    kept = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    probabilities[order[kept:]] = 0
+    frequencies = np.bincount(draw(logits, 1.0, GRID, top_p=top_p), minlength=WORDS) / 5000
+    np.testing.assert_allclose(frequencies, probabilities / probabilities.sum(), atol=1 / 2500)
+
+
+def test_top_p_counts_among_the_top_k():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert set(draw(logits, 1.0, GRID, top_k=2, top_p=0.5)) == {0}
+    assert set(draw(logits, 1.0, GRID, top_k=2, top_p=0.6)) == {0, 1}
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, HIGHEST_UNIFORM])
@@ -240,4 +284,123 @@ def test_banned_words_are_never_drawn(banned, temperature, uniform):
 
 
 def test_greedy_takes_the_most_probable_word():
-    assert greedy(tf.constant([[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]), 0).numpy().tolist() == [1, 0]
+    assert greedy(tf.constant([[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]), None).numpy().tolist() == [1, 0]
+
+
+def test_end_is_barred_before_the_fewest_words_and_its_log_probability_stays():
+    forbid = forbidder(min_length=2, no_repeat_ngram=0)
+    logits = 10 * tf.one_hot([END_ID], WORDS)
+    tokens = tf.zeros((1, LIMIT), tf.int32)
+    barred = [int(greedy(forbid(logits, tokens, position), None)[0]) for position in (0, 1, 2)]
+    assert barred == [0, 0, END_ID]
+
+
+FEW_WORDS = FIRST_LETTER + 3
+
+
+def scripted_tables(draws: np.random.Generator, images: int) -> npt.NDArray[np.float32]:
+    """Logits `[images, T, V, V]` of the next word by position and last word; END is likely."""
+    tables = draws.normal(0, 2, (images, LIMIT, FEW_WORDS, FEW_WORDS)).astype(np.float32)
+    tables[..., END_ID] += 1
+    tables[..., :END_ID] = BANNED_LOGIT
+    return tables
+
+
+def read_table(tokens: Any, position: Any, cache: Any, tables: Any) -> tuple[Any, Any, Any]:
+    """A step function that also counts in its cache what was read: `[B, C, V]`."""
+    logits = tf.gather(tables[:, position], tokens, batch_dims=1)
+    cache = cache + tf.one_hot(tokens, FEW_WORDS)
+    return logits, cache, cache
+
+
+def next_in(table: npt.NDArray[np.float32]) -> Any:
+    def next_log_probs(captions: list[list[int]]) -> npt.NDArray[np.float64]:
+        position = len(captions[0])
+        last = [words[-1] if words else START_ID for words in captions]
+        return log_softmax(table[position][last])
+
+    return next_log_probs
+
+
+@pytest.mark.parametrize("batch", [3, 16])
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    beam_size=st.integers(1, 5),
+    length_penalty=st.sampled_from([0.0, 0.7, 1.0]),
+    min_length=st.integers(0, 3),
+    no_repeat_ngram=st.integers(0, 3),
+)
+def test_beam_search_is_that_of_plain_python(
+    batch, seed, beam_size, length_penalty, min_length, no_repeat_ngram
+):
+    tables = scripted_tables(np.random.default_rng(seed), batch)
+    decoded = beam_search(
+        read_table,
+        tf.zeros((batch, beam_size, FEW_WORDS)),
+        tf.constant(tables),
+        beam_size,
+        length_penalty,
+        forbidder(min_length, no_repeat_ngram),
+        tf.fill((batch,), True),
+        LIMIT,
+        FEW_WORDS,
+    )
+    for row, table in enumerate(tables):
+        best = plain_beam_search(
+            next_in(table), beam_size, length_penalty, LIMIT, min_length, no_repeat_ngram
+        )
+        length = int(decoded.lengths[row])
+        tokens = decoded.tokens[row, :length].numpy().tolist()
+        assert (tokens, bool(decoded.finished[row])) == (best.tokens, best.finished)
+        log_probs = decoded.log_probs[row, : len(best.log_probs)]
+        np.testing.assert_allclose(log_probs, best.log_probs, atol=1e-4)
+        assert not decoded.log_probs[row, len(best.log_probs) :].numpy().any()
+        # What each word saw is of its own caption: how often each word had been read before.
+        for place in range(length):
+            read = np.bincount([START_ID, *tokens[:place]], minlength=FEW_WORDS)
+            np.testing.assert_array_equal(decoded.attention[row, place], read)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_greedy_captions_repeat_no_ngram(seed, no_repeat_ngram):
+    tables = scripted_tables(np.random.default_rng(seed), 4)
+    tables[..., END_ID] -= 4
+    decoded = decode(
+        read_table,
+        tf.zeros((4, 1, FEW_WORDS)),
+        tf.constant(tables),
+        greedy,
+        forbidder(0, no_repeat_ngram),
+        tf.zeros((4, LIMIT)),
+        tf.fill((4,), True),
+        FEW_WORDS,
+    )
+    for row, table in enumerate(tables):
+        expected = plain_beam_search(next_in(table), 1, 0.0, LIMIT, 0, no_repeat_ngram)
+        assert decoded.tokens[row, : decoded.lengths[row]].numpy().tolist() == expected.tokens
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(f"{LETTERS}.", max_size=LIMIT), min_size=16, max_size=16))
+def test_rows_that_leave_a_large_batch_are_whole(batch):
+    """Of 16 rows the last quarter goes on by itself."""
+    together = decode_scripts(*batch)
+    assert spelled(together) == [script.ljust(LIMIT, BABBLE).partition(".")[0] for script in batch]
+
+
+def test_steps_are_of_a_quarter_of_the_rows_once_no_more_are_open():
+    rows = tf.Variable(0)
+
+    def counted(tokens: Any, *arguments: Any) -> tuple[Any, Any, Any]:
+        rows.assign_add(tokens.shape[0])
+        return spell(tokens, *arguments)
+
+    @tf.function
+    def run() -> Decoded:
+        rests = tf.constant([*map(ids, ["a."] * 12 + ["zzzzzzz."] * 4)])[:, None]
+        return decode_greedily(counted, rests, tf.fill((16,), True), LIMIT, WORDS)
+
+    run()
+    assert rows.numpy() == 2 * 16 + 6 * 4

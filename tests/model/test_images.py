@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from batchcap.contracts import ErrorType, LoadedImage, Rejection
 from batchcap.model import images
@@ -578,3 +578,27 @@ def test_fourth_byte_of_a_bmp_is_alpha_only_if_its_header_says_so(load):
 def test_cmyk_jpeg_has_the_colours_of_its_inks(load, inks, rgb):
     data = encoded(Image.new("CMYK", (16, 16), inks), "JPEG", quality=100)
     assert np.abs(load(data).pixels.astype(int) - rgb).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpeg_is_decoded_small_and_keeps_its_size_and_look(
+    tmp_path, photos_folder, orientation
+):
+    size = 1201, 903  # decoded at a quarter for 224 pixels
+    photo = Image.open(photos_folder / "coffee.jpg").convert("RGB").resize(size)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = load_image(tmp_path / "a.jpg", 224)
+    assert (image.width, image.height) == (size if orientation == 1 else size[::-1])
+    whole = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.Resampling.BILINEAR)
+    upright = whole if orientation == 1 else whole.transpose(Image.Transpose.ROTATE_270)
+    difference = np.abs(image.pixels.astype(int) - np.asarray(upright).astype(int))
+    assert difference.mean() < 1.5
+
+
+def test_jpeg_under_twice_the_size_is_decoded_whole(tmp_path, photos_folder):
+    photo = Image.open(photos_folder / "coffee.jpg").convert("RGB").resize((447, 600))
+    photo.save(tmp_path / "a.jpg", quality=95)
+    whole = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.jpg", 224).pixels, np.asarray(whole))

@@ -87,12 +87,12 @@ def whole_logits(decoder: CaptionDecoder, tokens: Any, features: Any) -> npt.NDA
 
 def stepped(decoder: CaptionDecoder, tokens: Any, features: Any) -> tuple[Any, Any]:
     """Logits `[B, T, V]` and attention `[B, T, G]`, read word by word into a cache."""
-    image, cache = decoder.keys_values(features), decoder.empty_cache(len(tokens), LONGEST)
+    image, cache = decoder.keys_values(features), decoder.empty_cache(len(tokens), 1, LONGEST)
     logits, attention = [], []
     for position in range(tokens.shape[1]):
-        of_word, looked, cache = decoder.step(tokens[:, position], position, cache, image)
-        logits.append(of_word)
-        attention.append(looked)
+        of_word, looked, cache = decoder.step(tokens[:, [position]], position, cache, image)
+        logits.append(of_word[:, 0])
+        attention.append(looked[:, 0])
     return np.stack(logits, axis=1), np.stack(attention, axis=1)
 
 
@@ -101,6 +101,19 @@ def test_steps_give_the_logits_of_whole_captions(decoder, features, length):
     tokens = random_tokens(IMAGES, length)
     logits, _ = stepped(decoder, tokens, features)
     np.testing.assert_allclose(logits, whole_logits(decoder, tokens, features), rtol=1e-4)
+
+
+def test_steps_of_several_captions_of_an_image_are_those_of_each(decoder, features):
+    captions = 4
+    tokens = random_tokens(IMAGES * captions, LONGEST).reshape(IMAGES, captions, LONGEST)
+    image = decoder.keys_values(features)
+    cache = decoder.empty_cache(IMAGES, captions, LONGEST)
+    for position in range(LONGEST):
+        logits, attention, cache = decoder.step(tokens[:, :, position], position, cache, image)
+    for caption in range(captions):
+        alone, looked = stepped(decoder, tokens[:, caption], features)
+        np.testing.assert_allclose(logits[:, caption], alone[:, -1], rtol=1e-4)
+        np.testing.assert_allclose(attention[:, caption], looked[:, -1], rtol=1e-4)
 
 
 def test_captions_of_an_image_do_not_see_each_other(decoder, features):
@@ -158,9 +171,9 @@ def test_attention_of_a_step_is_the_mean_over_layers_and_heads():
     keys = np.zeros((CONFIG.layers, 1, CONFIG.heads, CELLS, CONFIG.key_size), np.float32)
     keys[-1, :, 0, SEEN_CELL] = 100
     image = [KeysValues(of_layer, np.zeros_like(of_layer)) for of_layer in keys]
-    _, attention, _ = decoder.step(random_tokens(1, 1)[0], 0, decoder.empty_cache(1, 1), image)
+    _, attention, _ = decoder.step(random_tokens(1, 1), 0, decoder.empty_cache(1, 1, 1), image)
     expected = 3 / 4 / CELLS + 1 / 4 * (np.arange(CELLS) == SEEN_CELL)
-    np.testing.assert_allclose(attention[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(attention[0, 0], expected, rtol=1e-5)
 
 
 def test_dropout_works_in_training_only(decoder, features):

@@ -1,0 +1,126 @@
+"""The backbone by its two runtimes: the same features, OpenVINO's graph kept and made anew."""
+
+import logging
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.model import runtime as runtime_module
+from batchcap.model.backbones import extract_features
+from batchcap.model.captioner import Captioner
+from batchcap.model.extraction import locked_cache, openvino_extractor
+from batchcap.model.runtime import choose_execution
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    return tmp_path
+
+
+def openvino_features(captioner: Captioner, pixels: np.ndarray) -> np.ndarray:
+    extract = openvino_extractor(
+        captioner.backbone, captioner.config.backbone, Precision.FLOAT32, "fingerprint"
+    )
+    return np.asarray(extract(pixels))
+
+
+def assert_close(features: np.ndarray, expected: np.ndarray) -> None:
+    assert features.shape == expected.shape
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 16])
+def test_frozen_features_are_those_of_the_backbone(captioner, photo_crops, batch):
+    pixels = photo_crops[:batch]
+    expected = extract_features(captioner.backbone, captioner.config.backbone, pixels)
+    assert_close(np.asarray(captioner.extract(pixels)), expected.numpy())
+
+
+@pytest.mark.parametrize("batch", [1, 6, 16])
+def test_openvino_s_features_are_tensorflow_s(captioner, photo_crops, cache_folder, batch):
+    expected = np.asarray(captioner.extract(photo_crops[:batch]))
+    assert_close(openvino_features(captioner, photo_crops[:batch]), expected)
+
+
+def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
+    captioner, photo_crops, cache_folder
+):
+    pixels = photo_crops[:2]
+    first = openvino_features(captioner, pixels)
+    (kept,) = (cache_folder / "batchcap" / "openvino").iterdir()
+    exported = kept.stat()
+    np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
+    assert kept.stat().st_mtime_ns == exported.st_mtime_ns
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:1000], b""):
+        kept.write_bytes(damaged)
+        np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
+        assert kept.stat().st_size == exported.st_size
+
+
+def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
+    captioner, photo_crops, cache_folder, caplog
+):
+    (cache_folder / "batchcap").write_text("in the way")
+    with caplog.at_level(logging.WARNING):
+        openvino_features(captioner, photo_crops[:1])
+    assert "is not kept" in caplog.text
+
+
+def test_several_threads_extract_at_once(captioner, photo_crops, cache_folder):
+    extract = openvino_extractor(
+        captioner.backbone, captioner.config.backbone, Precision.FLOAT32, "fingerprint"
+    )
+    expected = np.asarray(captioner.extract(photo_crops[:64]))
+    found: dict[int, np.ndarray] = {}
+
+    def work(start: int) -> None:
+        found[start] = np.asarray(extract(photo_crops[start : start + 16]))
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(0, 64, 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_close(np.concatenate([found[start] for start in range(0, 64, 16)]), expected)
+
+
+def test_what_is_slow_to_build_is_built_once_for_all_threads():
+    built = []
+    get = locked_cache(lambda key: built.append(key) or key)
+    threads = [threading.Thread(target=get, args=(7,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [7]
+
+
+def test_openvino_that_is_not_installed_is_a_usage_error(monkeypatch):
+    monkeypatch.setattr(runtime_module, "find_spec", lambda _: None)
+    assert choose_execution(Runtime.AUTO, Precision.AUTO).runtime is Runtime.TENSORFLOW
+    with pytest.raises(UsageError, match=r"pip install 'batchcap\[openvino\]'"):
+        choose_execution(Runtime.OPENVINO, Precision.AUTO)
+
+
+def test_auto_is_openvino_where_it_is_installed_and_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(runtime_module, "find_spec", lambda _: True)
+    for device, expected in (("CPU", Runtime.OPENVINO), ("a GPU", Runtime.TENSORFLOW)):
+        monkeypatch.setattr(runtime_module, "start_tensorflow", lambda device=device: device)
+        execution = choose_execution(Runtime.AUTO, Precision.AUTO)
+        assert (execution.runtime, execution.precision) == (expected, Precision.FLOAT32)
+
+
+def test_a_precision_that_openvino_would_not_compute_in_is_refused(monkeypatch):
+    openvino = pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
+    with pytest.raises(UsageError, match="does not compute in bfloat16"):
+        choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)

@@ -1,0 +1,42 @@
+"""`batchcap bench` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = "from batchcap.cli import main; main()"
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_json_tells_the_rate_of_each_stage_and_of_all() -> None:
+    done = bench("--limit", 20, "--batch-size", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    stages = [told[stage] for stage in ("load", "features", "captions", "write")]
+    assert all(rate > 0 for rate in stages)
+    sum_of_stages = 1 / sum(1 / rate for rate in stages)
+    assert told["pipeline_efficiency"] == pytest.approx(told["end_to_end"] / sum_of_stages)
+    assert told["peak_memory_bytes"] > 100e6
+    assert (told["photos"], told["batch_size"]) == (20, 8)
+
+
+def test_the_table_is_of_the_photos_that_are_named(photos_folder: Path) -> None:
+    done = bench("--images", photos_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("5 photos, 5 at a time, on ")
+    for row in ("load", "features", "captions", "write", "end to end", "pipeline efficiency"):
+        assert f"\n{row}" in done.stdout
+
+
+def test_photos_that_can_t_be_read_are_nothing_to_time(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no photo")
+    done = bench("--images", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "none of the photos can be read" in done.stderr

@@ -1,0 +1,133 @@
+"""Photos to rows: order, failures, and memory that is too small."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
+from batchcap.engines import BatchCaptioner, LoadedPhoto, batches, in_threads, run_locally
+from batchcap.inputs import ImageRef
+from batchcap.model.captioner import Captioner
+from batchcap.model.config import DecodeSettings
+from batchcap.settings import AttentionDetail
+
+
+def photos_of(crops: Any, count: int) -> list[LoadedPhoto]:
+    return [
+        (ImageRef(f"{i}.jpg", f"{i}.jpg"), LoadedImage(crops[i], sha256=str(i)))
+        for i in range(count)
+    ]
+
+
+class SmallDevice:
+    """A captioner whose device has memory for so many photos at a time."""
+
+    def __init__(self, captioner: Captioner, room: int) -> None:
+        self.captioner, self.room, self.tried = captioner, room, []
+        self.config = captioner.config
+
+    def caption(self, pixels: Any, *arguments: Any) -> Any:
+        self.tried.append(len(pixels))
+        if len(pixels) > self.room:
+            raise MemoryError("out of memory")
+        return self.captioner.caption(pixels, *arguments)
+
+
+@pytest.fixture
+def greedy(captioner: Captioner) -> DecodeSettings:
+    return DecodeSettings(captioner.config.decoder.max_length)
+
+
+def test_batches_are_halved_until_they_fit_and_stay_so(captioner, greedy, photo_crops, caplog):
+    photos = photos_of(photo_crops, 8)
+    (whole,) = BatchCaptioner(captioner, greedy, 8)(photos)
+    device = SmallDevice(captioner, room=3)
+    caption = BatchCaptioner(device, greedy, 8)
+    with caplog.at_level(logging.WARNING):
+        parts = caption(photos)
+    assert device.tried == [8, 4, 2, 2, 2, 2]
+    caption(photos)
+    assert device.tried[6:] == [2, 2, 2, 2]
+    assert [photo for part, _ in parts for photo in part] == photos
+    tokens = np.concatenate([decoded.tokens for _, decoded in parts])
+    np.testing.assert_array_equal(tokens, whole[1].tokens)
+    assert caplog.messages == [
+        "no memory for 8 photos at a time: going on with 4; --batch-size 4 avoids this",
+        "no memory for 4 photos at a time: going on with 2; --batch-size 2 avoids this",
+    ]
+
+
+def test_no_memory_for_a_single_photo_ends_the_run(captioner, greedy, photo_crops):
+    with pytest.raises(ModelError, match="even one photo"):
+        BatchCaptioner(SmallDevice(captioner, room=0), greedy, 2)(photos_of(photo_crops, 2))
+
+
+def test_a_device_out_of_memory_is_a_memory_error(captioner, greedy, photo_crops, monkeypatch):
+    import tensorflow as tf
+
+    def fail(_pixels: Any) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(captioner, "extract", fail)
+    with pytest.raises(MemoryError):
+        captioner.caption(photo_crops[:1], np.ones(1, bool), greedy, ["a"])
+
+
+def test_rows_come_in_the_order_of_the_photos(captioner, greedy, photos_folder):
+    paths = [*sorted(photos_folder.rglob("*.jpg")), Path("nowhere.jpg")] * 3
+    refs = [ImageRef(f"{i}", str(path)) for i, path in enumerate(paths)]
+    found = run_locally(iter(refs), captioner, greedy, 4, AttentionDetail.NONE, "run")
+    rows = [row for batch in found for row in batch]
+    assert [row["image_id"] for row in rows] == [ref.image_id for ref in refs]
+    assert [row["error_type"] for row in rows] == [None, None, None, None, None, "missing"] * 3
+    assert rows[0]["caption"] == rows[6]["caption"] == rows[12]["caption"]
+
+
+def test_threads_take_no_more_than_they_may_ahead_and_keep_the_order():
+    taken: list[int] = []
+    handed_out = 0
+
+    def numbers() -> Iterator[int]:
+        for number in range(50):
+            taken.append(number)
+            assert len(taken) - handed_out <= 5
+            yield number
+
+    results = []
+    for result in in_threads(lambda number: number * 2, numbers(), threads=3, ahead=5):
+        handed_out += 1
+        results.append(result)
+    assert results == [number * 2 for number in range(50)]
+
+
+def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():
+    started: list[int] = []
+
+    def work(number: int) -> int:
+        started.append(number)
+        if number == 3:
+            raise ZeroDivisionError
+        return number
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(work, iter(range(1000)), threads=2, ahead=4))
+    assert len(started) < 20
+    assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (7, [3, 3, 1])])
+def test_batches_are_full_but_for_the_last(count, sizes):
+    assert [len(batch) for batch in batches(iter(range(count)), 3)] == sizes
+
+
+def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
+    rejected = LoadedImage(Rejection(ErrorType.EMPTY, "The file is empty."))
+    captioner = SimpleNamespace(config=SimpleNamespace(backbone=SimpleNamespace(image_size=32)))
+    photos = [(ImageRef("a", "a"), rejected)]
+    assert BatchCaptioner(captioner, greedy, 4)(photos) == [(photos, None)]
