@@ -244,7 +244,6 @@ def beam_search(
         max_length: T.
         grid_cells: G.
     """
-
     images = live.shape[0]
     # One caption to begin with: the others are out of the race until it has extensions enough.
     score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=FORBIDDEN)
