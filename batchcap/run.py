@@ -75,7 +75,9 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         "batchcap.precision": execution.precision,
     }
     with parquet_file(settings.output, metadata) as writer:
-        captioner = load_captioner(settings.model, execution)
+        # Compiling takes seconds, which a single batch would not win back.
+        is_long = len(first) == settings.batch_size
+        captioner = load_captioner(settings.model, execution, compiled=is_long)
         started = time.monotonic()
         batches = run_locally(
             chain(first, refs),

@@ -248,7 +248,7 @@ def test_beams_are_more_probable_than_greedy_captions(photos_folder: Path, tmp_p
     arguments = ("--length-penalty", 0)
     greedy = run_with(photos_folder, tmp_path / "o.parquet")
     beam = run_with(photos_folder, tmp_path / "o.parquet", "--beam-size", 5, *arguments)
-    assert sum(row["logprob"] for row in beam) > sum(row["logprob"] for row in greedy) + 1
+    assert sum(row["logprob"] for row in beam) > sum(row["logprob"] for row in greedy) + 0.5
     recorded = pq.read_schema(tmp_path / "o.parquet").metadata[b"batchcap.decode"]
     assert json.loads(recorded)["beam_size"] == 5
 
