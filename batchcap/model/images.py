@@ -175,9 +175,9 @@ def _decode(data: bytes, image_size: int) -> tuple[npt.NDArray[np.uint8], tuple[
         image = OPENERS[format_name](io.BytesIO(data))
         size = image.size
         _check_pixel_count(*size)
-        # Only JPEG can: decodes to the half, quarter or eighth that is at least this large, in a
-        # fraction of the time.
-        image.draft(None, (image_size, image_size))
+        # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
+        # needed, in a fraction of the time. Less would leave nothing of our own filter.
+        image.draft(None, (2 * image_size, 2 * image_size))
         image.load()
         if format_name == "PNG":
             _match_transparent_colour(image, bit_depth=data[24])

@@ -57,9 +57,9 @@ def plot_memory(photos: Path) -> None:
         for count in (2_000, IMAGES):
             seen = [mib for done, mib in zip(images, mebibytes, strict=True) if done <= count]
             print(f"{runtime}: peak {max(seen):.0f} MiB up to {count} images", flush=True)
-    axes.set(xlabel="images captioned", ylabel="resident MiB", ylim=(0, None))
-    axes.legend()
-    figure.savefig(HERE / "memory.png", dpi=120)
+        axes.set(xlabel="images captioned", ylabel="resident MiB", ylim=(0, None))
+        axes.legend()
+        figure.savefig(HERE / "memory.png", dpi=120)
 
 
 def memory_of_a_run(photos: Path, runtime: str) -> tuple[list[float], list[float]]:
