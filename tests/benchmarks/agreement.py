@@ -17,12 +17,12 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from batchcap.contracts import Precision, Runtime
+from batchcap.contracts import Precision, Runtime, UsageError
 from batchcap.engines import run_locally
 from batchcap.inputs import ImageRef, list_images
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings
-from batchcap.model.runtime import Execution
+from batchcap.model.runtime import Execution, choose_execution
 from batchcap.settings import DEFAULT_MODEL, AttentionDetail
 
 SCALES = (4.0, 5.0, 8.0)
@@ -49,8 +49,13 @@ def main() -> None:
         (Runtime.OPENVINO, Precision.FLOAT32),
         (Runtime.TENSORFLOW, Precision.FLOAT16),
         (Runtime.TENSORFLOW, Precision.BFLOAT16),
+        (Runtime.OPENVINO, Precision.BFLOAT16),
     ):
-        captioner = load_captioner(DEFAULT_MODEL, Execution("CPU", runtime, precision))
+        try:
+            captioner = load_captioner(DEFAULT_MODEL, choose_execution(runtime, precision))
+        except UsageError:
+            print(f"| {runtime}, {precision} | not on this machine | |")
+            continue
         report(f"{runtime}, {precision}", captions_of(captioner, refs), reference)
     captioner = load_captioner(DEFAULT_MODEL, Execution("CPU", Runtime.OPENVINO))
     for scale in SCALES:

@@ -1,0 +1,202 @@
+"""Continuous batching, as an experiment: a slot whose caption has ended takes the next photo.
+
+    python tests/benchmarks/continuous.py PHOTOS
+
+Beside what batchcap does (compaction: ended captions leave the batch), on the same features. The
+keys and values of all photos are at hand, so this is the best that continuous batching could reach.
+The captions are checked to be the same.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import batchcap.model  # noqa: F401, ahead of TensorFlow, which reads what it sets
+
+# isort: split
+import einops
+import numpy as np
+import tensorflow as tf
+from compare import BATCH, DECODED_PHOTOS, fastest
+
+from batchcap.engines import load_photos
+from batchcap.inputs import list_images
+from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.config import DecodeSettings
+from batchcap.model.decoding import greedy
+from batchcap.model.network import CaptionDecoder, KeysValues
+from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.settings import DEFAULT_MODEL
+
+REFILLS = (8, 16, 32)
+
+
+class Slots(NamedTuple):
+    """S captions under way; each tensor leads with S.
+
+    photo: `int32[S]`, which photo the slot is at.
+    position: `int32[S]`, how far its caption is.
+    open: `bool[S]`, whether it is unfinished.
+    """
+
+    last: Any
+    position: Any
+    photo: Any
+    open: Any
+    cache: Any
+    image: Any
+
+
+class Done(NamedTuple):
+    """What has been written of N photos, with room for closed slots to write to at the end."""
+
+    tokens: Any
+    log_probs: Any
+    attention: Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path)
+    captioner = load_captioner(DEFAULT_MODEL)
+    features = list(batches_of_features(captioner, parser.parse_args().photos))
+    settings = DecodeSettings(captioner.config.decoder.max_length)
+    live, keys = np.ones(BATCH, np.bool_), [""] * BATCH
+
+    def compaction() -> Any:
+        return [captioner.caption_features(batch, live, settings, keys).tokens for batch in features]
+
+    works = {"compaction": compaction} | {
+        f"continuous, {refill} slots refilled at a time": continuous(captioner, features, refill)
+        for refill in REFILLS
+    }
+    expected = np.concatenate(compaction())
+    for name, work in works.items():
+        assert np.array_equal(np.concatenate(work()), expected), name
+    print(f"| {DECODED_PHOTOS} photos, {BATCH} at a time, one thread | ms a batch |")
+    print("|---|---|")
+    for name, seconds in fastest(works).items():
+        print(f"| {name} | {1000 * seconds / len(features):.1f} |")
+
+
+def batches_of_features(captioner: Captioner, photos: Path) -> Any:
+    side = captioner.config.backbone.image_size
+    refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
+    pixels = np.stack([image.pixels for _, image in load_photos(refs, side, BATCH)])
+    for start in range(0, DECODED_PHOTOS, BATCH):
+        yield tf.constant(captioner.extract(pixels[start : start + BATCH]))
+
+
+def continuous(captioner: Captioner, features: list[Any], refill: int) -> Callable[[], Any]:
+    decoder = captioner.decoder
+    keys_values = tf.function(decoder.keys_values)
+    write = tf.function(partial(write_all, decoder, refill), jit_compile=True)
+
+    def run() -> Any:
+        parts = [keys_values(batch) for batch in features]
+        image = tf.nest.map_structure(lambda *tensors: tf.concat(tensors, 0), *parts)
+        return [write(image).tokens.numpy()[:DECODED_PHOTOS]]
+
+    return run
+
+
+def write_all(decoder: CaptionDecoder, refill: int, image: Any) -> Done:
+    config = decoder.config
+    rows, length = DECODED_PHOTOS + BATCH, config.max_length
+    cache_shape = (BATCH, config.heads, length, config.key_size)
+    slots = Slots(
+        last=tf.fill((BATCH,), START_ID),
+        position=tf.zeros((BATCH,), tf.int32),
+        photo=tf.range(BATCH),
+        open=tf.fill((BATCH,), True),
+        cache=[KeysValues(tf.zeros(cache_shape), tf.zeros(cache_shape)) for _ in decoder.layers],
+        image=tf.nest.map_structure(lambda tensor: tensor[:BATCH], image),
+    )
+    done = Done(
+        tf.fill((rows, length), PADDING_ID),
+        tf.zeros((rows, length)),
+        tf.zeros((rows, length, config.grid_cells)),
+    )
+
+    def full_enough(slots: Slots, _done: Done, taken: Any) -> Any:
+        fewest = tf.where(taken < DECODED_PHOTOS, BATCH - refill, 0)
+        return tf.reduce_sum(tf.cast(slots.open, tf.int32)) > fewest
+
+    def one_word(slots: Slots, done: Done, taken: Any) -> Any:
+        return (*advance(decoder, slots, done), taken)
+
+    def one_refill(*state: Any) -> Any:
+        slots, done, taken = tf.while_loop(full_enough, one_word, state)
+        slots, taken = refilled(slots, image, taken, refill)
+        return slots, done, taken
+
+    def busy(slots: Slots, _done: Done, taken: Any) -> Any:
+        return tf.reduce_any(slots.open) | (taken < DECODED_PHOTOS)
+
+    _, done, _ = tf.while_loop(busy, one_refill, (slots, done, tf.constant(BATCH)))
+    return done
+
+
+def advance(decoder: CaptionDecoder, slots: Slots, done: Done) -> tuple[Slots, Done]:
+    logits, looked, cache = step(decoder, slots)
+    word = greedy(logits, None)
+    log_prob = tf.gather(logits, word, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
+    is_word = slots.open & (word != END_ID)
+    row = tf.where(slots.open, slots.photo, DECODED_PHOTOS + tf.range(BATCH))
+    place = tf.stack([row, slots.position], axis=1)
+    news = Done(tf.where(is_word, word, PADDING_ID), log_prob, looked)
+    done = tf.nest.map_structure(lambda t, n: tf.tensor_scatter_nd_update(t, place, n), done, news)
+    last_place = decoder.config.max_length - 1
+    is_open = is_word & (slots.position < last_place)
+    position = tf.minimum(slots.position + 1, last_place)
+    return slots._replace(last=word, position=position, open=is_open, cache=cache), done
+
+
+def step(decoder: CaptionDecoder, slots: Slots) -> tuple[Any, Any, Any]:
+    """`CaptionDecoder.step`, with a position for each row."""
+    x = decoder.words(slots.last[:, None]) + decoder.positions(slots.position[:, None])
+    places = tf.range(decoder.config.max_length)
+    seen = (places <= slots.position[:, None])[:, None, None, :]
+    here = (places == slots.position[:, None])[:, None, :, None]
+    weights, cache = [], []
+    for layer, past, image in zip(decoder.layers, slots.cache, slots.image, strict=True):
+        new = layer.self_attention.keys_values(x)
+        past = KeysValues(*(tf.where(here, n, p) for n, p in zip(new, past, strict=True)))
+        x, looked = layer(x, past, seen, image)
+        weights.append(looked)
+        cache.append(past)
+    attention = einops.reduce(tf.stack(weights), "l n h c g -> n (c g)", "mean")
+    return decoder.output_logits(x[:, 0]) + decoder.banned, attention, cache
+
+
+def refilled(slots: Slots, image: Any, taken: Any, refill: int) -> tuple[Slots, Any]:
+    """The first `refill` closed slots at the next photos, as far as there are any."""
+    which = tf.math.top_k(tf.cast(~slots.open, tf.int32), refill).indices
+    is_closed = ~tf.gather(slots.open, which)
+    photo = taken + tf.cumsum(tf.cast(is_closed, tf.int32), exclusive=True)
+    is_new = is_closed & (photo < DECODED_PHOTOS)
+    photo = tf.where(is_new, photo, tf.gather(slots.photo, which))
+
+    def put(into: Any, values: Any) -> Any:
+        return tf.tensor_scatter_nd_update(into, which[:, None], values)
+
+    def unless_new(tensor: Any, value: Any) -> Any:
+        return put(tensor, tf.where(is_new, value, tf.gather(tensor, which)))
+
+    slots = slots._replace(
+        last=unless_new(slots.last, START_ID),
+        position=unless_new(slots.position, 0),
+        photo=put(slots.photo, photo),
+        open=unless_new(slots.open, True),
+        image=tf.nest.map_structure(
+            lambda t, of_all: put(t, tf.gather(of_all, photo)), slots.image, image
+        ),
+    )
+    return slots, taken + tf.reduce_sum(tf.cast(is_new, tf.int32))
+
+
+if __name__ == "__main__":
+    main()
