@@ -67,7 +67,9 @@ def main() -> None:
     live, keys = np.ones(BATCH, np.bool_), [""] * BATCH
 
     def compaction() -> Any:
-        return [captioner.caption_features(batch, live, settings, keys).tokens for batch in features]
+        return [
+            captioner.caption_features(batch, live, settings, keys).tokens for batch in features
+        ]
 
     works = {"compaction": compaction} | {
         f"continuous, {refill} slots refilled at a time": continuous(captioner, features, refill)
