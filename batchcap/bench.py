@@ -22,7 +22,6 @@ from batchcap.engines import (
     LoadedPhoto,
     batches,
     caption_rows,
-    decode_settings_of,
     filled_batch,
     in_threads,
     load_photos,
@@ -33,6 +32,7 @@ from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings, read_config
 from batchcap.model.runtime import choose_execution
 from batchcap.output import parquet_file
+from batchcap.options import decode_settings_of
 from batchcap.settings import AttentionDetail, BenchSettings
 
 Result = TypeVar("Result")

@@ -3,8 +3,9 @@
 Verbs are imported when called, so that `--help` starts without TensorFlow.
 """
 
+import json
 import logging
-import signal
+import os
 import sys
 import tomllib
 import types
@@ -19,25 +20,28 @@ import click
 
 from batchcap import __version__
 from batchcap.contracts import BatchcapError
+from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
 from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
     CaptionSettings,
+    LogFormat,
     RunSettings,
     TrainSettings,
 )
+from batchcap.stopping import Stopped, stop_on_signals
 
 CONFIGURABLE_VERBS = ("run", "train", "caption", "bench")
+
+log = logging.getLogger(__name__)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback unless `--verbose`."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, _terminate)
+    stop_on_signals()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         batchcap.main(arguments, prog_name="batchcap", standalone_mode=False)
@@ -45,36 +49,34 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("batchcap: stopped by SIGINT", err=True)
-        sys.exit(130)
-    except Terminated as stop:
-        click.echo(f"batchcap: stopped by {stop.signal.name}", err=True)
-        sys.exit(128 + stop.signal)
+    except click.Abort:  # asked for input, which we never do
+        sys.exit(1)
+    except Stopped as stop:
+        _say("run_stopped", f"stopped by {stop.signal.name}", stop.exit_code)
+        # Not `sys.exit`, which would wait for threads that are still at work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.exit_code)
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             logging.getLogger(__name__).debug("where it happened", exc_info=True)
         sys.exit(_report(error))
 
 
-class Terminated(BaseException):
-    """A signal to end: unwinds like KeyboardInterrupt, so that temporary files are removed."""
-
-    def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
-
-
-def _terminate(number: int, _frame: types.FrameType | None) -> NoReturn:
-    raise Terminated(number)
-
-
 def _report(error: Exception) -> int:
     if isinstance(error, BatchcapError):
-        click.echo(f"batchcap: {error}", err=True)
-        return error.exit_code
+        return _say("run_failed", str(error), error.exit_code)
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    click.echo(f"batchcap: unexpected {summary} (--verbose shows where)", err=True)
-    return 1
+    return _say("run_failed", f"unexpected {summary} (--verbose shows where)", 1)
+
+
+def _say(event: str, message: str, exit_code: int) -> int:
+    """Why the program ends, in the form that the log has."""
+    if writes_json():
+        log_event(log, event, message, logging.ERROR, exit_code=exit_code)
+    else:
+        click.echo(f"batchcap: {message}", err=True)
+    return exit_code
 
 
 def _configure(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
@@ -111,14 +113,9 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    # Ours only: other libraries' chatter helps no one.
-    logging.getLogger("batchcap").setLevel(logging.DEBUG if verbose else logging.INFO)
-    if verbose:
-        logging.getLogger().setLevel(logging.DEBUG)
-        for noisy in ("matplotlib", "PIL", "h5py", "jieba", "tensorflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> bool:
+    configure_logging(LogFormat.TEXT, verbose)
+    return verbose
 
 
 def options_of(settings: type[Any]) -> Decorator:
@@ -188,30 +185,40 @@ def batchcap() -> None:
     Every flag is also an environment variable, BATCHCAP_<VERB>_<FLAG>, and a setting of the file
     that --config names. A flag beats the environment, which beats the file.
 
-    Exit codes: 0 done; 1 failure; 2 wrong usage; 130, 143 and 129 stopped by SIGINT, SIGTERM and
-    SIGHUP.
+    Exit codes: 0 done, or nothing to do; 1 failure; 2 wrong usage; 3 done, but more photos failed
+    than --max-failures; 4 the output belongs to another model or other settings; 5 another run
+    holds the output; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP, what was finished
+    committed.
     """
 
 
 @batchcap.command()
 @click.argument("source", metavar="INPUT")
-@click.argument("output", metavar="OUTPUT.parquet", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUTPUT", type=click.Path(path_type=Path))
 @options_of(RunSettings)
 @config_option
 @verbose_option
 def run(**asked: Any) -> None:
-    """Caption every photo under INPUT into a Parquet file.
+    """Caption every photo under INPUT into OUTPUT, going on from the rows that are there.
 
     INPUT is a directory, searched with all below it, a .txt file with one path a line, or - for
-    such a list on standard input. Every photo gets one row; one that can't be read gets the reason.
+    such a list on standard input. OUTPUT is a .parquet file, or a folder for a data set of parts.
+    Every photo gets one row; one that can't be read gets the reason. After a crash or a signal the
+    same command goes on where it was.
 
     Example: batchcap run ./images captions.parquet
     """
     settings = RunSettings(**asked)
-    start_tensorflow()
-    from batchcap.run import run_captioning
+    if settings.log_format is LogFormat.JSON:
+        configure_logging(settings.log_format, logging.getLogger().isEnabledFor(logging.DEBUG))
+    from batchcap.run import plan_run, run_captioning
 
-    click.echo(str(run_captioning(settings)))
+    if settings.dry_run:
+        click.echo(plan_run(settings))
+        return
+    summary = run_captioning(settings)
+    click.echo(json.dumps(summary.as_json()) if writes_json() else str(summary))
+    sys.exit(summary.exit_code)
 
 
 @batchcap.command()

@@ -110,7 +110,10 @@ class BatchcapError(Exception):
     ├── UsageError        2   what was asked for cannot be
     ├── InputError        1   photos or annotations
     ├── ModelError        1   a model directory
+    ├── StalledError      1   nothing moves any more
     └── OutputError       1   the place to write to
+        ├── OtherOutputError  4   it belongs to another model or other settings
+        └── LockedError       5   another run holds it
     """
 
     exit_code = 1
@@ -128,5 +131,20 @@ class ModelError(BatchcapError):
     pass
 
 
+class StalledError(BatchcapError):
+    pass
+
+
 class OutputError(BatchcapError):
     pass
+
+
+class OtherOutputError(OutputError):
+    exit_code = 4
+
+
+class LockedError(OutputError):
+    exit_code = 5
+
+
+TOO_MANY_FAILED = 3  # the exit code of a run that finished with more failures than were allowed

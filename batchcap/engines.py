@@ -8,113 +8,124 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
-from typing import TypeVar
+from functools import partial
+from itertools import takewhile
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import LoadedImage, ModelError, Rejection, UsageError
+from batchcap.contracts import LoadedImage, ModelError, Rejection
 from batchcap.inputs import ImageRef
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
-from batchcap.model.config import DecodeSettings, ModelConfig
+from batchcap.model.config import DecodeSettings
 from batchcap.model.decoding import Decoded
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import join_words
-from batchcap.output import Row
-from batchcap.settings import AttentionDetail, ModelOptions
+from batchcap.row_files import Row
+from batchcap.settings import AttentionDetail
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-LoadedPhoto = tuple[ImageRef, LoadedImage]
-DecodedPhotos = tuple[list[LoadedPhoto], Decoded | None]
 
 BATCHES_LOADED_AHEAD = 2
 # While one batch waits for Python or for the device, the other keeps the machine busy; a third is
 # ready when one is done.
 BATCHES_CAPTIONED_AT_ONCE = 2
 BATCHES_UNDER_WAY = 3
+PHOTOS_PER_SLOT = 2  # at most: a batch comes to an end even where no photo needs a slot
 
 log = logging.getLogger(__name__)
 
 
-def run_locally(
-    refs: Iterable[ImageRef],
-    captioner: Captioner,
-    decode_settings: DecodeSettings,
-    batch_size: int,
-    attention: AttentionDetail,
-    run_id: str,
-) -> Iterator[list[Row]]:
+@dataclass(frozen=True)
+class Job:
+    """How photos become rows.
+
+    load: reads one path; None reads in this process.
+    reusable: the caption columns that are there already for a file's SHA-256, or None.
+    is_over: once True, no further batch is begun.
+    """
+
+    captioner: Captioner
+    decode_settings: DecodeSettings
+    batch_size: int
+    attention: AttentionDetail = AttentionDetail.SUMMARY
+    run_id: str = ""
+    load: Callable[[str], LoadedImage] | None = None
+    reusable: Callable[[str], Row | None] = lambda _sha256: None
+    is_over: Callable[[], bool] = lambda: False
+
+
+class Photo(NamedTuple):
+    """A photo that has been read; `reused` are its caption columns if they are known."""
+
+    ref: ImageRef
+    image: LoadedImage
+    reused: Row | None = None
+
+    @property
+    def needs_caption(self) -> bool:
+        """Whether the model has to see it."""
+        return self.reused is None and not isinstance(self.image.pixels, Rejection)
+
+
+class CaptionedBatch(NamedTuple):
+    """Photos, and of those that needed a caption, in order, where it is: what row of which."""
+
+    photos: list[Photo]
+    captions: list[tuple[Decoded, int]]
+
+
+def run_locally(refs: Iterable[ImageRef], job: Job) -> Iterator[list[Row]]:
     """Caption photos in this process: loading, captioning and what the caller does overlap.
 
     Yields rows in the order of `refs`, a batch at a time, one for each photo. Holds no more than a
     few batches, however many photos there are.
     """
-    photos = load_photos(
-        refs, captioner.config.backbone.image_size, BATCHES_LOADED_AHEAD * batch_size
-    )
-    caption = BatchCaptioner(captioner, decode_settings, batch_size)
-    for parts in in_threads(caption, batches(photos, batch_size)):
-        yield [row for part in parts for row in caption_rows(*part, captioner, attention, run_id)]
+    photos = load_photos(refs, job, BATCHES_LOADED_AHEAD * job.batch_size)
+    begun = takewhile(lambda _batch: not job.is_over(), batches(photos, job.batch_size))
+    for batch in in_threads(BatchCaptioner(job), begun):
+        yield caption_rows(batch, job)
 
 
-def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSettings:
-    """How the model is to choose words; what does not count is as nobody had asked for it.
-
-    Raises:
-        UsageError: a length that the model or the other length does not allow.
-    """
-    longest = model.decoder.max_length
-    if options.max_length and options.max_length > longest:
-        raise UsageError(f"--max-length must be at most {longest}, the limit of {options.model}")
-    max_length = options.max_length or longest
-    if options.min_length > max_length:
-        raise UsageError(
-            f"--min-length {options.min_length} is more than the {max_length} words of a caption"
-        )
-    return DecodeSettings(
-        max_length=max_length,
-        temperature=options.temperature,
-        seed=options.seed if options.temperature > 0 else 0,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        beam_size=options.beam_size,
-        length_penalty=options.length_penalty if options.beam_size > 1 else 0.0,
-        min_length=options.min_length,
-        no_repeat_ngram=options.no_repeat_ngram,
-    )
-
-
-def load_photos(refs: Iterable[ImageRef], image_size: int, ahead: int) -> Iterator[LoadedPhoto]:
+def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Photo]:
     """Read and decode photos on all cores, in order, at most `ahead` before they are taken."""
+    settings = LoadSettings(job.captioner.config.backbone.image_size)
+    load_path = job.load or partial(load_image, settings=settings)
 
-    def load(ref: ImageRef) -> LoadedPhoto:
-        return ref, load_image(ref.path, image_size)
+    def load(ref: ImageRef) -> Photo:
+        with job.captioner.clock.stage("load"):
+            return Photo(ref, load_path(ref.path))
 
-    return in_threads(load, refs, os.cpu_count() or 1, ahead)
+    for photo in in_threads(load, refs, os.cpu_count() or 1, ahead):
+        yield photo._replace(reused=photo.image.sha256 and job.reusable(photo.image.sha256))
 
 
 class BatchCaptioner:
     """Captions batches of photos, in smaller ones from then on where memory turns out too small."""
 
-    def __init__(self, captioner: Captioner, settings: DecodeSettings, batch_size: int) -> None:
-        self.captioner, self.settings = captioner, settings
-        self.batch_size = batch_size
+    def __init__(self, job: Job) -> None:
+        self.captioner, self.settings = job.captioner, job.decode_settings
+        self.batch_size = job.batch_size
 
-    def __call__(self, photos: list[LoadedPhoto]) -> list[DecodedPhotos]:
+    def __call__(self, photos: list[Photo]) -> CaptionedBatch:
         """Decode photos in as many parts as it takes."""
-        parts: list[DecodedPhotos] = []
-        while photos:
+        captions: list[tuple[Decoded, int]] = []
+        wanting = [photo for photo in photos if photo.needs_caption]
+        while wanting:
             size = self.batch_size
             try:
-                parts.append((photos[:size], self._decode(photos[:size], size)))
-                photos = photos[size:]
+                decoded = self._decode(wanting[:size], size)
             except MemoryError as error:
                 self._shrink(size, error)
-        return parts
+                continue
+            captions += [(decoded, row) for row in range(len(wanting[:size]))]
+            wanting = wanting[size:]
+        return CaptionedBatch(photos, captions)
 
     def _shrink(self, too_large: int, error: MemoryError) -> None:
         if too_large == 1:
@@ -126,40 +137,34 @@ class BatchCaptioner:
                 *(too_large, self.batch_size, self.batch_size),
             )
 
-    def _decode(self, photos: list[LoadedPhoto], rows: int) -> Decoded | None:
-        side = self.captioner.config.backbone.image_size
-        pixels, live, keys = filled_batch(photos, rows, side)
-        return self.captioner.caption(pixels, live, self.settings, keys) if live.any() else None
+    def _decode(self, photos: list[Photo], rows: int) -> Decoded:
+        pixels, live, keys = filled_batch([photo.image for photo in photos], rows)
+        return self.captioner.caption(pixels, live, self.settings, keys)
 
 
 def filled_batch(
-    photos: list[LoadedPhoto], rows: int, image_size: int
+    images: list[LoadedImage], rows: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], list[str]]:
-    """A batch filled up to its fixed size: pixels, live rows, keys; rejected photos are dead rows.
+    """Photos filled up to a batch's fixed size: pixels, live rows, keys.
 
     As `Captioner.caption` takes them: `uint8[rows, S, S, 3]`, `bool[rows]` and `rows` strings.
     """
-    pixels = np.zeros((rows, image_size, image_size, 3), np.uint8)
-    live = np.zeros(rows, np.bool_)
-    keys = [""] * rows
-    for row, (_, image) in enumerate(photos):
-        if not isinstance(image.pixels, Rejection):
-            pixels[row], live[row], keys[row] = image.pixels, True, str(image.sha256)
-    return pixels, live, keys
+    pixels = np.zeros((rows, *images[0].pixels.shape), np.uint8)
+    for row, image in enumerate(images):
+        pixels[row] = image.pixels
+    keys = [str(image.sha256) for image in images] + [""] * (rows - len(images))
+    return pixels, np.arange(rows) < len(images), keys
 
 
-def caption_rows(
-    photos: list[LoadedPhoto],
-    decoded: Decoded | None,
-    captioner: Captioner,
-    attention: AttentionDetail,
-    run_id: str,
-) -> list[Row]:
-    """The rows of a batch; `decoded` is None where none of its photos could be read."""
-    origin = {"run_id": run_id, "created_at": datetime.now(UTC)}
+def caption_rows(batch: CaptionedBatch, job: Job) -> list[Row]:
+    """The rows of a batch."""
+    origin = {"run_id": job.run_id, "created_at": datetime.now(UTC)}
+    captions = iter(batch.captions)
     return [
-        _row(ref, image, _caption_columns(decoded, row, captioner, attention)) | origin
-        for row, (ref, image) in enumerate(photos)
+        _file_columns(photo)
+        | (_caption_columns(*next(captions), job) if photo.needs_caption else photo.reused or {})
+        | origin
+        for photo in batch.photos
     ]
 
 
@@ -180,22 +185,33 @@ def in_threads(
             while under_way:
                 yield under_way.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # Not waited for: a run that is told to stop at once does so.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one perhaps of fewer."""
-    left = iter(items)
-    while batch := list(islice(left, size)):
+def batches(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
+    """Lists of photos of which `size` need a caption, the last one perhaps fewer.
+
+    Those that need none pass by with the others.
+    """
+    batch: list[Photo] = []
+    wanting = 0
+    for photo in photos:
+        batch.append(photo)
+        wanting += photo.needs_caption
+        if wanting == size or len(batch) == PHOTOS_PER_SLOT * size:
+            yield batch
+            batch, wanting = [], 0
+    if batch:
         yield batch
 
 
-def _row(ref: ImageRef, image: LoadedImage, caption_columns: Row) -> Row:
+def _file_columns(photo: Photo) -> Row:
+    image = photo.image
     rejection = image.pixels if isinstance(image.pixels, Rejection) else None
     return {
-        "image_id": ref.image_id,
+        "image_id": photo.ref.image_id,
         "status": "failed" if rejection else "ok",
-        **({} if rejection else caption_columns),
         "width": image.width,
         "height": image.height,
         "file_size": image.file_size,
@@ -206,16 +222,12 @@ def _row(ref: ImageRef, image: LoadedImage, caption_columns: Row) -> Row:
     }
 
 
-def _caption_columns(
-    decoded: Decoded | None, row: int, captioner: Captioner, attention: AttentionDetail
-) -> Row:
-    if decoded is None:
-        return {}
+def _caption_columns(decoded: Decoded, row: int, job: Job) -> Row:
     length = int(decoded.lengths[row])
     finished = bool(decoded.finished[row])
     log_probs = decoded.log_probs[row, : length + finished]
     token_ids = decoded.tokens[row, :length]
-    words = captioner.vocabulary.decode(token_ids)
+    words = job.captioner.vocabulary.decode(token_ids)
     columns = {
         "caption": join_words(words),
         "tokens": words,
@@ -226,8 +238,8 @@ def _caption_columns(
         "finished": finished,
     }
     weights = decoded.attention[row, :length]
-    if attention is not AttentionDetail.NONE:
-        columns["attention"] = summarise_attention(weights.reshape(length, *captioner.grid))
-    if attention is AttentionDetail.FULL:
+    if job.attention is not AttentionDetail.NONE:
+        columns["attention"] = summarise_attention(weights.reshape(length, *job.captioner.grid))
+    if job.attention is AttentionDetail.FULL:
         columns["attention_map"] = weights.tolist()
     return columns

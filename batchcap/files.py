@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TEMPORARY = ".tmp"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -16,17 +18,33 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder is missing, read-only or full.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_temporaries(folder: Path, names: str) -> None:
+    """Remove what killed processes left of `replacing` the files that the glob `names` matches.
+
+    No other process may be writing such files.
+    """
+    for left in folder.glob(f".{names}.{'[0-9a-f]' * 8}{TEMPORARY}"):
+        left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

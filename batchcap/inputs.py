@@ -54,13 +54,19 @@ class AnnotatedImage:
     split: str | None
 
 
-def list_images(source: str, pattern: str | None = None, warn: bool = True) -> Iterator[ImageRef]:
+def _warn_of(folder: str) -> None:
+    logger.warning("The folder %s cannot be listed; its photos are left out.", folder)
+
+
+def list_images(
+    source: str, pattern: str | None = None, unlisted: Callable[[str], object] = _warn_of
+) -> Iterator[ImageRef]:
     """List the photos of a folder (recursive), of a `.txt` file of paths, or of stdin (`-`).
 
     A folder is listed by extension, in code-point order of the ids, without dot files and without
-    entering linked folders; a subfolder is read, or with `warn` warned of, when its turn comes. A
-    list keeps its order and is read line by line; relative lines start at the list's folder.
-    `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
+    entering linked folders; a subfolder is read when its turn comes, and `unlisted` is told of one
+    that can't be: its name and why. A list keeps its order and is read line by line; relative lines
+    start at the list's folder. `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
     the relative path if it holds a `/` and against the file name otherwise.
 
     Raises UsageError if there is no such source, InputError if it cannot be read or is neither.
@@ -72,7 +78,7 @@ def list_images(source: str, pattern: str | None = None, warn: bool = True) -> I
         return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
     path = Path(source)
     if path.is_dir():
-        return _list_folder(source, is_wanted or _has_image_extension, warn)
+        return _list_folder(source, is_wanted or _has_image_extension, unlisted)
     if path.suffix.lower() == ".txt" or not path.exists():
         with _saying_which(path):
             lines = path.open("rb")
@@ -108,7 +114,9 @@ def _has_image_extension(relative: str) -> bool:
     return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
 
 
-def _list_folder(root: str, is_wanted: Callable[[str], bool], warn: bool) -> Iterator[ImageRef]:
+def _list_folder(
+    root: str, is_wanted: Callable[[str], bool], unlisted: Callable[[str], object]
+) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
         top = _folder_entries(prefix, "")
@@ -116,12 +124,14 @@ def _list_folder(root: str, is_wanted: Callable[[str], bool], warn: bool) -> Ite
         raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
     return (
         ImageRef(image_id_of(relative), prefix + relative)
-        for relative in _walk(prefix, top, warn)
+        for relative in _walk(prefix, top, unlisted)
         if is_wanted(relative)
     )
 
 
-def _walk(root: str, pending: list[str], warn: bool) -> Iterator[str]:
+def _walk(
+    root: str, pending: list[str], unlisted: Callable[[str], object]
+) -> Iterator[str]:
     """Paths relative to `root` of all that is no folder, from the last of `pending` to the first.
 
     Each folder is sorted by itself: with the slash that its paths go on with, all are in order.
@@ -134,11 +144,7 @@ def _walk(root: str, pending: list[str], warn: bool) -> Iterator[str]:
         try:
             pending += _folder_entries(root, path)
         except OSError as error:
-            if warn:
-                logger.warning(
-                    "The folder %s cannot be listed (%s); its photos are left out.",
-                    *(image_id_of(path), error.strerror),
-                )
+            unlisted(f"{image_id_of(path)} ({error.strerror})")
 
 
 def _folder_entries(root: str, folder: str) -> list[str]:

@@ -1,72 +1,413 @@
-"""The file of captions: rows in, one whole Parquet file out. Knows no photos and no models."""
+"""The safe folder: rows are committed in parts, and what is committed is never lost or doubled.
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+A part is a Parquet file that a rename puts in place: that is the one moment at which its rows begin
+to exist. `OUTPUT/` is the folder of parts itself, a data set for others to read at any moment.
+`OUTPUT.parquet` has its parts in a hidden folder beside it, the first of which is the old file, and
+is replaced by all of them at the end of a run. All else (which images are done, the manifest) is
+made from the parts.
+
+Knows no photos and no models.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import escape
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from batchcap.contracts import ARROW_SCHEMA, OutputError
-from batchcap.files import replacing
+from batchcap.contracts import OtherOutputError, OutputError
+from batchcap.files import remove_temporaries, replace_text, sync
+from batchcap.locking import locked
+from batchcap.row_files import (
+    WAYS_OUT,
+    DamagedError,
+    Row,
+    read_file_metadata,
+    read_group,
+    read_groups,
+    saying_where,
+    table_of,
+    write_rows,
+)
+from batchcap.row_index import Place, RowIndex, entries_of
+from batchcap.settings import OnExisting
 
+# What must be equal for rows to stand in one output, and what it is to the user.
+IDENTITY = {
+    "batchcap.schema": "schema",
+    "batchcap.model": "model",
+    "batchcap.decode": "decoding",
+    "batchcap.precision": "precision",
+    "batchcap.attention": "attention",
+}
+# What a caption consists of, and so what a copy of a photo has too.
+CAPTION_COLUMNS = (
+    *("caption", "tokens", "token_ids", "token_logprobs", "logprob", "mean_logprob", "finished"),
+    *("attention", "attention_map"),
+)
+FIRST_PART = "part-000000.parquet"  # what the output was before
+MANIFEST = "_manifest.json"
 ROWS_PER_GROUP = 4096
+GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
 
-Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
-class RowWriter:
-    """Appends rows to a Parquet file, holding at most one row group of them in memory."""
+@dataclass(frozen=True)
+class Layout:
+    """Where an output and what belongs to it lies."""
 
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
-        self._pending: list[pa.RecordBatch] = []
+    output: Path
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one Parquet file rather than a folder of parts."""
+        return self.output.suffix == ".parquet"
+
+    @property
+    def parts(self) -> Path:
+        """The folder of parts."""
+        return self.output.with_name(f".{self.output.name}.parts") if self.is_file else self.output
+
+    @property
+    def lock(self) -> Path:
+        """The file that a run locks."""
+        if self.is_file:
+            return self.output.with_name(f".{self.output.name}.lock")
+        return self.output / ".lock"
+
+    @property
+    def summary(self) -> Path:
+        """The account of the last run."""
+        if self.is_file:
+            return self.output.with_suffix(".summary.json")
+        return self.output / "_summary.json"
+
+    def row_files(self) -> list[Path]:
+        """The files that hold the rows so far, oldest first."""
+        if self.parts.is_dir():
+            return sorted(self.parts.glob("part-*.parquet"))
+        return [self.output] if self.is_file and self.output.exists() else []
+
+
+@dataclass
+class RowFile:
+    """A file of rows, and how many it has."""
+
+    path: Path
+    rows: int
+
+
+class CaptionFolder:
+    """An output that is locked for this run: which images have rows, and where new rows go."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        identity: Mapping[str, str],
+        files: list[RowFile],
+        index: RowIndex,
+        overwrite: bool,
+    ) -> None:
+        self.layout, self.index = layout, index
+        self.metadata = dict(identity)
+        self.committed = 0
+        self._files = files  # those of the index first, in its order
+        self._overwrite = overwrite
+        self._begun = False
+        self._pending: list[pa.Table] = []
+        self._superseded: dict[int, set[str]] = {}
+        self._captions = lru_cache(GROUPS_AT_HAND)(self._read_captions)
+
+    @property
+    def pending(self) -> int:
+        """How many rows are not committed yet."""
+        return sum(map(len, self._pending))
 
     def append(self, rows: list[Row]) -> None:
-        """Add rows; a column that a row leaves out is null there."""
-        self._pending.append(pa.RecordBatch.from_pylist(rows, self._writer.schema))
-        if sum(map(len, self._pending)) >= ROWS_PER_GROUP:
-            self.flush()
+        """Take rows for the next part; each replaces the row that its image may have."""
+        self._pending.append(table_of(rows))
+        for row in rows:
+            known = self.index.find(row["image_id"])
+            if known is not None:
+                self._supersede(self.index.file_of(known), {row["image_id"]})
 
-    def flush(self) -> None:
-        """Write the rows held in memory."""
-        if self._pending:
-            self._writer.write_table(pa.Table.from_batches(self._pending))
-            self._pending = []
+    def commit(self) -> None:
+        """Put the rows taken so far on disk as one part.
+
+        A crash at any line loses these rows at most, and rows that they replace: both kinds are of
+        images that the next run captions again.
+
+        Raises:
+            OutputError: the folder is read-only or full; what was committed before is intact.
+        """
+        if not self._pending:
+            return
+        self._begin()
+        self._drop_superseded()
+        part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
+        table = pa.concat_tables(self._pending).combine_chunks()
+        write_rows(part.path, [table], self.metadata)
+        self._files.append(part)
+        self.committed += part.rows
+        self._pending = []
+        self._write_manifest(complete=False)
+
+    def reusable(self, sha256: str) -> Row | None:
+        """The caption of a photo of these bytes, if one had been captioned before this run."""
+        for place in self.index.places_of(sha256):
+            table, row_of = self._captions(place)
+            if sha256 in row_of:
+                return table.slice(row_of[sha256], 1).to_pylist()[0]
+        return None
+
+    def prune(self) -> int:
+        """Drop the rows of images that the whole input no longer has; returns how many."""
+        gone = {
+            file: self.index.vanished_of(file, self._ids_of(file))
+            for file in range(len(self._files))
+        }
+        if any(gone.values()):
+            self._begin()
+            for file, image_ids in gone.items():
+                self._supersede(file, image_ids)
+            self._drop_superseded()
+        return sum(map(len, gone.values()))
+
+    def finish(self) -> None:
+        """Make the output whole: commit what is left and, for one file, join the parts.
+
+        Raises:
+            OutputError: there is no room; the parts stay, and the next run joins them.
+        """
+        self.commit()
+        layout = self.layout
+        if not layout.is_file:
+            self._begin()
+            self._write_manifest(complete=True)
+        elif self._begun or layout.parts.is_dir() or not layout.output.exists():
+            self._begin()
+            tables = (table for file in self._files for table in _verified(file.path))
+            write_rows(layout.output, _regrouped(tables), self.metadata)
+            _remove_folder(layout.parts)
+
+    def _begin(self) -> None:
+        """Make the folder of parts, at the first change and not before."""
+        if self._begun:
+            return
+        with saying_where(self.layout.parts):
+            if self._overwrite:
+                self._clear()
+            if not self.layout.parts.exists():
+                self._make_parts()
+        self._begun = True
+
+    def _clear(self) -> None:
+        if self.layout.is_file:
+            _remove_folder(self.layout.parts)
+        else:
+            for path in self.layout.row_files():
+                path.unlink()
+
+    def _make_parts(self) -> None:
+        """Whole or not at all: where the folder is, the old rows are in it and nowhere else."""
+        parts = self.layout.parts
+        new = parts.with_name(f"{parts.name}.new")
+        new.mkdir()
+        if self._files:
+            _link(self.layout.output, new / FIRST_PART)
+            self._files[0].path = parts / FIRST_PART
+        sync(new)
+        new.rename(parts)
+        sync(parts.parent)
+
+    def _next_number(self) -> int:
+        numbers = (int(file.path.stem.removeprefix("part-")) for file in self._files)
+        return max(numbers, default=0) + 1
+
+    def _supersede(self, file: int, image_ids: set[str]) -> None:
+        if image_ids:
+            self._superseded.setdefault(file, set()).update(image_ids)
+
+    def _drop_superseded(self) -> None:
+        """Rewrite files without rows that are replaced: ahead of their new ones, never after."""
+        for number, image_ids in self._superseded.items():
+            file, dropped = self._files[number], pa.array(sorted(image_ids))
+            # Row groups keep their numbers, even empty: the index knows rows by them.
+            kept = (
+                table.filter(pc.invert(pc.is_in(table["image_id"], dropped)))
+                for table in _verified(file.path)
+            )
+            file.rows = write_rows(file.path, kept, self.metadata)
+        self._superseded = {}
+
+    def _ids_of(self, file: int) -> Iterator[str]:
+        for table in _verified(self._files[file].path):
+            yield from table["image_id"].to_pylist()
+
+    def _read_captions(self, place: Place) -> tuple[pa.Table, dict[str, int]]:
+        """A row group's captions, and the row of each SHA-256; those of whole photos only."""
+        table = read_group(self._files[place.file].path, place.group)
+        table = table.filter(pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null()))
+        row_of = {sha256: row for row, sha256 in enumerate(table["sha256"].to_pylist())}
+        return table.select(CAPTION_COLUMNS), row_of
+
+    def _write_manifest(self, complete: bool) -> None:
+        if self.layout.is_file:
+            return
+        manifest = {
+            "complete": complete,
+            "metadata": self.metadata,
+            "rows": sum(file.rows for file in self._files),
+            "parts": [{"name": file.path.name, "rows": file.rows} for file in self._files],
+        }
+        with saying_where(self.layout.parts):
+            replace_text(self.layout.parts / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 @contextmanager
-def parquet_file(path: Path, metadata: Mapping[str, str]) -> Iterator[RowWriter]:
-    """Write `path` whole or not at all.
+def open_captions(
+    layout: Layout, identity: Mapping[str, str], on_existing: OnExisting
+) -> Iterator[CaptionFolder]:
+    """An output to add rows to, held by this process alone.
+
+    Files of rows that are damaged are set aside, so that their images are captioned again.
 
     Args:
-        path: where the file will be; one that exists is replaced.
-        metadata: stored in the file's own metadata.
+        layout: which output; the folder that it is in must exist.
+        identity: by the keys of `IDENTITY`, what rows must have in common.
+        on_existing: what to do where there are rows already.
 
     Raises:
-        OutputError: the folder is missing, read-only or full.
+        LockedError: another run holds it.
+        OtherOutputError: its rows were made by another model or with other settings.
+        OutputError: it can't be written, is not of batchcap, or exists where it must not.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a .parquet file")
-    schema = ARROW_SCHEMA.with_metadata(dict(metadata))
-    with (
-        _saying_where(path),
-        replacing(path) as temporary,
-        temporary.open("xb") as file,
-        pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as parquet,
-    ):
-        writer = RowWriter(parquet)
-        yield writer
-        writer.flush()
+    if not layout.is_file:
+        with saying_where(layout.output):
+            layout.output.mkdir(exist_ok=True)
+    with locked(layout.lock):
+        with saying_where(layout.output):
+            _remove_leftovers(layout)
+        paths = existing_rows(layout, on_existing)
+        check_identity(layout.output, paths, identity)
+        files, entries = [], []
+        for path in paths:
+            try:
+                entries.append(entries_of(read_groups(path)))
+                files.append(RowFile(path, len(entries[-1].hashes)))
+            except DamagedError as error:
+                _set_aside(path, error)
+        overwrite = on_existing is OnExisting.OVERWRITE
+        yield CaptionFolder(layout, identity, files, RowIndex(entries), overwrite)
 
 
-@contextmanager
-def _saying_where(path: Path) -> Iterator[None]:
+def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
+    """The files of rows to go on from, oldest first.
+
+    Raises:
+        OutputError: there are some, or other people's files, and there must not be.
+    """
+    files = layout.row_files()
+    if layout.is_file and layout.output.is_dir():
+        raise OutputError(f"{layout.output} is a directory: name a .parquet file")
+    if not layout.is_file and not files and layout.output.is_dir():
+        others = [path.name for path in layout.output.iterdir() if path.name[0] not in "._"]
+        if others:
+            raise OutputError(
+                f"{layout.output} has other files ({others[0]}, for one): choose a new folder"
+            )
+    if on_existing is OnExisting.ERROR and files:
+        raise OutputError(f"{layout.output} exists: choose another OUTPUT, or --on-existing resume")
+    return [] if on_existing is OnExisting.OVERWRITE else files
+
+
+def check_identity(output: Path, files: Iterable[Path], identity: Mapping[str, str]) -> None:
+    """See that rows are of the same model and settings as those to come.
+
+    Raises:
+        OtherOutputError: they are not; says what differs.
+        OutputError: a file is not of batchcap.
+    """
+    for path in files:
+        with suppress(DamagedError):  # for the reader of the rows to meet
+            found = read_file_metadata(path)
+            for key, name in IDENTITY.items():
+                if found.get(key) != identity[key]:
+                    raise OtherOutputError(
+                        f"{output} has rows of another {name} ({found.get(key)}) than what is "
+                        f"asked for ({identity[key]}): {WAYS_OUT}"
+                    )
+
+
+def index_of(files: Iterable[Path]) -> RowIndex:
+    """What files of rows say, for those who only look; damaged files count for nothing."""
+    entries = []
+    for path in files:
+        with suppress(DamagedError):
+            entries.append(entries_of(read_groups(path)))
+    return RowIndex(entries)
+
+
+def _verified(path: Path) -> Iterator[pa.Table]:
     try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"cannot write {path}: {reason}; free the disk or choose another OUTPUT, and run again"
-        ) from error
+        yield from read_groups(path)
+    except DamagedError as error:
+        raise OutputError(f"{error}; run again, which redoes the rows of damaged files") from error
+
+
+def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in row groups of a good size."""
+    gathered: list[pa.Table] = []
+    for table in tables:
+        gathered.append(table)
+        if sum(map(len, gathered)) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(gathered)
+            gathered = []
+    if gathered:
+        yield pa.concat_tables(gathered)
+
+
+def _set_aside(path: Path, error: DamagedError) -> None:
+    aside = path.with_name(f".{path.name}.{time.time_ns()}.damaged")
+    with saying_where(path):
+        path.rename(aside)
+    log.warning("%s: kept as %s; its photos are captioned again", error, aside.name)
+
+
+def _remove_leftovers(layout: Layout) -> None:
+    """What killed runs have left under temporary names."""
+    parts = layout.parts
+    if layout.is_file:
+        remove_temporaries(layout.output.parent, escape(layout.output.name))
+        for leftover in ("new", "old"):
+            shutil.rmtree(parts.with_name(f"{parts.name}.{leftover}"), ignore_errors=True)
+    if parts.is_dir():
+        for names in ("part-*.parquet", MANIFEST):
+            remove_temporaries(parts, names)
+
+
+def _remove_folder(folder: Path) -> None:
+    """By a rename first: half a folder would look like less work done."""
+    if folder.exists():
+        going = folder.with_name(f"{folder.name}.old")
+        folder.rename(going)
+        sync(folder.parent)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        sync(target)

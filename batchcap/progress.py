@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from batchcap.logs import log_event, writes_json
+
 SECONDS_BETWEEN_LINES = 30.0
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator
 
     A total of None is not known yet.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not writes_json():
         # Terminals that don't tell their width say 0, in which tqdm shows nothing.
         width = os.get_terminal_size(sys.stderr.fileno()).columns
         options: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": 80}

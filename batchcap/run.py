@@ -1,116 +1,331 @@
-"""Verb: caption every photo of a tree or a list into one Parquet file."""
+"""Verb: caption every photo of a tree or a list, going on from what is there already."""
 
 import json
 import logging
+import shutil
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 
-from batchcap.contracts import SCHEMA_VERSION, BatchcapError, InputError
-from batchcap.engines import decode_settings_of, run_locally
-from batchcap.inputs import list_images, printable
-from batchcap.model.captioner import load_captioner
-from batchcap.model.config import fingerprint, read_config
-from batchcap.model.runtime import choose_execution
-from batchcap.output import Row, RowWriter, parquet_file
-from batchcap.progress import Progress, progress
-from batchcap.settings import RunSettings
+from batchcap.clock import StageClock
+from batchcap.contracts import (
+    SCHEMA_VERSION,
+    BatchcapError,
+    InputError,
+    LockedError,
+    OtherOutputError,
+    OutputError,
+)
+from batchcap.inputs import ImageRef, list_images, printable
+from batchcap.inventory import Inventory
+from batchcap.loading import core_count, readers
+from batchcap.logs import log_event
+from batchcap.model.config import DecodeSettings, fingerprint, read_config
+from batchcap.model.images import LoadSettings, load_image
+from batchcap.model.runtime import Execution, choose_execution, precision_of
+from batchcap.options import decode_settings_of
+from batchcap.output import (
+    CaptionFolder,
+    Layout,
+    check_identity,
+    existing_rows,
+    index_of,
+    open_captions,
+)
+from batchcap.progress import progress
+from batchcap.row_files import Row
+from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
+from batchcap.settings import AttentionDetail, RunSettings, Truncated
+from batchcap.stopping import Stopped, StopRequest, stopping_softly
+from batchcap.watchdog import Watchdog, watching
+
+COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
+BYTES_PER_ROW = {AttentionDetail.NONE: 300, AttentionDetail.SUMMARY: 700, AttentionDetail.FULL: 2500}
+READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run did: found = captioned + failed. `seconds` is the captioning alone."""
-
-    settings: RunSettings
-    found: int
-    captioned: int
-    failed: Counter[str]
-    seconds: float
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.failed.most_common())
-        failed = f"{self.failed.total()} failed" + (f" ({reasons})" if reasons else "")
-        output = printable(str(self.settings.output))
-        return (
-            f"{output}: {self.found} found, {self.captioned} captioned, {failed}; "
-            f"{self.seconds:.1f} s, {self.found / self.seconds:.1f} images/s"
-        )
-
-
 def run_captioning(settings: RunSettings) -> RunSummary:
-    """Caption all photos of `settings.source`; one row each, failed ones included.
+    """Caption the photos of `settings.source` that have no row yet; each has one at the end.
 
     Raises:
         UsageError: a setting that the model or the machine can't do, or no such input.
         InputError: there is no photo, or the input can't be listed.
         ModelError: the model directory is wrong.
-        OutputError: the output can't be written.
+        OutputError: the output can't be written, is locked, or is of other settings.
+        Stopped: a signal has come; what was finished is committed.
     """
-    refs = islice(list_images(settings.source, settings.glob), settings.limit)
-    first = list(islice(refs, settings.batch_size))
-    if not first:
-        raise InputError(f"no photo in {settings.source}: check the path, or --glob")
-    decode_settings = decode_settings_of(settings, read_config(settings.model))
-    execution = choose_execution(settings.runtime, settings.precision)
-    model = fingerprint(settings.model)
-    log.info(
-        "captioning the photos of %s into %s, first %s; on %s, model %.12s, %s",
-        *map(printable, (settings.source, str(settings.output), first[0].image_id)),
-        *(execution, model, decode_settings),
+    summary = RunSummary(str(settings.output), uuid.uuid4().hex, _now())
+    layout = Layout(settings.output)
+    with _accounting(settings, layout, summary):
+        decode_settings = decode_settings_of(settings, read_config(settings.model))
+        summary.metadata = _identity(settings, decode_settings)
+        with open_captions(layout, summary.metadata, settings.on_existing) as folder:
+            inventory = Inventory(settings, folder.index, summary)
+            with stopping_softly() as stop:
+                _Captioning(inventory, folder, decode_settings, stop).run()
+                if stop.signal is not None:
+                    raise Stopped(stop.signal)
+            _finish(inventory, folder)
+    return summary
+
+
+def plan_run(settings: RunSettings) -> str:
+    """What `run_captioning` would do, in words; writes nothing.
+
+    Raises:
+        BatchcapError: as `run_captioning` does, but for what only writing can tell.
+    """
+    layout = Layout(settings.output)
+    identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
+    files = existing_rows(layout, settings.on_existing)
+    check_identity(layout.output, files, identity)
+    summary = RunSummary(str(settings.output), "", "")
+    inventory = Inventory(settings, index_of(files), summary)
+    for _ in inventory.unfinished():
+        pass
+    inventory.check_any()
+    rate = read_rate(layout.summary)
+    needed = f"{inventory.taken / rate:.0f} s at the last run's rate" if rate else "not known"
+    return (
+        f"{printable(summary.output)}: {summary.new} new, {summary.changed} changed, "
+        f"{summary.retried} failed before and to be tried again; {summary.already_done} done, "
+        f"{summary.failed_before} of them failed; {inventory.vanished} vanished; time: {needed}"
     )
-    metadata = {
+
+
+class _Captioning:
+    """The part of a run in which photos become committed rows."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        folder: CaptionFolder,
+        decode_settings: DecodeSettings,
+        stop: StopRequest,
+    ) -> None:
+        self.settings, self.summary = inventory.settings, inventory.summary
+        self.inventory, self.folder, self.stop = inventory, folder, stop
+        self.decode_settings = decode_settings
+        self.listed: int | None = None
+        self.reused: set[str] = set()  # SHA-256 sums
+
+    def run(self) -> None:
+        """Caption what needs it until there is no more, or a signal comes."""
+        with watching(self.settings.stall_timeout, self._say_last_words) as watchdog:
+            refs = self.inventory.unfinished(lambda: self._goes_on(watchdog))
+            first = list(islice(refs, self.settings.batch_size))
+            self.inventory.check_any()
+            if first and not self.stop():
+                self._check_room(len(first))
+                threading.Thread(target=self._count, daemon=True).start()
+                self._caption(first, refs, watchdog)
+
+    def _goes_on(self, watchdog: Watchdog) -> bool:
+        watchdog.progress()
+        return not self.stop()
+
+    def _caption(
+        self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
+    ) -> None:
+        settings = self.settings
+        side = read_config(settings.model).backbone.image_size
+        accept = settings.truncated is Truncated.ACCEPT
+        load = partial(load_image, settings=LoadSettings(side, settings.max_pixels, accept))
+        # First, since its processes start while TensorFlow does.
+        with readers(load, core_count(), settings.stall_timeout / READER_TIMEOUTS) as read:
+            execution = choose_execution(settings.runtime, settings.precision)
+            # Here, since a run with nothing to do needs no TensorFlow.
+            from batchcap.engines import Job, run_locally
+            from batchcap.model.captioner import load_captioner
+
+            self.folder.metadata["batchcap.runtime"] = execution.runtime
+            self._log_start(first[0], execution)
+            # Compiling takes seconds, which a single batch would not win back.
+            is_long = len(first) == settings.batch_size
+            captioner = load_captioner(settings.model, execution, compiled=is_long)
+            job = Job(
+                captioner,
+                self.decode_settings,
+                batch_size=len(first),
+                attention=settings.attention,
+                run_id=self.summary.run_id,
+                load=read,
+                reusable=self._reusable,
+                is_over=self.stop,
+            )
+            started = time.monotonic()
+            try:
+                batches = run_locally(watchdog.in_flight(chain(first, others)), job)
+                self._commit_rows(batches, watchdog, captioner.clock)
+            finally:
+                self.summary.seconds = time.monotonic() - started
+                self.summary.stage_seconds = dict(captioner.clock.seconds)
+
+    def _commit_rows(
+        self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
+    ) -> None:
+        settings, folder, last_commit = self.settings, self.folder, time.monotonic()
+        with progress("captioning", None, "image") as bar:
+            try:
+                for rows in batches:
+                    with clock.stage("write"):
+                        folder.append(rows)
+                        seconds = time.monotonic() - last_commit
+                        if (
+                            folder.pending >= settings.rows_per_part
+                            or seconds >= settings.seconds_per_part
+                        ):
+                            self._commit()
+                            last_commit = time.monotonic()
+                    watchdog.landed(row["image_id"] for row in rows)
+                    self._count_rows(rows)
+                    bar.total = self.listed and self.listed - self.summary.already_done
+                    bar.update(len(rows))
+            except Stopped:  # out of time, or for the second time: then nothing more is written
+                if not self.stop.insisted:
+                    self._commit()
+                raise
+            self._commit()
+
+    def _commit(self) -> None:
+        rows = self.folder.pending
+        self.folder.commit()
+        log_event(log, "committed", f"{rows} rows committed", logging.DEBUG, rows=rows)
+
+    def _count_rows(self, rows: list[Row]) -> None:
+        for row in rows:
+            if row["status"] == "failed":
+                self.summary.failed[row["error_type"]] += 1
+            elif row["sha256"] in self.reused:
+                self.summary.reused += 1
+            else:
+                self.summary.captioned += 1
+
+    def _reusable(self, sha256: str) -> Row | None:
+        caption = self.folder.reusable(sha256) if self.settings.reuse else None
+        if caption is not None:
+            self.reused.add(sha256)
+        return caption
+
+    def _count(self) -> None:
+        """How many photos there are, for the bar; apart, so that nothing waits for it."""
+        with suppress(BatchcapError):  # for the reader of the rows to meet
+            self.listed = sum(1 for _ in _listed_again(self.settings))
+
+    def _check_room(self, least: int) -> None:
+        """See that the disk has room for the rows to come, as far as they can be counted soon.
+
+        Raises:
+            OutputError: it has not.
+        """
+        layout, settings = self.folder.layout, self.settings
+        listed = sum(1 for _ in islice(_listed_again(settings), COUNTED_AHEAD))
+        rows = max(least, min(listed - len(self.folder.index), settings.limit or listed))
+        needed = rows * BYTES_PER_ROW[settings.attention]
+        if layout.is_file:  # the parts, and the file that they are joined to
+            needed = 2 * needed + sum(path.stat().st_size for path in layout.row_files())
+        free = shutil.disk_usage(layout.output.absolute().parent).free
+        if free < needed:
+            raise OutputError(
+                f"{layout.output} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
+                f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
+            )
+
+    def _log_start(self, first: ImageRef, execution: Execution) -> None:
+        settings, model = self.settings, self.summary.metadata["batchcap.model"]
+        source, output, name = map(
+            printable, (settings.source, str(settings.output), first.image_id)
+        )
+        done = self.summary.already_done
+        log_event(
+            log,
+            "run_started",
+            f"captioning the photos of {source} into {output}, "
+            + (f"{done} done already, " if done else "")
+            + f"first {name}; on {execution}, model {model:.12}, {self.decode_settings}",
+            run_id=self.summary.run_id,
+            device=execution.device,
+            runtime=execution.runtime,
+            precision=execution.precision,
+            model=model,
+        )
+
+    def _say_last_words(self, message: str) -> None:
+        log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
+        _account(self.settings, self.folder.layout, self.summary)
+
+
+def _listed_again(settings: RunSettings) -> Iterator[ImageRef]:
+    """The input once more, in silence; nothing where it can't be read twice."""
+    if settings.source == "-":
+        return iter(())
+    return list_images(settings.source, settings.glob, lambda _folder: None)
+
+
+def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
+    """Make the output whole, and see that every photo has its row."""
+    settings, summary = inventory.settings, inventory.summary
+    summary.vanished = inventory.vanished
+    if settings.prune and inventory.complete:
+        summary.pruned = folder.prune()
+    folder.finish()
+    if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
+        raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")
+    if inventory.unlisted:
+        raise InputError(
+            f"{settings.output} is written, but {inventory.unlisted} folders of "
+            f"{settings.source} could not be listed: give access to them, and run again"
+        )
+    summary.finish(settings.max_failures)
+
+
+@contextmanager
+def _accounting(settings: RunSettings, layout: Layout, summary: RunSummary) -> Iterator[None]:
+    """Leave an account of the run, however it ends, unless another run's stands there."""
+    try:
+        yield
+    except LockedError:
+        raise
+    except Stopped as stop:
+        summary.outcome, summary.exit_code = "stopped", stop.exit_code
+        _account(settings, layout, summary)
+        raise
+    except Exception as error:
+        summary.exit_code = error.exit_code if isinstance(error, BatchcapError) else 1
+        with suppress(OutputError):  # the first failure is the one to tell of
+            _account(settings, None if isinstance(error, OtherOutputError) else layout, summary)
+        raise
+    _account(settings, layout, summary)
+
+
+def _account(settings: RunSettings, layout: Layout | None, summary: RunSummary) -> None:
+    summary.ended_at = _now()
+    log_event(log, "run_ended", str(summary), logging.DEBUG, **summary.as_json())
+    if settings.metrics_file is not None:
+        write_metrics(settings.metrics_file, summary)
+    if layout is not None and layout.summary.parent.is_dir():
+        write_summary(layout.summary, summary)
+
+
+def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[str, str]:
+    return {
         "batchcap.schema": str(SCHEMA_VERSION),
         "batchcap.version": version("batchcap"),
-        "batchcap.model": model,
+        "batchcap.model": fingerprint(settings.model),
         "batchcap.decode": json.dumps(asdict(decode_settings)),
-        "batchcap.runtime": execution.runtime,
-        "batchcap.precision": execution.precision,
+        "batchcap.precision": precision_of(settings.precision),
+        "batchcap.attention": settings.attention,
     }
-    with parquet_file(settings.output, metadata) as writer:
-        # Compiling takes seconds, which a single batch would not win back.
-        is_long = len(first) == settings.batch_size
-        captioner = load_captioner(settings.model, execution, compiled=is_long)
-        started = time.monotonic()
-        batches = run_locally(
-            chain(first, refs),
-            captioner,
-            decode_settings,
-            len(first),
-            settings.attention,
-            uuid.uuid4().hex,
-        )
-        found, failed = _write(batches, writer, settings)
-        seconds = time.monotonic() - started
-    return RunSummary(settings, found, found - failed.total(), failed, seconds)
 
 
-def _write(
-    batches: Iterable[list[Row]], writer: RowWriter, settings: RunSettings
-) -> tuple[int, Counter[str]]:
-    """Write rows as they come: how many, and the reasons of those that failed."""
-    found, failed = 0, Counter[str]()
-    with progress("captioning", None, "image") as bar:
-        # Apart, so that nothing waits for a long listing.
-        threading.Thread(target=_count, args=(settings, bar), daemon=True).start()
-        for rows in batches:
-            writer.append(rows)
-            found += len(rows)
-            failed.update(row["error_type"] for row in rows if row["error_type"])
-            bar.update(len(rows))
-    return found, failed
-
-
-def _count(settings: RunSettings, bar: Progress) -> None:
-    if settings.source == "-":  # can't be read twice
-        return
-    with suppress(BatchcapError):  # for the reader of the rows to meet
-        refs = list_images(settings.source, settings.glob, warn=False)
-        bar.total = sum(1 for _ in islice(refs, settings.limit))
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

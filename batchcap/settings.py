@@ -22,6 +22,28 @@ class AttentionDetail(StrEnum):
     NONE = "none"
 
 
+class OnExisting(StrEnum):
+    """What to do with an output that exists."""
+
+    RESUME = "resume"
+    OVERWRITE = "overwrite"
+    ERROR = "error"
+
+
+class Truncated(StrEnum):
+    """What to do with a photo whose file ends early."""
+
+    ERROR = "error"
+    ACCEPT = "accept"
+
+
+class LogFormat(StrEnum):
+    """How events are told on stderr."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class Monitor(StrEnum):
     """What is best on the validation photos."""
 
@@ -106,15 +128,50 @@ class RunSettings(ModelOptions):
     attention: AttentionDetail = _option(
         AttentionDetail.SUMMARY, "What to keep of the attention of each word."
     )
-    limit: int | None = _option(None, "Stop after this many photos.", least=1)
+    limit: int | None = _option(None, "Take up at most this many photos in this run.", least=1)
     glob: str | None = _option(
         None, "Take the files that match, whatever their extension; * crosses folders too."
+    )
+    on_existing: OnExisting = _option(
+        OnExisting.RESUME,
+        "What to do with an OUTPUT that exists: go on with it, replace it, or refuse.",
+    )
+    retry_failed: bool = _option(False, "Take up photos that failed before, too.")
+    reuse: bool = _option(True, "Give copies and renamed photos the caption that is there.")
+    prune: bool = _option(False, "Drop the rows of photos that INPUT no longer has.")
+    allow_empty: bool = _option(False, "No photo at all is a success.")
+    max_failures: int | None = _option(
+        None, "Exit with code 3 if more photos than this have failed [any number].", least=0
+    )
+    max_pixels: int = _option(100_000_000, "Refuse photos of more pixels, undecoded.", least=1)
+    truncated: Truncated = _option(
+        Truncated.ERROR, "Photos whose file ends early: refuse them, or take what there is."
+    )
+    rows_per_part: int = _option(5000, "Commit after this many photos,", least=1)
+    seconds_per_part: float = _option(60.0, "or after this many seconds.", least=0)
+    stall_timeout: float = _option(300.0, "End if nothing moves for this many seconds.", least=1)
+    dry_run: bool = _option(False, "Say what there is to do, and write nothing.")
+    log_format: LogFormat = _option(LogFormat.TEXT, "How to tell of events on stderr.")
+    metrics_file: Path | None = _option(
+        None, "Write metrics for Prometheus's node exporter to this *.prom file."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output.suffix != ".parquet":
-            raise UsageError(f"OUTPUT must end in .parquet, not {self.output.name!r}")
+        suffix = self.output.suffix
+        if suffix and suffix != ".parquet" and not self.output.is_dir():
+            raise UsageError(
+                f"OUTPUT is a .parquet file or a folder without a suffix, not {self.output.name!r}"
+            )
+        if self.output.suffix != ".parquet" and self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"OUTPUT {self.output} is a file, but not a .parquet file")
+        if self.prune and self.limit is not None:
+            raise UsageError("--prune needs to see all of INPUT: leave out --limit")
+        if self.metrics_file is not None and self.metrics_file.suffix != ".prom":
+            raise UsageError(
+                f"--metrics-file must end in .prom, which node-exporter reads, not "
+                f"{self.metrics_file.name!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from batchcap.clock import StageClock
 from batchcap.contracts import ModelError, Precision, Runtime
 from batchcap.model.backbones import build_backbone
 from batchcap.model.config import (
@@ -70,6 +71,7 @@ class Captioner:
         self.backbone = backbone
         self.decoder = decoder
         self.compiled = compiled
+        self.clock = StageClock()
         self.extract = extract or tensorflow_extractor(backbone, config.backbone, compiled)
         self._writers = locked_cache(self._writer)
 
@@ -101,7 +103,10 @@ class Captioner:
             MemoryError: the device has not enough for this batch.
         """
         try:
-            return self.caption_features(self.extract(pixels), live, settings, keys)
+            with self.clock.stage("features"):
+                features = self.extract(pixels)
+            with self.clock.stage("captions"):
+                return self.caption_features(features, live, settings, keys)
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError(f"no memory for {len(pixels)} photos at a time") from error
 

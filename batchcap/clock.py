@@ -1,0 +1,25 @@
+"""How long each stage has been at work, over all threads."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class StageClock:
+    """Seconds of work by stage; stages that overlap add up to more than the time that passed."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the block for a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[name] += time.monotonic() - started

@@ -1,0 +1,62 @@
+"""One process at a time, by a lock that the operating system frees when its holder dies."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from batchcap.contracts import LockedError, OutputError
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for as long as the block runs; the file is removed at its end.
+
+    `flock(2)` on a descriptor that programs started from here do not inherit: a holder that is
+    killed leaves the file, but not the lock.
+
+    Raises:
+        LockedError: another process holds it.
+        OutputError: the file can't be made, or its file system has no locks.
+    """
+    descriptor = _acquire(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: `_acquire` notices
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {error.strerror}; free the disk or choose another OUTPUT"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(path, descriptor):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise LockedError(
+                f"another run is writing this output (it holds {path}): wait for it to end"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise OutputError(
+                f"{path} cannot be locked ({error.strerror}), so that two runs could write at "
+                "once: choose an OUTPUT on a file system with locks"
+            ) from error
+        os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether the file was not removed by its last holder between opening and locking it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,110 @@
+"""Parquet files of rows: written whole or not at all, read with every checksum verified."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchcap.contracts import ARROW_SCHEMA, OutputError
+from batchcap.files import replacing
+
+Row = dict[str, Any]
+
+MAGIC = b"PAR1"
+
+
+class DamagedError(Exception):
+    """A file of rows that can't be read, or whose checksums are wrong."""
+
+
+def table_of(rows: list[Row]) -> pa.Table:
+    """Rows as a table of the schema; a column that a row leaves out is null there."""
+    return pa.Table.from_pylist(rows, ARROW_SCHEMA)
+
+
+def write_rows(path: Path, tables: Iterable[pa.Table], metadata: Mapping[str, str]) -> int:
+    """Write tables as the row groups of `path`, which appears, or is replaced, when it is whole.
+
+    Returns how many rows it has.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory: name a .parquet file")
+    schema = ARROW_SCHEMA.with_metadata(dict(metadata))
+    with saying_where(path), replacing(path) as temporary:
+        rows = 0
+        with (
+            temporary.open("xb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as parquet,
+        ):
+            for table in tables:
+                parquet.write_table(table)
+                rows += len(table)
+        if pq.read_metadata(temporary).num_rows != rows:
+            raise OSError(None, "what was written does not read back")
+    return rows
+
+
+def read_groups(path: Path) -> Iterator[pa.Table]:
+    """The row groups of a file, every checksum verified.
+
+    Raises:
+        DamagedError: it can't be read, or is not as it was written.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(f"{path}: {error}") from error
+
+
+def read_group(path: Path, group: int) -> pa.Table:
+    """One row group of a file that `read_groups` has found whole."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read_row_group(group)
+
+
+def read_file_metadata(path: Path) -> dict[str, str]:
+    """What the file says of itself.
+
+    Raises:
+        DamagedError: it can't be read.
+        OutputError: it is no Parquet file at all, or not one of batchcap's.
+    """
+    with path.open("rb") as file:
+        is_parquet = file.read(len(MAGIC)) == MAGIC
+    if not is_parquet:
+        raise OutputError(f"{path} is no Parquet file, and is left as it is: {WAYS_OUT}")
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(f"{path}: {error}") from error
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    if "batchcap.schema" not in metadata:
+        raise OutputError(f"{path} was not written by batchcap, and is left as it is: {WAYS_OUT}")
+    return metadata
+
+
+WAYS_OUT = "choose another OUTPUT, or give --on-existing overwrite to replace it"
+
+
+@contextmanager
+def saying_where(path: Path) -> Iterator[None]:
+    """Turn what the file system says into what a user can do.
+
+    Raises:
+        OutputError: for any OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write {path}: {reason}; free the disk or choose another OUTPUT, and run again"
+        ) from error

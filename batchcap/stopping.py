@@ -1,0 +1,72 @@
+"""Signals that end the program: at once, or while a run goes on after what is in flight."""
+
+import signal
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 7.0  # for what is in flight; service managers and users wait ten seconds
+
+
+class Stopped(BaseException):  # noqa: N818, as KeyboardInterrupt
+    """A signal to end: unwinds like KeyboardInterrupt, so that temporary files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as shells have it."""
+        return 128 + self.signal
+
+
+class StopRequest:
+    """Whether a signal has asked the run to end; called, says so.
+
+    `insisted` is whether a second one has come.
+    """
+
+    signal: signal.Signals | None = None
+    insisted = False
+
+    def __call__(self) -> bool:
+        """True once it has."""
+        return self.signal is not None
+
+
+def stop_on_signals() -> None:
+    """From now on signals raise `Stopped` in the main thread, but those that are ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _stop)
+
+
+@contextmanager
+def stopping_softly() -> Iterator[StopRequest]:
+    """In the block, a first signal is a request; a second one, or time that runs out, stops it."""
+    request = StopRequest()
+
+    def take(number: int, _frame: types.FrameType | None) -> None:
+        if request.signal is not None:
+            request.insisted = number != signal.SIGALRM
+            raise Stopped(request.signal)
+        request.signal = signal.Signals(number)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, take)
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, take)
+    try:
+        yield request
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _frame: types.FrameType | None) -> NoReturn:
+    raise Stopped(number)

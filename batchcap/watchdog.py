@@ -1,0 +1,86 @@
+"""A run that stands still is ended, with an account of where it stood."""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from batchcap.inputs import ImageRef, printable
+
+EXIT_CODE = 1
+GRACE_S = 10.0  # after which C code ends a process in which Python can't
+SHOWN = 20
+
+log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Told of all progress and of what is in flight."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
+        self._last = time.monotonic()
+        self.progress()
+
+    def progress(self) -> None:
+        """Start waiting anew."""
+        self._last = time.monotonic()
+        faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
+
+    def in_flight(self, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
+        """Pass images on; each is in flight until it has landed."""
+        for ref in refs:
+            self.names[ref.image_id] = None
+            yield ref
+
+    def landed(self, image_ids: Iterable[str]) -> None:
+        """These images have their rows."""
+        for image_id in image_ids:
+            self.names.pop(image_id, None)
+        self.progress()
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the run counts as stalled."""
+        return self._last + self.timeout_s - time.monotonic()
+
+
+@contextlib.contextmanager
+def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Watchdog]:
+    """End the process with exit code 1 if nothing moves for `timeout_s` while the block runs.
+
+    The stacks of all threads and the images in flight go to stderr first, and what happened to
+    `last_words`. What was committed stays as it is.
+    """
+    watchdog, done = Watchdog(timeout_s), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(max(watchdog.seconds_left, 0.01)):
+            if watchdog.seconds_left <= 0:
+                _end(watchdog, last_words)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield watchdog
+    finally:
+        done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
+    names = [*watchdog.names]
+    shown = ", ".join(map(printable, names[:SHOWN])) or "none"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    last_words(
+        f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
+        "committed is safe: run again, without these files if it happens again"
+    )
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)
