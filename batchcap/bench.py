@@ -31,6 +31,7 @@ from batchcap.engines import (
 from batchcap.inputs import ImageRef, list_images
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings, read_config
+from batchcap.model.images import LoadSettings
 from batchcap.model.runtime import choose_execution
 from batchcap.output import parquet_file
 from batchcap.settings import AttentionDetail, BenchSettings
@@ -149,7 +150,7 @@ def _stages(
     side = captioner.config.backbone.image_size
 
     def load() -> list[LoadedPhoto]:
-        return list(load_photos(refs, side, batch_size))
+        return list(load_photos(refs, LoadSettings(side), batch_size))
 
     def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return np.asarray(captioner.extract(pixels))

@@ -21,7 +21,7 @@ from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings, ModelConfig
 from batchcap.model.decoding import Decoded
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import join_words
 from batchcap.output import Row
 from batchcap.settings import AttentionDetail, ModelOptions
@@ -53,9 +53,8 @@ def run_locally(
     Yields rows in the order of `refs`, a batch at a time, one for each photo. Holds no more than a
     few batches, however many photos there are.
     """
-    photos = load_photos(
-        refs, captioner.config.backbone.image_size, BATCHES_LOADED_AHEAD * batch_size
-    )
+    load_settings = LoadSettings(captioner.config.backbone.image_size)
+    photos = load_photos(refs, load_settings, BATCHES_LOADED_AHEAD * batch_size)
     caption = BatchCaptioner(captioner, decode_settings, batch_size)
     for parts in in_threads(caption, batches(photos, batch_size)):
         yield [row for part in parts for row in caption_rows(*part, captioner, attention, run_id)]
@@ -88,11 +87,13 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
     )
 
 
-def load_photos(refs: Iterable[ImageRef], image_size: int, ahead: int) -> Iterator[LoadedPhoto]:
+def load_photos(
+    refs: Iterable[ImageRef], settings: LoadSettings, ahead: int
+) -> Iterator[LoadedPhoto]:
     """Read and decode photos on all cores, in order, at most `ahead` before they are taken."""
 
     def load(ref: ImageRef) -> LoadedPhoto:
-        return ref, load_image(ref.path, image_size)
+        return ref, load_image(ref.path, settings)
 
     return in_threads(load, refs, os.cpu_count() or 1, ahead)
 
@@ -192,6 +193,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def _row(ref: ImageRef, image: LoadedImage, caption_columns: Row) -> Row:
     rejection = image.pixels if isinstance(image.pixels, Rejection) else None
+    reason = rejection or image.note
     return {
         "image_id": ref.image_id,
         "status": "failed" if rejection else "ok",
@@ -201,8 +203,8 @@ def _row(ref: ImageRef, image: LoadedImage, caption_columns: Row) -> Row:
         "file_size": image.file_size,
         "mtime_ns": image.mtime_ns,
         "sha256": image.sha256,
-        "error_type": rejection and rejection.error_type,
-        "error_message": rejection and rejection.message,
+        "error_type": reason and reason.error_type,
+        "error_message": reason and reason.message,
     }
 
 
