@@ -6,10 +6,11 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from batchcap.contracts import InputError, Rejection
+from batchcap.contracts import InputError
 from batchcap.engines import (
-    LoadedPhoto,
+    CaptionedBatch,
+    Job,
     batches,
     caption_rows,
     filled_batch,
@@ -28,17 +30,21 @@ from batchcap.engines import (
     run_locally,
 )
 from batchcap.inputs import ImageRef, list_images
-from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecodeSettings, read_config
+from batchcap.loading import core_count, readers
+from batchcap.model.captioner import load_captioner
+from batchcap.model.config import read_config
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
-from batchcap.output import parquet_file
 from batchcap.options import decode_settings_of
-from batchcap.settings import AttentionDetail, BenchSettings
+from batchcap.output import IDENTITY, Layout, open_captions
+from batchcap.row_files import Row
+from batchcap.settings import BenchSettings, OnExisting
 
 Result = TypeVar("Result")
 
 GENERATED = 64
 GENERATED_SIZE = (640, 480)
+TIMEOUT_S = 60.0  # for a photo
 
 log = logging.getLogger(__name__)
 
@@ -92,31 +98,29 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         InputError: there is no photo, or none that can be read.
         ModelError: the model directory is wrong.
     """
-    decode_settings = decode_settings_of(settings, read_config(settings.model))
-    execution = choose_execution(settings.runtime, settings.precision)
-    captioner = load_captioner(settings.model, execution)
-    with tempfile.TemporaryDirectory() as name:
+    config = read_config(settings.model)
+    decode_settings = decode_settings_of(settings, config)
+    load = partial(load_image, settings=LoadSettings(config.backbone.image_size))
+    with tempfile.TemporaryDirectory() as name, readers(load, core_count(), TIMEOUT_S) as read:
+        execution = choose_execution(settings.runtime, settings.precision)
+        captioner = load_captioner(settings.model, execution)
         folder = Path(name)
         refs = _refs(settings, folder)
         batch_size = min(settings.batch_size, len(refs))
-        pipeline = partial(
-            _run, captioner=captioner, settings=decode_settings, batch_size=batch_size
-        )
-        pipeline(refs[: 2 * batch_size], folder / "warm.parquet")
+        job = Job(captioner, decode_settings, batch_size, run_id="bench", load=read)
+        _run(refs[: 2 * batch_size], folder / "warm.parquet", job)
         log.info("timing a run of %d photos, then each of its stages", len(refs))
-        seconds, _ = _timed(pipeline, refs, folder / "captions.parquet")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds, _ = _timed(_run, refs, folder / "captions.parquet", job)
+        peak = peak_memory_bytes()
         rates = {
             stage: len(refs) / stage_seconds
-            for stage, stage_seconds in _stages(
-                refs, folder / "rows.parquet", captioner, decode_settings, batch_size
-            )
+            for stage, stage_seconds in _stages(refs, folder / "rows.parquet", job)
         }
     return BenchResult(
         **rates,
         end_to_end=len(refs) / seconds,
         pipeline_efficiency=len(refs) / seconds * sum(1 / rate for rate in rates.values()),
-        peak_memory_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        peak_memory_bytes=peak,
         photos=len(refs),
         batch_size=batch_size,
         device=execution.device,
@@ -125,58 +129,56 @@ def run_bench(settings: BenchSettings) -> BenchResult:
     )
 
 
-def _run(
-    refs: list[ImageRef],
-    output: Path,
-    captioner: Captioner,
-    settings: DecodeSettings,
-    batch_size: int,
-) -> None:
-    rows = run_locally(refs, captioner, settings, batch_size, AttentionDetail.SUMMARY, "bench")
-    with parquet_file(output, {}) as writer:
-        for batch in rows:
-            writer.append(batch)
+def _run(refs: list[ImageRef], output: Path, job: Job) -> None:
+    _write(run_locally(refs, job), output)
 
 
-def _stages(
-    refs: list[ImageRef],
-    output: Path,
-    captioner: Captioner,
-    settings: DecodeSettings,
-    batch_size: int,
-) -> Iterator[tuple[str, float]]:
+def _write(batches_of_rows: Iterable[list[Row]], output: Path) -> None:
+    with open_captions(Layout(output), dict.fromkeys(IDENTITY, ""), OnExisting.ERROR) as folder:
+        for rows in batches_of_rows:
+            folder.append(rows)
+        folder.finish()
+
+
+def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str, float]]:
     """Each stage's name and seconds, all photos going through one before the next begins."""
-    side = captioner.config.backbone.image_size
-
-    def load() -> list[LoadedPhoto]:
-        return list(load_photos(refs, side, batch_size))
+    seconds, photos = _timed(lambda: list(load_photos(refs, job, job.batch_size)))
+    yield "load", seconds
+    if not any(photo.needs_caption for photo in photos):
+        raise InputError("none of the photos can be read: there is nothing to time")
+    loaded = list(batches(photos, job.batch_size))
+    needing = [[photo.image for photo in batch if photo.needs_caption] for batch in loaded]
+    filled = [filled_batch(images, job.batch_size) for images in needing if images]
 
     def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return np.asarray(captioner.extract(pixels))
+        return np.asarray(job.captioner.extract(pixels))
 
-    def write() -> None:
-        with parquet_file(output, {}) as writer:
-            for photos, rows in zip(loaded, decoded, strict=True):
-                writer.append(caption_rows(photos, rows, captioner, AttentionDetail.SUMMARY, ""))
-
-    seconds, photos = _timed(load)
-    yield "load", seconds
-    if all(isinstance(image.pixels, Rejection) for _, image in photos):
-        raise InputError("none of the photos can be read: there is nothing to time")
-    loaded = list(batches(photos, batch_size))
-    filled = [filled_batch(batch, batch_size, side) for batch in loaded]
     seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _, _ in filled))])
     yield "features", seconds
-    decode_inputs = [
-        (batch, live, settings, keys)
+    to_decode = [
+        (batch, live, job.decode_settings, keys)
         for batch, (_, live, keys) in zip(features, filled, strict=True)
     ]
     seconds, decoded = _timed(
-        lambda: [*in_threads(lambda inputs: captioner.caption_features(*inputs), decode_inputs)]
+        lambda: [*in_threads(lambda inputs: job.captioner.caption_features(*inputs), to_decode)]
     )
     yield "captions", seconds
-    seconds, _ = _timed(write)
+    results = iter(decoded)
+    captioned = [
+        CaptionedBatch(batch, [*zip(repeat(next(results)), range(len(images)))] if images else [])
+        for batch, images in zip(loaded, needing, strict=True)
+    ]
+    seconds, _ = _timed(lambda: _write((caption_rows(batch, job) for batch in captioned), output))
     yield "write", seconds
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had resident."""
+    with suppress(OSError, StopIteration):  # Linux; what getrusage says there begins at the parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _timed(work: Callable[..., Result], *arguments: Any) -> tuple[float, Result]:

@@ -11,7 +11,7 @@ from batchcap.contracts import Rejection
 from batchcap.inputs import printable
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings, read_config
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.options import decode_settings_of
@@ -55,7 +55,7 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
     execution = choose_execution(settings.runtime, settings.precision)
     captioner = load_captioner(settings.model, execution, compiled=False)
     for path in settings.images:
-        image = load_image(path, captioner.config.backbone.image_size)
+        image = load_image(path, LoadSettings(captioner.config.backbone.image_size))
         if isinstance(image.pixels, Rejection):
             yield CaptionedImage(path, [], [], image.pixels.message)
             continue

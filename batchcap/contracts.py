@@ -67,7 +67,7 @@ class Precision(StrEnum):
 
 
 class ErrorType(StrEnum):
-    """Why a photo has no caption: the values of the column `error_type`."""
+    """Why a photo has no caption, or one of a part only: the values of the column `error_type`."""
 
     MISSING = "missing"
     NOT_A_FILE = "not_a_file"
@@ -77,6 +77,8 @@ class ErrorType(StrEnum):
     TOO_LARGE = "too_large"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
+    CHANGED = "changed"
+    QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class LoadedImage:
     """One file, read once: what it was and its pixels, or why there are none.
 
     `pixels` is `uint8[S, S, 3]`, RGB. The other fields are None where the file could not be
-    read that far; `width` and `height` are in pixels, after EXIF rotation.
+    read that far; `width` and `height` are in pixels, after EXIF rotation. `note` says what is
+    wrong with a file that was accepted nevertheless.
     """
 
     pixels: npt.NDArray[np.uint8] | Rejection
@@ -101,6 +104,7 @@ class LoadedImage:
     sha256: str | None = None
     width: int | None = None
     height: int | None = None
+    note: Rejection | None = None
 
 
 class BatchcapError(Exception):

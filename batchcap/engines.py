@@ -209,6 +209,7 @@ def batches(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
 def _file_columns(photo: Photo) -> Row:
     image = photo.image
     rejection = image.pixels if isinstance(image.pixels, Rejection) else None
+    reason = rejection or image.note
     return {
         "image_id": photo.ref.image_id,
         "status": "failed" if rejection else "ok",
@@ -217,8 +218,8 @@ def _file_columns(photo: Photo) -> Row:
         "file_size": image.file_size,
         "mtime_ns": image.mtime_ns,
         "sha256": image.sha256,
-        "error_type": rejection and rejection.error_type,
-        "error_message": rejection and rejection.message,
+        "error_type": reason and reason.error_type,
+        "error_message": reason and reason.message,
     }
 
 

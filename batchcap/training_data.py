@@ -23,7 +23,7 @@ from batchcap.feature_cache import FeatureCache
 from batchcap.inputs import AnnotatedImage, read_annotations
 from batchcap.model.backbones import extract_features, weights_digest
 from batchcap.model.config import BackboneConfig
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
 from batchcap.progress import progress
 from batchcap.settings import TrainSettings
@@ -199,10 +199,11 @@ def _extract(
     def extract(pixels: Any) -> Any:
         return tf.cast(extract_features(backbone, config, pixels), tf.float16)
 
+    load_settings = LoadSettings(config.image_size)
     with progress("features", len(examples), "photo") as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(examples), EXTRACTION_BATCH):
             batch = examples[start : start + EXTRACTION_BATCH]
-            loaded = pool.map(lambda e: load_image(e.path, config.image_size), batch)
+            loaded = pool.map(lambda e: load_image(e.path, load_settings), batch)
             pixels = np.zeros((EXTRACTION_BATCH, config.image_size, config.image_size, 3), np.uint8)
             good: list[Example] = []
             for example, image in zip(batch, loaded, strict=True):

@@ -11,7 +11,7 @@ from batchcap.inputs import read_annotations
 from batchcap.metrics import score_captions
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import segment
 from batchcap.run import RunSummary, run_captioning
 from batchcap.settings import RunSettings
@@ -72,7 +72,9 @@ def test_attention_moves_to_the_other_side_of_a_mirrored_photo(
     captioner: Captioner, flickr8k: Path
 ) -> None:
     names = (flickr8k / "val.txt").read_text().split()[:MIRRORED_PHOTOS]
-    images = [load_image(flickr8k / "images" / f"{name}.jpg", 224).pixels for name in names]
+    images = [
+        load_image(flickr8k / "images" / f"{name}.jpg", LoadSettings(224)).pixels for name in names
+    ]
     pixels = np.stack([image for image in images if isinstance(image, np.ndarray)])
     as_taken, mirrored = (
         columns_of_words(captioner, seen) for seen in (pixels, pixels[:, :, ::-1])

@@ -27,7 +27,7 @@ from batchcap.model.config import (
     DecodeSettings,
     ModelConfig,
 )
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary, join_words
@@ -64,7 +64,10 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append({"image_id": image_id, "captions": captions, "split": split})
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
-    images = [load_image(folder / "images" / record["image_id"], 64).pixels for record in records]
+    images = [
+        load_image(folder / "images" / record["image_id"], LoadSettings(64)).pixels
+        for record in records
+    ]
     random_backbone(np.stack(images)).save_weights(folder / "backbone.weights.h5")
     return folder
 
@@ -117,7 +120,10 @@ def history_of(model: Path) -> list[dict[str, float]]:
 
 def test_it_learns_to_name_colours(trained: Path, squares: Path) -> None:
     captioner = load_captioner(trained)
-    images = [load_image(squares / "images" / f"{n:03}.png", 64).pixels for n in range(64, 72)]
+    images = [
+        load_image(squares / "images" / f"{n:03}.png", LoadSettings(64)).pixels
+        for n in range(64, 72)
+    ]
     settings = DecodeSettings(captioner.config.decoder.max_length)
     decoded = captioner.caption(np.stack(images), np.ones(8, np.bool_), settings, [""] * 8)
     captions = [

@@ -14,7 +14,7 @@ from PIL import Image
 from batchcap.contracts import InputError, UsageError
 from batchcap.model.backbones import build_backbone, extract_features
 from batchcap.model.config import BackboneConfig
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID, UNKNOWN_ID, Vocabulary
 from batchcap.settings import TrainSettings
 from batchcap.training_data import (
@@ -305,7 +305,7 @@ def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
     cache, good = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
     assert good == photos
     features = Features(cache, good, mirrored=True)
-    pixels = np.stack([load_image(photo.path, 32).pixels for photo in photos])
+    pixels = np.stack([load_image(photo.path, LoadSettings(32)).pixels for photo in photos])
     for rows, view in ((features.plain, pixels), (features.mirrored, pixels[:, :, ::-1])):
         expected = extract_features(backbone, BACKBONE, view)
         np.testing.assert_allclose(features[rows], expected, rtol=2e-3, atol=1e-3)

@@ -1,7 +1,8 @@
 """One photo file to pixels: read once, decoded from memory with Pillow, or refused with a reason.
 
 Whatever a file is, the answer is a `LoadedImage`, never an exception, and never pixels that a
-decoder made up. Knows neither jobs nor networks, and leaves Pillow's global settings alone.
+decoder made up, unless a file that ends early was asked to count. Knows neither jobs nor networks,
+and leaves Pillow's global settings alone.
 """
 
 import hashlib
@@ -9,9 +10,11 @@ import io
 import os
 import stat
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +35,10 @@ from batchcap.contracts import ErrorType, LoadedImage, Rejection
 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
+READ_ATTEMPTS = 2
+# File systems stamp times by the tick of the kernel's clock, 10 ms at most: what is written twice
+# within one has the same time twice.
+CLOCK_TICK_S = 0.01
 
 # No photo is refused for damaged metadata, and cron mails what a run writes on stderr.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -79,6 +86,9 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyp", "video"),
 )
 
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+JPEG_SCAN_HEADER_BYTES = 8  # of the shortest, with one component
+
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -98,55 +108,106 @@ TRANSPOSE_BY_ORIENTATION = {
 }
 
 
-class _RejectionError(Exception):
-    """Carries a rejection from where it is found to `load_image`."""
+TRUNCATED_NOTE = Rejection(
+    ErrorType.TRUNCATED,
+    "The file ends before the photo does; what there is of it was captioned.",
+)
 
-    def __init__(self, error_type: ErrorType, message: str) -> None:
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How photos are loaded: the side of the square they become, and what is refused.
+
+    `max_pixels` is compared with the header, before anything is decoded. `accept_truncated` takes
+    what there is of a file that ends early: the rest is grey, black or what the format makes of it.
+    """
+
+    image_size: int
+    max_pixels: int = MAX_PIXELS
+    accept_truncated: bool = False
+
+
+class _RejectionError(Exception):
+    """Carries a rejection to `load_image`, with what is known of the file."""
+
+    def __init__(
+        self, error_type: ErrorType, message: str, status: os.stat_result | None = None
+    ) -> None:
         super().__init__(message)
         self.rejection = Rejection(error_type, message)
+        self.file_size = status and status.st_size
+        self.mtime_ns = status and status.st_mtime_ns
 
 
-def load_image(path: str | os.PathLike[str], image_size: int) -> LoadedImage:
-    """Read one file and squash its photo to `image_size` pixels a side (S).
+def load_image(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedImage:
+    """Read one file and squash its photo to `settings.image_size` pixels a side (S).
 
     The pixels are `uint8[S, S, 3]`, RGB, contiguous: upright by EXIF, composited on white,
     resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
-    frame. Raises nothing for any file; safe to call from several threads.
+    frame. Raises nothing for any file; safe to call from several threads and processes.
     """
     try:
         data, mtime_ns = _read_file(Path(path))
     except _RejectionError as error:
-        return LoadedImage(error.rejection)
+        return LoadedImage(error.rejection, error.file_size, error.mtime_ns)
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        pixels, (width, height) = _decode(data, image_size)
+        pixels, (width, height), note = _decode(data, settings)
     except _RejectionError as error:
         return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
-    return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height)
+    return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height, note)
 
 
 def _read_file(path: Path) -> tuple[bytes, int]:
+    """A file's bytes, and the time at which it had exactly these."""
+    status = None
     try:
-        _check_readable_kind(path.stat())  # before opening, which a device may act on
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            _check_readable_kind(status)
-            return file.read(), status.st_mtime_ns
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-    ) as error:  # ValueError: NUL in a name
+        status = path.stat()
+        _check_readable_kind(status)  # before opening, which a device may act on
+        for _ in range(READ_ATTEMPTS):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+            with os.fdopen(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                _check_readable_kind(status)
+                data = _read_unless_it_changes(file)
+            if data is not None:
+                return data, status.st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL in name
         raise _RejectionError(ErrorType.MISSING, _missing_message(path)) from error
     except OSError as error:
         reason = _one_line(error.strerror or type(error).__name__)
         raise _RejectionError(
             ErrorType.UNREADABLE,
             f"The file cannot be read ({reason}); check its permissions and the disk.",
+            status,
         ) from error
     except MemoryError as error:
-        raise _RejectionError(ErrorType.TOO_LARGE, "The file does not fit into memory.") from error
+        raise _RejectionError(
+            ErrorType.TOO_LARGE, "The file does not fit into memory.", status
+        ) from error
+    raise _RejectionError(
+        ErrorType.CHANGED, "The file changed while it was read; caption it when it is complete."
+    )
+
+
+def _read_unless_it_changes(file: IO[bytes]) -> bytes | None:
+    """All of an open file; None if it is being written to, or was when it was read.
+
+    A file written within the last tick is first left alone for one: until then a change need not
+    show in its time.
+    """
+    opened = os.fstat(file.fileno())
+    if _is_fresh(opened):
+        time.sleep(CLOCK_TICK_S)
+    before = os.fstat(file.fileno())
+    data = file.read(before.st_size + 1)  # one more, to see it grow; no more, lest it never ends
+    after = os.fstat(file.fileno())
+    stamps = {(status.st_size, status.st_mtime_ns) for status in (opened, before, after)}
+    return data if stamps == {(len(data), before.st_mtime_ns)} else None
+
+
+def _is_fresh(status: os.stat_result) -> bool:
+    return 0 <= time.time_ns() - status.st_mtime_ns < CLOCK_TICK_S * 1e9
 
 
 def _check_readable_kind(status: os.stat_result) -> None:
@@ -157,6 +218,7 @@ def _check_readable_kind(status: os.stat_result) -> None:
         raise _RejectionError(
             ErrorType.TOO_LARGE,
             f"The file has {status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
+            status,
         )
 
 
@@ -166,28 +228,63 @@ def _missing_message(path: Path) -> str:
     return "There is no such file; it may have been moved or deleted meanwhile."
 
 
-def _decode(data: bytes, image_size: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """Decode to `uint8[S, S, 3]` and the photo's upright (width, height)."""
+def _decode(
+    data: bytes, settings: LoadSettings
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]:
+    """Decode to `uint8[S, S, 3]`, the photo's upright (width, height), and what ails it."""
     format_name = _supported_format(data)
     try:
-        if format_name in END_CHECKS:
-            END_CHECKS[format_name](data)
+        data, note = _checked_end(data, format_name, settings)
         image = OPENERS[format_name](io.BytesIO(data))
         size = image.size
-        _check_pixel_count(*size)
+        _check_pixel_count(*size, settings.max_pixels)
         # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
         # needed, in a fraction of the time. Less would leave nothing of our own filter.
-        image.draft(None, (2 * image_size, 2 * image_size))
-        image.load()
+        image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
+        note = _load_pixels(image, len(data), settings) or note
         if format_name == "PNG":
             _match_transparent_colour(image, bit_depth=data[24])
         orientation = _orientation(image)
-        square = _squashed(_as_rgb(image), image_size)
-        return np.array(_upright(square, orientation)), _upright_size(size, orientation)
+        square = _squashed(_as_rgb(image), settings.image_size)
+        return np.array(_upright(square, orientation)), _upright_size(size, orientation), note
     except _RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
         raise _diagnosis(format_name, error) from error
+
+
+def _checked_end(
+    data: bytes, format_name: str, settings: LoadSettings
+) -> tuple[bytes, Rejection | None]:
+    """The bytes to decode: where a file that ends early counts, with an end that decoders take."""
+    try:
+        if format_name in END_CHECKS:
+            END_CHECKS[format_name](data)
+        return data, None
+    except _RejectionError as error:
+        if not settings.accept_truncated or error.rejection.error_type is not ErrorType.TRUNCATED:
+            raise
+    mend = MENDERS.get(format_name)
+    return (mend(data, settings) if mend else data), TRUNCATED_NOTE
+
+
+def _load_pixels(
+    image: ImageFile.ImageFile, data_size: int, settings: LoadSettings
+) -> Rejection | None:
+    """Decode; of a file that ends early, if it is to count, what there is, which is noted.
+
+    Pillow's own switch for that counts for all threads of the process. It isn't needed: when
+    Pillow finds that there is no more, what it decoded until then is in the image.
+    """
+    has_begun = all(offset < data_size for _, _, offset, *_ in image.tile)
+    try:
+        image.load()
+    except Exception as error:
+        if not (settings.accept_truncated and has_begun and _ran_out_of_data(error)):
+            raise
+        image.tile = []  # nothing is left to decode
+        return TRUNCATED_NOTE
+    return None
 
 
 def _supported_format(data: bytes) -> str:
@@ -208,25 +305,41 @@ def _format_name(data: bytes) -> str:
     return next(matches, "")
 
 
-def _check_pixel_count(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_pixel_count(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         raise _RejectionError(
             ErrorType.TOO_LARGE,
-            f"The photo has {width:,} x {height:,} pixels; up to {MAX_PIXELS:,} are decoded, "
+            f"The photo has {width:,} x {height:,} pixels; up to {max_pixels:,} are decoded, "
             "scale it down.",
         )
 
 
 def _check_jpeg_end(data: bytes) -> None:
     """An end marker must follow the first scan: Pillow decodes a tail of zeros to grey."""
+    if data.find(JPEG_END, _jpeg_scan_start(data)) == -1:
+        raise _truncated()
+
+
+def _jpeg_scan_start(data: bytes) -> int:
+    """Where the marker of the first scan stands, or what is no marker."""
     position = 2
-    while data.startswith(b"\xff", position) and not data.startswith(b"\xff\xda", position):
+    while data.startswith(b"\xff", position) and not data.startswith(JPEG_SCAN, position):
         if data.startswith(b"\xff\xff", position):  # a fill byte, which any marker may have ahead
             position += 1
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    if data.find(b"\xff\xd9", position) == -1:
+    return position
+
+
+def _ended_jpeg(data: bytes, _: LoadSettings) -> bytes:
+    """A cut JPEG with an end marker, for libjpeg to fill the rest; the zeros go that a download
+    had reserved. One without a scan has no pixels to show.
+    """
+    kept = data.rstrip(b"\0")
+    start = _jpeg_scan_start(kept)
+    if not kept.startswith(JPEG_SCAN, start) or len(kept) <= start + JPEG_SCAN_HEADER_BYTES:
         raise _truncated()
+    return kept + JPEG_END
 
 
 def _check_png_chunks(data: bytes) -> None:
@@ -244,8 +357,21 @@ def _check_png_chunks(data: bytes) -> None:
 
 
 def _check_webp_length(data: bytes) -> None:
-    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
+    if len(data) < _webp_length(data):
         raise _truncated()
+
+
+def _webp_length(data: bytes) -> int:
+    return 8 + int.from_bytes(data[4:8], "little")
+
+
+def _filled_webp(data: bytes, settings: LoadSettings) -> bytes:
+    """A cut WebP filled up with zeros, which libwebp reads at the end of its data anyway.
+
+    Not further than the largest photo would be uncompressed, whatever length a header claims.
+    """
+    length = min(_webp_length(data), len(data) + 4 * settings.max_pixels)
+    return data.ljust(length, b"\0")
 
 
 # GIF and BMP need none: Pillow itself notices where their first frame ends too early.
@@ -253,6 +379,12 @@ END_CHECKS: dict[str, Callable[[bytes], None]] = {
     "JPEG": _check_jpeg_end,
     "PNG": _check_png_chunks,
     "WebP": _check_webp_length,
+}
+
+# What makes a decoder take a file that ends early; the others stop where it does.
+MENDERS: dict[str, Callable[[bytes, LoadSettings], bytes]] = {
+    "JPEG": _ended_jpeg,
+    "WebP": _filled_webp,
 }
 
 
@@ -276,7 +408,7 @@ def _diagnosis(format_name: str, error: Exception) -> _RejectionError:
         )
     if isinstance(error, Image.DecompressionBombError):
         return _RejectionError(
-            ErrorType.TOO_LARGE, f"The photo has more than {MAX_PIXELS:,} pixels; scale it down."
+            ErrorType.TOO_LARGE, "The photo has more pixels than Pillow decodes; scale it down."
         )
     if _ran_out_of_data(error):
         return _truncated()

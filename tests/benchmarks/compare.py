@@ -29,6 +29,7 @@ from batchcap.model import decoding
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecoderConfig, DecodeSettings
 from batchcap.model.decoding import decode, forbidder, greedy
+from batchcap.model.images import LoadSettings
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.text import START_ID
 from batchcap.settings import DEFAULT_MODEL
@@ -169,7 +170,7 @@ def plain_product(multiply_adds: int) -> Callable[[], Any]:
 def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
     side, longest = captioner.config.backbone.image_size, captioner.config.decoder.max_length
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
-    pixels = np.stack([image.pixels for _, image in load_photos(refs, side, BATCH)])
+    pixels = np.stack([image.pixels for _, image in load_photos(refs, LoadSettings(side), BATCH)])
     features = [
         tf.constant(captioner.extract(pixels[start : start + BATCH]))
         for start in range(0, DECODED_PHOTOS, BATCH)

@@ -40,7 +40,7 @@ from batchcap.model.config import (
     fingerprint,
 )
 from batchcap.model.decoding import Decoded
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
 from batchcap.settings import DEFAULT_MODEL
@@ -177,7 +177,7 @@ def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixel
     names = (flickr8k / "val.txt").read_text().split()[:count]
     paths = [flickr8k / "images" / f"{Path(name).stem}.jpg" for name in names]
     size = captioner.config.backbone.image_size
-    return np.stack([load_image(path, size).pixels for path in paths])
+    return np.stack([load_image(path, LoadSettings(size)).pixels for path in paths])
 
 
 def test_captions_of_flickr8k_are_those_of_a_naive_loop(captioner, flickr8k):

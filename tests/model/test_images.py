@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from batchcap.contracts import ErrorType, LoadedImage, Rejection
 from batchcap.model import images
-from batchcap.model.images import load_image
+from batchcap.model.images import LoadSettings, load_image
 
 RED, GREEN, BLUE, WHITE, BLACK = (
     (255, 0, 0),
@@ -102,7 +102,7 @@ def load(tmp_path):
     def load_bytes(data: bytes, size: int = 2, name: str = "photo.jpg") -> LoadedImage:
         path = tmp_path / name
         path.write_bytes(data)
-        return load_image(path, size)
+        return load_image(path, LoadSettings(size))
 
     return load_bytes
 
@@ -122,7 +122,7 @@ def assert_pixels(loaded: LoadedImage, expected) -> None:
 def test_pixels_are_contiguous_uint8_and_the_file_is_described(tmp_path):
     path = tmp_path / "photo.png"
     path.write_bytes(SAMPLES["PNG"])
-    loaded = load_image(str(path), 32)
+    loaded = load_image(str(path), LoadSettings(32))
     assert loaded.pixels.shape == (32, 32, 3)
     assert loaded.pixels.dtype == np.uint8
     assert loaded.pixels.flags.c_contiguous
@@ -162,7 +162,7 @@ def test_threads_get_the_same_pixels(tmp_path):
     path = tmp_path / "photo"
     path.write_bytes(SAMPLES["JPEG"])
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: load_image(path, 32).pixels, range(32)))
+        results = list(pool.map(lambda _: load_image(path, LoadSettings(32)).pixels, range(32)))
     assert all((pixels == results[0]).all() for pixels in results)
 
 
@@ -211,32 +211,37 @@ def test_unknown_content_is_unsupported(load, data):
 
 
 def test_missing_file(tmp_path):
-    assert_rejected(load_image(tmp_path / "none.jpg", 2), ErrorType.MISSING)
+    assert_rejected(load_image(tmp_path / "none.jpg", LoadSettings(2)), ErrorType.MISSING)
 
 
 def test_path_through_a_file_is_missing(tmp_path):
     (tmp_path / "a").touch()
-    assert_rejected(load_image(tmp_path / "a" / "b.jpg", 2), ErrorType.MISSING)
+    assert_rejected(load_image(tmp_path / "a" / "b.jpg", LoadSettings(2)), ErrorType.MISSING)
 
 
 def test_name_with_nul_is_missing():
-    assert_rejected(load_image("a\0.jpg", 2), ErrorType.MISSING)
+    assert_rejected(load_image("a\0.jpg", LoadSettings(2)), ErrorType.MISSING)
 
 
 def test_dangling_link_is_missing_and_called_a_link(tmp_path):
     (tmp_path / "a.jpg").symlink_to(tmp_path / "none")
-    assert "link" in assert_rejected(load_image(tmp_path / "a.jpg", 2), ErrorType.MISSING).message
+    assert (
+        "link"
+        in assert_rejected(
+            load_image(tmp_path / "a.jpg", LoadSettings(2)), ErrorType.MISSING
+        ).message
+    )
 
 
 def test_link_to_a_file_is_followed(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(QUADRANTS), "PNG"))
     (tmp_path / "b.png").symlink_to("a.png")
-    assert_pixels(load_image(tmp_path / "b.png", 2), QUADRANTS)
+    assert_pixels(load_image(tmp_path / "b.png", LoadSettings(2)), QUADRANTS)
 
 
 def test_link_loop_is_unreadable(tmp_path):
     (tmp_path / "a.jpg").symlink_to("a.jpg")
-    assert_rejected(load_image(tmp_path / "a.jpg", 2), ErrorType.UNREADABLE)
+    assert_rejected(load_image(tmp_path / "a.jpg", LoadSettings(2)), ErrorType.UNREADABLE)
 
 
 def test_folder_pipe_socket_and_device_are_no_files(tmp_path):
@@ -246,7 +251,7 @@ def test_folder_pipe_socket_and_device_are_no_files(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.jpg"))
         for kind in ("folder", "pipe", "device", "socket"):
-            loaded = load_image(tmp_path / f"{kind}.jpg", 2)
+            loaded = load_image(tmp_path / f"{kind}.jpg", LoadSettings(2))
             assert kind in assert_rejected(loaded, ErrorType.NOT_A_FILE).message
 
 
@@ -256,7 +261,7 @@ def test_file_without_permission_is_unreadable(tmp_path):
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user reads files of mode 0")
-    assert_rejected(load_image(path, 2), ErrorType.UNREADABLE)
+    assert_rejected(load_image(path, LoadSettings(2)), ErrorType.UNREADABLE)
 
 
 def test_empty_file(load):
@@ -269,7 +274,7 @@ def test_huge_sparse_file_is_not_read(tmp_path):
     path = tmp_path / "film.jpg"
     path.touch()
     os.truncate(path, images.MAX_FILE_BYTES + 1)
-    assert_rejected(load_image(path, 2), ErrorType.TOO_LARGE)
+    assert_rejected(load_image(path, LoadSettings(2)), ErrorType.TOO_LARGE)
 
 
 def test_message_holds_no_path_and_no_control_characters(load):
@@ -340,7 +345,7 @@ def test_flipped_bytes_never_raise(tmp_path_factory, name, flips):
         data[int(place * len(data))] ^= mask
     path = tmp_path_factory.getbasetemp() / "flipped"
     path.write_bytes(data)
-    assert_well_formed(load_image(path, 8))
+    assert_well_formed(load_image(path, LoadSettings(8)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -349,7 +354,7 @@ def test_garbage_behind_a_signature_never_raises(tmp_path_factory, signature, ga
     offset, magic, _ = signature
     path = tmp_path_factory.getbasetemp() / "garbage"
     path.write_bytes(bytes(offset) + magic + garbage)
-    assert_well_formed(load_image(path, 8))
+    assert_well_formed(load_image(path, LoadSettings(8)))
 
 
 def assert_well_formed(loaded: LoadedImage) -> None:
@@ -400,8 +405,8 @@ def test_damaged_exif_is_ignored_in_silence(tmp_path):
 def run_quietly(path: Path) -> str:
     """What a fresh process, where no test framework resets the warnings, says of a photo."""
     code = (
-        "import sys; from batchcap.model.images import load_image;"
-        "loaded = load_image(sys.argv[1], 8); print((loaded.width, loaded.height))"
+        "import sys; from batchcap.model.images import LoadSettings, load_image;"
+        "loaded = load_image(sys.argv[1], LoadSettings(8)); print((loaded.width, loaded.height))"
     )
     command = [sys.executable, "-W", "always", "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -450,7 +455,7 @@ def test_orientation_that_does_not_exist_is_ignored(load, orientation):
 def test_no_exif_makes_a_photo_fail(tmp_path_factory, garbage):
     path = tmp_path_factory.getbasetemp() / "exif.jpg"
     path.write_bytes(encoded(texture(16, 16), "JPEG", exif=b"Exif\0\0II*\0" + garbage))
-    assert isinstance(load_image(path, 8).pixels, np.ndarray)
+    assert isinstance(load_image(path, LoadSettings(8)).pixels, np.ndarray)
 
 
 def pair(load, data: bytes) -> list[list[int]]:
@@ -589,7 +594,7 @@ def test_large_jpeg_is_decoded_small_and_keeps_its_size_and_look(
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    image = load_image(tmp_path / "a.jpg", 224)
+    image = load_image(tmp_path / "a.jpg", LoadSettings(224))
     assert (image.width, image.height) == (size if orientation == 1 else size[::-1])
     whole = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.Resampling.BILINEAR)
     upright = whole if orientation == 1 else whole.transpose(Image.Transpose.ROTATE_270)
@@ -601,4 +606,6 @@ def test_jpeg_under_four_times_the_size_is_decoded_whole(tmp_path, photos_folder
     photo = Image.open(photos_folder / "coffee.jpg").convert("RGB").resize((895, 1200))
     photo.save(tmp_path / "a.jpg", quality=95)
     whole = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(load_image(tmp_path / "a.jpg", 224).pixels, np.asarray(whole))
+    np.testing.assert_array_equal(
+        load_image(tmp_path / "a.jpg", LoadSettings(224)).pixels, np.asarray(whole)
+    )
