@@ -13,7 +13,7 @@ from batchcap.settings import Decay, Monitor, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-JOBS = sorted((ROOT / "jobs").glob("*.toml"))
+JOBS = sorted((ROOT / "jobs").glob("train-*.toml"))
 
 
 def asked_of_train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainSettings:
