@@ -174,7 +174,8 @@ def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str,
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has had resident."""
-    with suppress(OSError, StopIteration):  # Linux; what getrusage says there begins at the parent's
+    # On Linux from /proc, since what getrusage says there begins at the parent's peak.
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

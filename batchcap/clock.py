@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ class StageClock:
     """Seconds of work by stage; stages that overlap add up to more than the time that passed."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
 
     @contextmanager

@@ -102,7 +102,8 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
             return Photo(ref, load_path(ref.path))
 
     for photo in in_threads(load, refs, os.cpu_count() or 1, ahead):
-        yield photo._replace(reused=photo.image.sha256 and job.reusable(photo.image.sha256))
+        sha256 = photo.image.sha256
+        yield photo._replace(reused=job.reusable(sha256)) if sha256 else photo
 
 
 class BatchCaptioner:
@@ -145,13 +146,13 @@ class BatchCaptioner:
 def filled_batch(
     images: list[LoadedImage], rows: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], list[str]]:
-    """Photos filled up to a batch's fixed size: pixels, live rows, keys.
+    """Photos, one at least, filled up to a batch's fixed size: pixels, live rows, keys.
 
     As `Captioner.caption` takes them: `uint8[rows, S, S, 3]`, `bool[rows]` and `rows` strings.
     """
-    pixels = np.zeros((rows, *images[0].pixels.shape), np.uint8)
-    for row, image in enumerate(images):
-        pixels[row] = image.pixels
+    photos = np.stack([np.asarray(image.pixels) for image in images])
+    pixels = np.zeros((rows, *photos.shape[1:]), np.uint8)
+    pixels[: len(photos)] = photos
     keys = [str(image.sha256) for image in images] + [""] * (rows - len(images))
     return pixels, np.arange(rows) < len(images), keys
 

@@ -66,8 +66,8 @@ def list_images(
     A folder is listed by extension, in code-point order of the ids, without dot files and without
     entering linked folders; a subfolder is read when its turn comes, and `unlisted` is told of one
     that can't be: its name and why. A list keeps its order and is read line by line; relative lines
-    start at the list's folder. `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
-    the relative path if it holds a `/` and against the file name otherwise.
+    start at the list's folder. `pattern` decides instead of the extension: an fnmatch pattern, case
+    ignored, matched against the relative path if it holds a `/`, or else against the file name.
 
     Raises UsageError if there is no such source, InputError if it cannot be read or is neither.
     """
@@ -129,9 +129,7 @@ def _list_folder(
     )
 
 
-def _walk(
-    root: str, pending: list[str], unlisted: Callable[[str], object]
-) -> Iterator[str]:
+def _walk(root: str, pending: list[str], unlisted: Callable[[str], object]) -> Iterator[str]:
     """Paths relative to `root` of all that is no folder, from the last of `pending` to the first.
 
     Each folder is sorted by itself: with the slash that its paths go on with, all are in order.

@@ -257,7 +257,8 @@ class CaptionFolder:
     def _read_captions(self, place: Place) -> tuple[pa.Table, dict[str, int]]:
         """A row group's captions, and the row of each SHA-256; those of whole photos only."""
         table = read_group(self._files[place.file].path, place.group)
-        table = table.filter(pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null()))
+        is_whole = pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null())
+        table = table.filter(is_whole)
         row_of = {sha256: row for row, sha256 in enumerate(table["sha256"].to_pylist())}
         return table.select(CAPTION_COLUMNS), row_of
 
@@ -343,10 +344,24 @@ def check_identity(output: Path, files: Iterable[Path], identity: Mapping[str, s
             found = read_file_metadata(path)
             for key, name in IDENTITY.items():
                 if found.get(key) != identity[key]:
+                    there, asked = _differing(found.get(key, "none"), identity[key])
                     raise OtherOutputError(
-                        f"{output} has rows of another {name} ({found.get(key)}) than what is "
-                        f"asked for ({identity[key]}): {WAYS_OUT}"
+                        f"{output} has rows of another {name} ({there}) than what is asked for "
+                        f"({asked}): {WAYS_OUT}"
                     )
+
+
+def _differing(there: str, asked: str) -> tuple[str, str]:
+    """Of two JSON objects the fields that differ; of other texts, the texts."""
+    try:
+        fields, others = json.loads(there), json.loads(asked)
+        differing = [key for key in others if fields.get(key) != others[key]]
+    except (ValueError, AttributeError, TypeError):
+        return there, asked
+    first, second = (
+        ", ".join(f"{key} {told.get(key)}" for key in differing) for told in (fields, others)
+    )
+    return first, second
 
 
 def index_of(files: Iterable[Path]) -> RowIndex:

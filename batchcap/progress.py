@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from batchcap.logs import log_event, writes_json
+from batchcap.logs import writes_json
 
 SECONDS_BETWEEN_LINES = 30.0
 

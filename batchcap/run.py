@@ -46,8 +46,13 @@ from batchcap.settings import AttentionDetail, RunSettings, Truncated
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
 
+VERSIONS = ("batchcap", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
 COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
-BYTES_PER_ROW = {AttentionDetail.NONE: 300, AttentionDetail.SUMMARY: 700, AttentionDetail.FULL: 2500}
+BYTES_PER_ROW = {
+    AttentionDetail.NONE: 300,
+    AttentionDetail.SUMMARY: 700,
+    AttentionDetail.FULL: 2500,
+}
 READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 
 log = logging.getLogger(__name__)
@@ -63,8 +68,12 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         OutputError: the output can't be written, is locked, or is of other settings.
         Stopped: a signal has come; what was finished is committed.
     """
-    summary = RunSummary(str(settings.output), uuid.uuid4().hex, _now())
     layout = Layout(settings.output)
+    summary = RunSummary(
+        *(str(settings.output), uuid.uuid4().hex, _now()),
+        last_rate=read_rate(layout.summary),
+        versions={name: version(name) for name in VERSIONS},
+    )
     with _accounting(settings, layout, summary):
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
@@ -72,8 +81,8 @@ def run_captioning(settings: RunSettings) -> RunSummary:
             inventory = Inventory(settings, folder.index, summary)
             with stopping_softly() as stop:
                 _Captioning(inventory, folder, decode_settings, stop).run()
-                if stop.signal is not None:
-                    raise Stopped(stop.signal)
+                if stop.number is not None:
+                    raise Stopped(stop.number)
             _finish(inventory, folder)
     return summary
 
@@ -94,7 +103,7 @@ def plan_run(settings: RunSettings) -> str:
         pass
     inventory.check_any()
     rate = read_rate(layout.summary)
-    needed = f"{inventory.taken / rate:.0f} s at the last run's rate" if rate else "not known"
+    needed = f"some {inventory.taken / rate:.0f} s, at the last run's rate" if rate else "not known"
     return (
         f"{printable(summary.output)}: {summary.new} new, {summary.changed} changed, "
         f"{summary.retried} failed before and to be tried again; {summary.already_done} done, "
@@ -275,7 +284,8 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     """Make the output whole, and see that every photo has its row."""
     settings, summary = inventory.settings, inventory.summary
     summary.vanished = inventory.vanished
-    if settings.prune and inventory.complete:
+    # An input with nothing in it is rather a disk that is not mounted.
+    if settings.prune and inventory.complete and (inventory.taken or summary.already_done):
         summary.pruned = folder.prune()
     folder.finish()
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():

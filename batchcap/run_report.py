@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,19 @@ log = logging.getLogger(__name__)
 class RunSummary:
     """What a run did: found = captioned + reused + failed + already_done.
 
-    found: photos that the input has, as far as the run came.
     captioned, reused: with a new caption, with that of a photo of the same bytes.
     failed: without a caption, by reason.
     already_done: left as they were, `failed_before` of them without a caption.
     new, changed, retried: why the others were taken up.
     vanished, pruned: rows of photos that the input no longer has, and how many were dropped.
     seconds: of the captioning alone. stage_seconds: of work, over all threads, by stage.
+    last_rate: images a second of the run before.
     outcome: `done`, `stopped` or `failed`.
     """
 
     output: str
     run_id: str
     started_at: str
-    found: int = 0
     captioned: int = 0
     reused: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -44,6 +44,7 @@ class RunSummary:
     vanished: int = 0
     pruned: int = 0
     seconds: float = 0.0
+    last_rate: float | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -52,9 +53,16 @@ class RunSummary:
     ended_at: str = ""
 
     @property
-    def images_per_second(self) -> float:
-        """Rate of what was taken up."""
-        return (self.found - self.already_done) / self.seconds if self.seconds else 0.0
+    def found(self) -> int:
+        """Photos that have a row, this run's and earlier ones'."""
+        return self.captioned + self.reused + self.failed.total() + self.already_done
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Rate of what was taken up; where that was nothing, of the run before."""
+        if self.found == self.already_done or not self.seconds:
+            return self.last_rate
+        return (self.found - self.already_done) / self.seconds
 
     def finish(self, max_failures: int | None) -> None:
         """The run has come to its end."""
@@ -64,8 +72,17 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, with the rate; no path but the output's name."""
-        told = asdict(self) | {"images_per_second": round(self.images_per_second, 3)}
-        return told | {"output": Path(self.output).name, "failed": dict(self.failed)}
+        return {
+            "output": Path(self.output).name,
+            "outcome": self.outcome,
+            "found": self.found,
+            **{
+                name: value
+                for name, value in asdict(self).items()
+                if name not in ("output", "outcome", "last_rate")
+            },
+            "images_per_second": self.images_per_second,
+        }
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.failed.most_common())
@@ -74,7 +91,7 @@ class RunSummary:
         parts += [f"{self.failed.total()} failed" + (f" ({reasons})" if reasons else "")]
         parts += [f"{self.already_done} already done"] if self.already_done else []
         parts += [f"{self.vanished} vanished ({self.pruned} dropped)"] if self.vanished else []
-        rate = f"; {self.seconds:.1f} s, {self.images_per_second:.1f} images/s"
+        rate = f"; {self.seconds:.1f} s, {self.images_per_second or 0:.1f} images/s"
         return f"{printable(self.output)}: {', '.join(parts)}" + (rate if self.seconds else "")
 
 
@@ -134,7 +151,7 @@ def metrics_text(summary: RunSummary) -> str:
         (
             "batchcap_run_images_per_second",
             "Rate of the last run.",
-            {"": summary.images_per_second},
+            {"": summary.images_per_second or 0.0},
         ),
         ("batchcap_run_exit_code", "Exit code of the last run.", {"": summary.exit_code}),
         (
@@ -148,11 +165,12 @@ def metrics_text(summary: RunSummary) -> str:
 
 def _family(name: str, description: str, samples: dict[str, float]) -> str:
     lines = [f"# HELP {name} {description}", f"# TYPE {name} gauge"]
-    lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in samples.items()]
+    lines += [
+        f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+        for labels, value in samples.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _unix_time(moment: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(moment).timestamp() if moment else 0.0

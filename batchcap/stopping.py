@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 7.0  # for what is in flight; service managers and users wait ten seconds
 
 
-class Stopped(BaseException):  # noqa: N818, as KeyboardInterrupt
+class Stopped(BaseException):
     """A signal to end: unwinds like KeyboardInterrupt, so that temporary files are removed."""
 
     def __init__(self, number: int) -> None:
@@ -28,12 +28,12 @@ class StopRequest:
     `insisted` is whether a second one has come.
     """
 
-    signal: signal.Signals | None = None
+    number: signal.Signals | None = None
     insisted = False
 
     def __call__(self) -> bool:
         """True once it has."""
-        return self.signal is not None
+        return self.number is not None
 
 
 def stop_on_signals() -> None:
@@ -49,10 +49,10 @@ def stopping_softly() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def take(number: int, _frame: types.FrameType | None) -> None:
-        if request.signal is not None:
+        if request.number is not None:
             request.insisted = number != signal.SIGALRM
-            raise Stopped(request.signal)
-        request.signal = signal.Signals(number)
+            raise Stopped(request.number)
+        request.number = signal.Signals(number)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
