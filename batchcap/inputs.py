@@ -37,6 +37,10 @@ SHOWN_PROBLEMS = 10
 MISSING = "missing"
 
 
+# (folder, why it can't be listed)
+Unlisted = Callable[[str, str], object]
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """One photo to caption: its id, and the path that opens it (surrogateescape str)."""
@@ -54,12 +58,13 @@ class AnnotatedImage:
     split: str | None
 
 
-def _warn_of(folder: str) -> None:
-    logger.warning("The folder %s cannot be listed; its photos are left out.", folder)
+def warn_unlisted(folder: str, reason: str) -> None:
+    """Say that a folder is left out."""
+    logger.warning("The folder %s cannot be listed (%s); its photos are left out.", folder, reason)
 
 
 def list_images(
-    source: str, pattern: str | None = None, unlisted: Callable[[str], object] = _warn_of
+    source: str, pattern: str | None = None, unlisted: Unlisted = warn_unlisted
 ) -> Iterator[ImageRef]:
     """List the photos of a folder (recursive), of a `.txt` file of paths, or of stdin (`-`).
 
@@ -115,7 +120,7 @@ def _has_image_extension(relative: str) -> bool:
 
 
 def _list_folder(
-    root: str, is_wanted: Callable[[str], bool], unlisted: Callable[[str], object]
+    root: str, is_wanted: Callable[[str], bool], unlisted: Unlisted
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
@@ -129,7 +134,7 @@ def _list_folder(
     )
 
 
-def _walk(root: str, pending: list[str], unlisted: Callable[[str], object]) -> Iterator[str]:
+def _walk(root: str, pending: list[str], unlisted: Unlisted) -> Iterator[str]:
     """Paths relative to `root` of all that is no folder, from the last of `pending` to the first.
 
     Each folder is sorted by itself: with the slash that its paths go on with, all are in order.
@@ -142,7 +147,7 @@ def _walk(root: str, pending: list[str], unlisted: Callable[[str], object]) -> I
         try:
             pending += _folder_entries(root, path)
         except OSError as error:
-            unlisted(f"{image_id_of(path)} ({error.strerror})")
+            unlisted(image_id_of(path), str(error.strerror))
 
 
 def _folder_entries(root: str, folder: str) -> list[str]:

@@ -1,16 +1,13 @@
 """Which photos of an input need a row: the listing against the rows that are there."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 
 from batchcap.contracts import InputError
-from batchcap.inputs import ImageRef, list_images
+from batchcap.inputs import ImageRef, list_images, warn_unlisted
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-
-log = logging.getLogger(__name__)
 
 
 class Inventory:
@@ -68,9 +65,9 @@ class Inventory:
         summary.failed_before += known is Known.FAILED
         return True
 
-    def _note_unlisted(self, folder: str) -> None:
+    def _note_unlisted(self, folder: str, reason: str) -> None:
         self.unlisted += 1
-        log.warning("the folder %s cannot be listed: its photos are left out", folder)
+        warn_unlisted(folder, reason)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ made from the parts.
 Knows no photos and no models.
 """
 
+import errno
 import json
 import logging
 import os
@@ -293,9 +294,10 @@ def open_captions(
         OtherOutputError: its rows were made by another model or with other settings.
         OutputError: it can't be written, is not of batchcap, or exists where it must not.
     """
-    if not layout.is_file:
-        with saying_where(layout.output):
+    with saying_where(layout.output):
+        if not layout.is_file:
             layout.output.mkdir(exist_ok=True)
+        _check_writable(layout.lock.parent)
     with locked(layout.lock):
         with saying_where(layout.output):
             _remove_leftovers(layout)
@@ -310,6 +312,13 @@ def open_captions(
                 _set_aside(path, error)
         overwrite = on_existing is OnExisting.OVERWRITE
         yield CaptionFolder(layout, identity, files, RowIndex(entries), overwrite)
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "its folder may not be written to")
 
 
 def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:

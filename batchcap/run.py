@@ -277,7 +277,7 @@ def _listed_again(settings: RunSettings) -> Iterator[ImageRef]:
     """The input once more, in silence; nothing where it can't be read twice."""
     if settings.source == "-":
         return iter(())
-    return list_images(settings.source, settings.glob, lambda _folder: None)
+    return list_images(settings.source, settings.glob, lambda *_: None)
 
 
 def _finish(inventory: Inventory, folder: CaptionFolder) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class RunSummary:
             "found": self.found,
             **{
                 name: value
-                for name, value in asdict(self).items()
+                for name, value in vars(self).items()
                 if name not in ("output", "outcome", "last_rate")
             },
             "images_per_second": self.images_per_second,

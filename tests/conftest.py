@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.run_report import RunSummary
+from batchcap.settings import DEFAULT_MODEL, RunSettings
 
 CROPS = 200
 CROP_SIZE = 224
@@ -38,6 +39,19 @@ def _random_crop(photo: Image.Image, draws: np.random.Generator) -> npt.NDArray[
     left, top = (int(draws.integers(room - side + 1)) for room in photo.size)
     crop = photo.crop((left, top, left + side, top + side))
     return np.asarray(crop.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BILINEAR))
+
+
+@pytest.fixture
+def asked_of_run(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
+    """What `batchcap run` would have been asked; nothing is run."""
+    seen: list[RunSettings] = []
+
+    def succeed(settings: RunSettings) -> RunSummary:
+        seen.append(settings)
+        return RunSummary("out.parquet", "run", "", exit_code=0)
+
+    monkeypatch.setattr("batchcap.run.run_captioning", succeed)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,17 @@ import batchcap
 PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
-    {"contracts", "files", "progress"},
-    {"metrics", "settings"},
+    {"contracts", "files", "clock", "stopping"},
+    {"metrics", "settings", "locking", "row_files", "loading"},
+    {"logs", "row_index"},
+    {"progress", "output"},
     {"model.config", "model.text", "model.images", "model.attention", "model.runtime"},
     {"model.backbones", "model.network", "model.decoding"},
     {"model.extraction", "model.loss"},
     {"model.captioner"},
-    {"inputs", "output", "feature_cache", "history", "model_card", "attention_figure"},
-    {"engines", "training_data"},
+    {"inputs", "options", "feature_cache", "history", "model_card", "attention_figure"},
+    {"engines", "training_data", "watchdog", "run_report"},
+    {"inventory"},
     {"validation"},
     {"trainer"},
     {"run", "train", "caption", "bench"},
@@ -31,7 +34,7 @@ HOMES = {
     "PIL": {"model.images", "bench"},
     "openvino": {"model.extraction", "model.runtime"},
     "matplotlib": {"attention_figure", "history"},
-    "pyarrow": {"contracts", "output"},
+    "pyarrow": {"contracts", "output", "row_files", "row_index"},
     "pycocoevalcap": {"metrics"},
     "safetensors": {"model.captioner", "trainer"},
     "tensorflow": {

@@ -63,16 +63,8 @@ def test_every_setting_is_a_flag_with_a_help_text(verb: str, settings: type[Any]
             assert f"--{spec.name.replace('_', '-')}" in shown
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
-    """What `run` would have been asked; nothing is run."""
-    seen: list[RunSettings] = []
-    monkeypatch.setattr("batchcap.run.run_captioning", seen.append)
-    return seen
-
-
 def test_flag_beats_environment_beats_file_beats_default(
-    asked: list[RunSettings], tmp_path: Path
+    asked_of_run: list[RunSettings], tmp_path: Path
 ) -> None:
     config = tmp_path / "nightly.toml"
     config.write_text("[run]\nbatch-size = 5\nseed = 6\ntemperature = 0.5\n[train]\nepochs = 3\n")
@@ -81,7 +73,7 @@ def test_flag_beats_environment_beats_file_beats_default(
         *arguments, "--batch-size", 7, BATCHCAP_RUN_SEED="8", BATCHCAP_RUN_BATCH_SIZE="9"
     )
     assert result.exit_code == 0, result.output
-    (settings,) = asked
+    (settings,) = asked_of_run
     assert (settings.batch_size, settings.seed, settings.temperature) == (7, 8, 0.5)
     assert settings.attention == "summary"
 

@@ -1,5 +1,6 @@
 """Photos to rows: order, failures, and memory that is too small."""
 
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -11,18 +12,37 @@ import numpy as np
 import pytest
 
 from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
-from batchcap.engines import BatchCaptioner, LoadedPhoto, batches, in_threads, run_locally
+from batchcap.engines import (
+    BATCHES_UNDER_WAY,
+    BatchCaptioner,
+    CaptionedBatch,
+    Job,
+    Photo,
+    batches,
+    caption_rows,
+    in_threads,
+    run_locally,
+)
 from batchcap.inputs import ImageRef
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.settings import AttentionDetail
 
 
-def photos_of(crops: Any, count: int) -> list[LoadedPhoto]:
+def photos_of(crops: Any, count: int) -> list[Photo]:
     return [
-        (ImageRef(f"{i}.jpg", f"{i}.jpg"), LoadedImage(crops[i], sha256=str(i)))
+        Photo(ImageRef(f"{i}.jpg", f"{i}.jpg"), LoadedImage(crops[i], sha256=str(i)))
         for i in range(count)
     ]
+
+
+def rejected(number: int) -> Photo:
+    image = LoadedImage(Rejection(ErrorType.EMPTY, "The file is empty."))
+    return Photo(ImageRef(f"{number}", f"{number}"), image)
+
+
+def tokens_of(batch: CaptionedBatch) -> list[list[int]]:
+    return [decoded.tokens[row].tolist() for decoded, row in batch.captions]
 
 
 class SmallDevice:
@@ -46,17 +66,16 @@ def greedy(captioner: Captioner) -> DecodeSettings:
 
 def test_batches_are_halved_until_they_fit_and_stay_so(captioner, greedy, photo_crops, caplog):
     photos = photos_of(photo_crops, 8)
-    (whole,) = BatchCaptioner(captioner, greedy, 8)(photos)
+    whole = BatchCaptioner(Job(captioner, greedy, 8))(photos)
     device = SmallDevice(captioner, room=3)
-    caption = BatchCaptioner(device, greedy, 8)
+    caption = BatchCaptioner(Job(device, greedy, 8))
     with caplog.at_level(logging.WARNING):
-        parts = caption(photos)
+        in_parts = caption(photos)
     assert device.tried == [8, 4, 2, 2, 2, 2]
     caption(photos)
     assert device.tried[6:] == [2, 2, 2, 2]
-    assert [photo for part, _ in parts for photo in part] == photos
-    tokens = np.concatenate([decoded.tokens for _, decoded in parts])
-    np.testing.assert_array_equal(tokens, whole[1].tokens)
+    assert in_parts.photos == photos
+    assert tokens_of(in_parts) == tokens_of(whole)
     assert caplog.messages == [
         "no memory for 8 photos at a time: going on with 4; --batch-size 4 avoids this",
         "no memory for 4 photos at a time: going on with 2; --batch-size 2 avoids this",
@@ -65,7 +84,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(captioner, greedy, photo_
 
 def test_no_memory_for_a_single_photo_ends_the_run(captioner, greedy, photo_crops):
     with pytest.raises(ModelError, match="even one photo"):
-        BatchCaptioner(SmallDevice(captioner, room=0), greedy, 2)(photos_of(photo_crops, 2))
+        BatchCaptioner(Job(SmallDevice(captioner, room=0), greedy, 2))(photos_of(photo_crops, 2))
 
 
 def test_a_device_out_of_memory_is_a_memory_error(captioner, greedy, photo_crops, monkeypatch):
@@ -82,7 +101,7 @@ def test_a_device_out_of_memory_is_a_memory_error(captioner, greedy, photo_crops
 def test_rows_come_in_the_order_of_the_photos(captioner, greedy, photos_folder):
     paths = [*sorted(photos_folder.rglob("*.jpg")), Path("nowhere.jpg")] * 3
     refs = [ImageRef(f"{i}", str(path)) for i, path in enumerate(paths)]
-    found = run_locally(iter(refs), captioner, greedy, 4, AttentionDetail.NONE, "run")
+    found = run_locally(iter(refs), Job(captioner, greedy, 4, AttentionDetail.NONE))
     rows = [row for batch in found for row in batch]
     assert [row["image_id"] for row in rows] == [ref.image_id for ref in refs]
     assert [row["error_type"] for row in rows] == [None, None, None, None, None, "missing"] * 3
@@ -122,12 +141,45 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (7, [3, 3, 1])])
-def test_batches_are_full_but_for_the_last(count, sizes):
-    assert [len(batch) for batch in batches(iter(range(count)), 3)] == sizes
+def test_batches_are_full_but_for_the_last(count, sizes, photo_crops):
+    assert [len(batch) for batch in batches(iter(photos_of(photo_crops, count)), 3)] == sizes
+
+
+def test_photos_that_need_no_caption_take_no_place_in_a_batch(photo_crops):
+    good = photos_of(photo_crops, 4)
+    mixed = [rejected(0), good[0], rejected(1), good[1], good[2], rejected(2), good[3]]
+    assert [*batches(iter(mixed), 2)] == [mixed[:4], mixed[4:]]
+
+
+def test_a_batch_comes_to_an_end_where_no_photo_needs_a_caption():
+    sizes = [len(batch) for batch in batches(map(rejected, range(10)), 2)]
+    assert sizes == [4, 4, 2]
 
 
 def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
-    rejected = LoadedImage(Rejection(ErrorType.EMPTY, "The file is empty."))
-    captioner = SimpleNamespace(config=SimpleNamespace(backbone=SimpleNamespace(image_size=32)))
-    photos = [(ImageRef("a", "a"), rejected)]
-    assert BatchCaptioner(captioner, greedy, 4)(photos) == [(photos, None)]
+    job = Job(SimpleNamespace(), greedy, 4)
+    photos = [rejected(0)]
+    assert BatchCaptioner(job)(photos) == (photos, [])
+    (row,) = caption_rows(CaptionedBatch(photos, []), job)
+    assert (row["status"], row["error_type"], "caption" in row) == ("failed", "empty", False)
+
+
+def test_a_photo_whose_bytes_have_a_caption_gets_it(captioner, greedy, photos_folder):
+    refs = [ImageRef(path.name, str(path)) for path in sorted(photos_folder.glob("*.jpg"))]
+    coffee = hashlib.sha256((photos_folder / "coffee.jpg").read_bytes()).hexdigest()
+    known = {coffee: {"caption": "known"}}
+    job = Job(captioner, greedy, 2, AttentionDetail.NONE, reusable=known.get)
+    rows = {row["image_id"]: row for batch in run_locally(iter(refs), job) for row in batch}
+    assert [name for name, row in rows.items() if row["caption"] == "known"] == ["coffee.jpg"]
+    assert rows["coffee.jpg"]["status"] == "ok"
+    assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
+
+
+def test_no_batch_is_begun_once_the_run_is_over(captioner, greedy, photos_folder):
+    refs = [ImageRef(str(i), str(photos_folder / "coffee.jpg")) for i in range(100)]
+    done: list[str] = []
+    job = Job(captioner, greedy, 2, AttentionDetail.NONE, is_over=lambda: bool(done))
+    for batch in run_locally(iter(refs), job):
+        done += [row["image_id"] for row in batch]
+    assert done == [str(i) for i in range(len(done))]
+    assert 2 <= len(done) <= 2 * (BATCHES_UNDER_WAY + 1)

@@ -92,16 +92,14 @@ def test_the_same_batchcap_is_run_by_cron_and_systemd() -> None:
 
 @pytest.mark.parametrize("job", ["crontab", "batchcap.service", "cronjob.yaml"])
 def test_the_command_of_a_recipe_is_accepted_with_all_of_nightly_toml(
-    job: str, monkeypatch: pytest.MonkeyPatch
+    job: str, asked_of_run: list[RunSettings]
 ) -> None:
-    seen: list[RunSettings] = []
-    monkeypatch.setattr("batchcap.run.run_captioning", seen.append)
     arguments = commands()[job][1:]
     arguments[2] = str(JOBS / "nightly.toml")
     result = CliRunner().invoke(batchcap, arguments)
     assert result.exit_code == 0, result.output
     for key, value in tomllib.loads(text_of("nightly.toml"))["run"].items():
-        assert type(value)(getattr(seen[0], key.replace("-", "_"))) == value, key
+        assert type(value)(getattr(asked_of_run[0], key.replace("-", "_"))) == value, key
 
 
 def test_the_metrics_are_written_beside_the_captions() -> None:

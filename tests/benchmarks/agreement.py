@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from batchcap.contracts import Precision, Runtime, UsageError
-from batchcap.engines import run_locally
+from batchcap.engines import Job, run_locally
 from batchcap.inputs import ImageRef, list_images
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings
@@ -69,7 +69,7 @@ def main() -> None:
 
 def captions_of(captioner: Captioner, refs: list[ImageRef]) -> Captions:
     settings = DecodeSettings(captioner.config.decoder.max_length)
-    found = run_locally(refs, captioner, settings, 50, AttentionDetail.NONE, "")
+    found = run_locally(refs, Job(captioner, settings, 50, AttentionDetail.NONE))
     rows = list(itertools.chain.from_iterable(found))
     return Captions([row["caption"] for row in rows], [row["logprob"] for row in rows])
 

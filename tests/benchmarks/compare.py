@@ -23,13 +23,12 @@ import numpy as np
 import tensorflow as tf
 from notebook_loop import notebook_loop
 
-from batchcap.engines import load_photos
 from batchcap.inputs import list_images
 from batchcap.model import decoding
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecoderConfig, DecodeSettings
 from batchcap.model.decoding import decode, forbidder, greedy
-from batchcap.model.images import LoadSettings
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.text import START_ID
 from batchcap.settings import DEFAULT_MODEL
@@ -170,7 +169,7 @@ def plain_product(multiply_adds: int) -> Callable[[], Any]:
 def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
     side, longest = captioner.config.backbone.image_size, captioner.config.decoder.max_length
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
-    pixels = np.stack([image.pixels for _, image in load_photos(refs, LoadSettings(side), BATCH)])
+    pixels = np.stack([load_image(ref.path, LoadSettings(side)).pixels for ref in refs])
     features = [
         tf.constant(captioner.extract(pixels[start : start + BATCH]))
         for start in range(0, DECODED_PHOTOS, BATCH)

@@ -22,12 +22,11 @@ import numpy as np
 import tensorflow as tf
 from compare import BATCH, DECODED_PHOTOS, fastest
 
-from batchcap.engines import load_photos
 from batchcap.inputs import list_images
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.decoding import greedy
-from batchcap.model.images import LoadSettings
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, KeysValues
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
 from batchcap.settings import DEFAULT_MODEL
@@ -88,7 +87,7 @@ def main() -> None:
 def batches_of_features(captioner: Captioner, photos: Path) -> Any:
     side = captioner.config.backbone.image_size
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
-    pixels = np.stack([image.pixels for _, image in load_photos(refs, LoadSettings(side), BATCH)])
+    pixels = np.stack([load_image(ref.path, LoadSettings(side)).pixels for ref in refs])
     for start in range(0, DECODED_PHOTOS, BATCH):
         yield tf.constant(captioner.extract(pixels[start : start + BATCH]))
 
