@@ -32,7 +32,7 @@ HOMES = {
     "tqdm": {"progress"},
     "jieba": {"model.text"},
     "PIL": {"model.images", "bench"},
-    "openvino": {"model.extraction", "model.runtime"},
+    "openvino": set(),  # by `import_openvino`
     "matplotlib": {"attention_figure", "history"},
     "pyarrow": {"contracts", "output", "row_files", "row_index"},
     "pycocoevalcap": {"metrics"},

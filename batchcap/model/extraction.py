@@ -27,6 +27,7 @@ from batchcap.contracts import Precision
 from batchcap.files import replacing
 from batchcap.model.backbones import extract_features, feature_grid
 from batchcap.model.config import BackboneConfig
+from batchcap.model.runtime import import_openvino
 
 # uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor
 Extract = Callable[[npt.NDArray[np.uint8]], Any]
@@ -76,8 +77,7 @@ def openvino_extractor(
 
     The exported graph is kept in the user's cache directory under the model's fingerprint.
     """
-    import openvino
-
+    openvino = import_openvino()
     exported = _exported(backbone, config, fingerprint)
     core = openvino.Core()
     hints = {
@@ -144,17 +144,19 @@ def _exported(
 
 
 def _export(backbone: keras.Model, config: BackboneConfig) -> dict[str, npt.NDArray[np.uint8]]:
-    import openvino
-
+    openvino = import_openvino()
     traced = tf.function(partial(feature_grid, backbone, config)).get_concrete_function(
         tf.TensorSpec((None, config.image_size, config.image_size, 3), tf.uint8)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / "backbone.xml"
-        openvino.save_model(openvino.convert_model(traced), graph, compress_to_fp16=False)
+    frozen = convert_variables_to_constants_v2(traced).graph.as_graph_def()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "backbone.pb").write_bytes(frozen.SerializeToString())
+        model = openvino.Core().read_model(folder / "backbone.pb")
+        openvino.save_model(model, folder / "backbone.xml", compress_to_fp16=False)
         return {
-            "graph": np.fromfile(graph, np.uint8),
-            "weights": np.fromfile(graph.with_suffix(".bin"), np.uint8),
+            "graph": np.fromfile(folder / "backbone.xml", np.uint8),
+            "weights": np.fromfile(folder / "backbone.bin", np.uint8),
         }
 
 

@@ -1,10 +1,13 @@
 """What the model runs on: TensorFlow started quietly, the device, the runtime, the precision."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from batchcap.contracts import Precision, Runtime, UsageError
 
@@ -50,14 +53,19 @@ def precision_of(precision: Precision) -> Precision:
 
 
 def _check_openvino_computes_in(precision: Precision) -> None:
-    import openvino
-
+    openvino = import_openvino()
     name = {Precision.BFLOAT16: "BF16", Precision.FLOAT16: "FP16"}.get(precision, "FP32")
     if name not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UsageError(
             f"this CPU does not compute in {precision}: choose --precision float32, "
             "or --runtime tensorflow, which imitates it slowly"
         )
+
+
+def import_openvino() -> Any:
+    """The package `openvino`, without what it would report of its use over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return import_module("openvino")
 
 
 def start_tensorflow() -> str:

@@ -1,6 +1,9 @@
 """The backbone by its two runtimes: the same features, OpenVINO's graph kept and made anew."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -124,3 +127,16 @@ def test_a_precision_that_openvino_would_not_compute_in_is_refused(monkeypatch):
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
     with pytest.raises(UsageError, match="does not compute in bfloat16"):
         choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)
+
+
+def test_openvino_reports_nothing_of_its_use(cache_folder: Path) -> None:
+    program = (
+        "import sys\n"
+        "from batchcap.model.runtime import import_openvino\n"
+        "import_openvino().Core()\n"
+        "assert not sys.modules['openvino_telemetry'], 'it would connect to its maker'\n"
+    )
+    home = os.environ | {"HOME": str(cache_folder)}
+    done = subprocess.run([sys.executable, "-c", program], env=home, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert not (cache_folder / "intel").exists()
