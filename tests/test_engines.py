@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
-from batchcap.engines import BatchCaptioner, LoadedPhoto, batches, in_threads, run_locally
+from batchcap.engines import (
+    BatchCaptioner,
+    LoadedPhoto,
+    batches,
+    caption_rows,
+    in_threads,
+    run_locally,
+)
 from batchcap.inputs import ImageRef
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
@@ -124,6 +131,15 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (7, [3, 3, 1])])
 def test_batches_are_full_but_for_the_last(count, sizes):
     assert [len(batch) for batch in batches(iter(range(count)), 3)] == sizes
+
+
+def test_a_note_stands_beside_the_caption_of_its_photo():
+    note = Rejection(ErrorType.TRUNCATED, "The file ends early.")
+    image = LoadedImage(np.zeros((32, 32, 3), np.uint8), 1, 2, "ab", 32, 32, note)
+    photos = [(ImageRef("a", "a"), image)]
+    (row,) = caption_rows(photos, None, SimpleNamespace(), AttentionDetail.NONE, "run")
+    assert row["status"] == "ok"
+    assert (row["error_type"], row["error_message"]) == ("truncated", "The file ends early.")
 
 
 def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
