@@ -13,7 +13,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -95,6 +95,14 @@ JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 # An escaped 0xff, TEM, RST0 to RST7, SOI: nothing follows them.
 JPEG_WITHOUT_LENGTH = [bytes([marker]) for marker in (0x00, 0x01, *range(0xD0, 0xD9))]
 JPEG_SCAN_HEADER_BYTES = 8  # of the shortest, with one component
+
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Adam7: (first column, first row, columns between, rows between).
+PNG_PASSES = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+PNG_PIECE = 1 << 14
 
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
@@ -268,6 +276,10 @@ def _decode(
         image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
         note = _load_pixels(image, len(data), settings.accept_truncated) or note
         if format_name == "PNG":
+            if note is None and _lacks_png_rows(image, data):
+                if not settings.accept_truncated:
+                    raise _truncated()
+                note = TRUNCATED_NOTE
             _match_transparent_colour(image, bit_depth=data[24])
         orientation = _orientation(image)
         square = _squashed(_as_rgb(image), settings.image_size)
@@ -525,6 +537,47 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     width, height = size
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
+    """Whether the compressed pixels of a PNG end, properly, before its last row.
+
+    Pillow takes that for a whole photo and leaves the rest zero, so that only one with such a row
+    need be unpacked again. Interlaced, the last of all rows is the last odd one.
+    """
+    width, height = image.size
+    ends = [image.crop((0, row, width, row + 1)) for row in {height - 1, max(height - 2, 0)}]
+    if all(np.asarray(end).any() for end in ends):
+        return False
+    unpacker, lacking = zlib.decompressobj(), _png_bytes(width, height, data)
+    for piece in _png_pixel_pieces(data):
+        lacking -= len(unpacker.decompress(piece))
+        if lacking <= 0:
+            return False
+    return True
+
+
+def _png_bytes(width: int, height: int, data: bytes) -> int:
+    """How long the unpacked pixels of a whole PNG are: of each row, its filter and its samples."""
+    bit_depth, colour_type, interlaced = data[24], data[25], data[28]
+    bits = bit_depth * PNG_CHANNELS[colour_type]
+    passes = PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    counts = [
+        (-(-(width - left) // across), -(-(height - top) // down))
+        for left, top, across, down in passes
+    ]
+    return sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in counts if columns > 0)
+
+
+def _png_pixel_pieces(data: bytes) -> Iterator[bytes]:
+    """The compressed pixels, in pieces so small that none unpacks to much."""
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        start, end = position + 8, position + 8 + length
+        if name == b"IDAT":
+            yield from (data[i : min(i + PNG_PIECE, end)] for i in range(start, end, PNG_PIECE))
+        position = end + 4
 
 
 def _match_transparent_colour(image: Image.Image, bit_depth: int) -> None:

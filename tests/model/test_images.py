@@ -483,6 +483,41 @@ def test_huge_png_chunk_is_refused_without_being_allocated(load, kind):
     assert_rejected(loaded, ErrorType.TRUNCATED)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 62, 63])
+def test_png_whose_pixels_end_before_its_last_row_is_truncated(load, rows):
+    """All its checksums are right, and Pillow makes the rest up: it leaves it black."""
+    data = png(4, 64, 8, 2, (b"\0" + b"\x80" * 12) * rows)
+    assert_rejected(load(data), ErrorType.TRUNCATED)
+    accepted = load(data, size=64, accept_truncated=True)
+    assert accepted.note is not None
+    assert accepted.pixels.any(axis=(1, 2)).sum() == rows
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 8), (64, 5)])
+def test_photo_that_is_black_to_its_end_is_whole(load, mode, size):
+    assert isinstance(load(encoded(Image.new(mode, size), "PNG")).pixels, np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("size", "passes"),
+    [
+        ((1, 1), (2,)),
+        ((3, 2), (2, 2, 2, 4)),
+        ((8, 8), (2, 2, 3, 2 * 3, 2 * 5, 4 * 5, 4 * 9)),
+        ((8, 9), (2 * 2, 2 * 2, 3, 3 * 3, 2 * 5, 5 * 5, 4 * 9)),
+    ],
+)
+def test_interlaced_photo_that_is_black_is_whole(load, size, passes):
+    """`passes` are their lengths in bytes: of each row, its filter and its pixels."""
+    for lacking in (0, 1):
+        data = png(*size, 8, 0, bytes(sum(passes) - lacking))
+        interlaced = bytearray(data[16:29])
+        interlaced[12] = 1
+        data = data[:8] + chunk(b"IHDR", bytes(interlaced)) + data[33:]
+        assert isinstance(load(data).pixels, Rejection) == bool(lacking)
+
+
 def test_truncated_rle_bmp(load):
     data = bmp(2, 2, 8, b"\2\1\0\0", palette=bgr0(RED, GREEN), compression=1)
     assert_rejected(load(data), ErrorType.TRUNCATED)
