@@ -137,7 +137,7 @@ def _walk(root: str, pending: list[str], warn: bool) -> Iterator[str]:
             if warn:
                 logger.warning(
                     "The folder %s cannot be listed (%s); its photos are left out.",
-                    *(image_id_of(path), error.strerror),
+                    *(printable(image_id_of(path)), error.strerror),
                 )
 
 
@@ -255,7 +255,9 @@ class _Annotations:
             self.report("", "no captions")
         if self.problems:
             count = len(self.problems)
-            shown = "\n".join(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])
+            shown = "\n".join(
+                f"  {printable(problem)}" for problem in self.problems[:SHOWN_PROBLEMS]
+            )
             raise InputError(
                 f"{self.path} has {count} wrong {'entry' if count == 1 else 'entries'}; "
                 f"correct or remove {'it' if count == 1 else 'them'}:\n{shown}"
