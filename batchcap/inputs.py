@@ -60,7 +60,9 @@ class AnnotatedImage:
 
 def warn_unlisted(folder: str, reason: str) -> None:
     """Say that a folder is left out."""
-    logger.warning("The folder %s cannot be listed (%s); its photos are left out.", folder, reason)
+    logger.warning(
+        "The folder %s cannot be listed (%s); its photos are left out.", printable(folder), reason
+    )
 
 
 def list_images(
@@ -264,7 +266,9 @@ class _Annotations:
             self.report("", "no captions")
         if self.problems:
             count = len(self.problems)
-            shown = "\n".join(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])
+            shown = "\n".join(
+                f"  {printable(problem)}" for problem in self.problems[:SHOWN_PROBLEMS]
+            )
             raise InputError(
                 f"{self.path} has {count} wrong {'entry' if count == 1 else 'entries'}; "
                 f"correct or remove {'it' if count == 1 else 'them'}:\n{shown}"

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from batchcap.contracts import InputError, Rejection, UsageError
 from batchcap.feature_cache import FeatureCache
-from batchcap.inputs import AnnotatedImage, read_annotations
+from batchcap.inputs import AnnotatedImage, printable, read_annotations
 from batchcap.model.backbones import extract_features, weights_digest
 from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
@@ -208,7 +208,9 @@ def _extract(
             good: list[Example] = []
             for example, image in zip(batch, loaded, strict=True):
                 if isinstance(image.pixels, Rejection):
-                    log.warning("%s left out: %s", example.image_id, image.pixels.message)
+                    log.warning(
+                        "%s left out: %s", printable(example.image_id), image.pixels.message
+                    )
                     yield example.image_id
                 else:
                     pixels[len(good)] = image.pixels

@@ -156,6 +156,15 @@ def test_a_batch_comes_to_an_end_where_no_photo_needs_a_caption():
     assert sizes == [4, 4, 2]
 
 
+def test_a_note_stands_beside_the_caption_of_its_photo():
+    note = Rejection(ErrorType.TRUNCATED, "The file ends early.")
+    image = LoadedImage(np.zeros((32, 32, 3), np.uint8), 1, 2, "ab", 32, 32, note)
+    photo = Photo(ImageRef("a.jpg", "a.jpg"), image, reused={"caption": "known"})
+    (row,) = caption_rows(CaptionedBatch([photo], []), Job(SimpleNamespace(), None, 1))
+    assert (row["status"], row["caption"]) == ("ok", "known")
+    assert (row["error_type"], row["error_message"]) == ("truncated", "The file ends early.")
+
+
 def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
     job = Job(SimpleNamespace(), greedy, 4)
     photos = [rejected(0)]

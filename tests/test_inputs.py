@@ -162,6 +162,30 @@ def test_folder_that_cannot_be_listed_is_warned_of_and_left_out(tmp_path, monkey
     ]
 
 
+def test_name_of_a_folder_that_cannot_be_listed_moves_no_cursor(tmp_path, monkeypatch, caplog):
+    """The warning held the name as it is, and a terminal would have obeyed it."""
+    root = make_tree(tmp_path, "a\x1b[2J\n/1.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if "\x1b" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with caplog.at_level(logging.WARNING, logger="batchcap.inputs"):
+        assert list_images(root) == []
+    assert "The folder a?[2J?/ cannot" in caplog.records[0].getMessage()
+
+
+def test_report_on_annotations_moves_no_cursor(tmp_path):
+    document = {"images": [{"id": 1, "file_name": "\x1b[2J.jpg"}], "annotations": []}
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    with pytest.raises(InputError) as caught:
+        read_annotations(tmp_path / "c.json")
+    assert "?[2J.jpg has no caption" in str(caught.value)
+
+
 def test_root_that_cannot_be_listed_is_an_input_error(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)

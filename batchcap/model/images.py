@@ -13,7 +13,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,11 @@ from batchcap.contracts import ErrorType, LoadedImage, Rejection
 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
+# Chunks, segments and blocks, which Pillow walks one by one and of which it keeps most: without a
+# limit, 5 MB of the shortest take 2 s and 220 MB, and MAX_FILE_BYTES 200 times as much. A PNG of
+# MAX_PIXELS, 64 bits each, in chunks of the usual 8 KiB has half as many.
+MAX_PARTS = 200_000
+READS_PER_PART = 3  # length, body and checksum
 READ_ATTEMPTS = 2
 # File systems stamp times by the tick of the kernel's clock, 10 ms at most: what is written twice
 # within one has the same time twice.
@@ -87,7 +92,17 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+# An escaped 0xff, TEM, RST0 to RST7, SOI: nothing follows them.
+JPEG_WITHOUT_LENGTH = [bytes([marker]) for marker in (0x00, 0x01, *range(0xD0, 0xD9))]
 JPEG_SCAN_HEADER_BYTES = 8  # of the shortest, with one component
+
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Adam7: (first column, first row, columns between, rows between).
+PNG_PASSES = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+PNG_PIECE = 1 << 14
 
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
@@ -137,6 +152,18 @@ class _RejectionError(Exception):
         self.rejection = Rejection(error_type, message)
         self.file_size = status and status.st_size
         self.mtime_ns = status and status.st_mtime_ns
+
+
+class _PatientFile(io.BytesIO):
+    """A file in memory whose reader is stopped when it nibbles for too long."""
+
+    reads_left = MAX_PARTS * READS_PER_PART
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise _too_many_parts()
+        return super().read(size)
 
 
 def load_image(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedImage:
@@ -233,16 +260,26 @@ def _decode(
 ) -> tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]:
     """Decode to `uint8[S, S, 3]`, the photo's upright (width, height), and what ails it."""
     format_name = _supported_format(data)
+    note = None
     try:
-        data, note = _checked_end(data, format_name, settings)
-        image = OPENERS[format_name](io.BytesIO(data))
+        if format_name in HEADER_SIZES:
+            _check_pixel_count(*HEADER_SIZES[format_name](data), settings.max_pixels)
+        data, note = _checked_end(data, format_name, settings.accept_truncated)
+        file = _PatientFile(data)
+        image = OPENERS[format_name](file)
         size = image.size
         _check_pixel_count(*size, settings.max_pixels)
+        # A run-length encoded BMP is read pixel by pixel.
+        file.reads_left += 3 * size[0] * size[1]
         # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
         # needed, in a fraction of the time. Less would leave nothing of our own filter.
         image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
-        note = _load_pixels(image, len(data), settings) or note
+        note = _load_pixels(image, len(data), settings.accept_truncated) or note
         if format_name == "PNG":
+            if note is None and _lacks_png_rows(image, data):
+                if not settings.accept_truncated:
+                    raise _truncated()
+                note = TRUNCATED_NOTE
             _match_transparent_colour(image, bit_depth=data[24])
         orientation = _orientation(image)
         square = _squashed(_as_rgb(image), settings.image_size)
@@ -250,11 +287,11 @@ def _decode(
     except _RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
-        raise _diagnosis(format_name, error) from error
+        raise _diagnosis(format_name, error, ends_early=note is not None) from error
 
 
 def _checked_end(
-    data: bytes, format_name: str, settings: LoadSettings
+    data: bytes, format_name: str, accept_truncated: bool
 ) -> tuple[bytes, Rejection | None]:
     """The bytes to decode: where a file that ends early counts, with an end that decoders take."""
     try:
@@ -262,14 +299,14 @@ def _checked_end(
             END_CHECKS[format_name](data)
         return data, None
     except _RejectionError as error:
-        if not settings.accept_truncated or error.rejection.error_type is not ErrorType.TRUNCATED:
+        if not accept_truncated or error.rejection.error_type is not ErrorType.TRUNCATED:
             raise
     mend = MENDERS.get(format_name)
-    return (mend(data, settings) if mend else data), TRUNCATED_NOTE
+    return (mend(data) if mend else data), TRUNCATED_NOTE
 
 
 def _load_pixels(
-    image: ImageFile.ImageFile, data_size: int, settings: LoadSettings
+    image: ImageFile.ImageFile, data_size: int, accept_truncated: bool
 ) -> Rejection | None:
     """Decode; of a file that ends early, if it is to count, what there is, which is noted.
 
@@ -280,7 +317,7 @@ def _load_pixels(
     try:
         image.load()
     except Exception as error:
-        if not (settings.accept_truncated and has_begun and _ran_out_of_data(error)):
+        if not (accept_truncated and has_begun and _ran_out_of_data(error)):
             raise
         image.tile = []  # nothing is left to decode
         return TRUNCATED_NOTE
@@ -314,6 +351,50 @@ def _check_pixel_count(width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def _gif_size(data: bytes) -> tuple[int, int]:
+    """Canvas or first frame, whichever is larger; the canvas where there is no frame.
+
+    Pillow makes room for a frame's disposal when it opens the file, before it can be asked.
+    """
+    width, height = struct.unpack_from("<HH", data, 6)
+    file = _PatientFile(data)
+    file.seek(13 + _gif_palette_bytes(data[10]))
+    while (block := file.read(1)) not in (b",", b";", b""):
+        if block == b"!":  # an extension: its kind, then parts that begin with their lengths
+            file.read(1)
+            while length := int.from_bytes(file.read(1)):
+                file.seek(length, io.SEEK_CUR)
+    if block != b",":
+        return width, height
+    left, top, frame_width, frame_height = struct.unpack("<4H", file.read(8))
+    return max(width, left + frame_width), max(height, top + frame_height)
+
+
+def _gif_palette_bytes(flags: int) -> int:
+    return 6 << (flags & 7) if flags & 128 else 0
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """The canvas, for which libwebp makes room before it can be asked; (0, 0) where unknown."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+# What a decoder would make room for as soon as it sees the header.
+HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
+    "GIF": _gif_size,
+    "WebP": _webp_size,
+}
+
+
 def _check_jpeg_end(data: bytes) -> None:
     """An end marker must follow the first scan: Pillow decodes a tail of zeros to grey."""
     if data.find(JPEG_END, _jpeg_scan_start(data)) == -1:
@@ -323,15 +404,19 @@ def _check_jpeg_end(data: bytes) -> None:
 def _jpeg_scan_start(data: bytes) -> int:
     """Where the marker of the first scan stands, or what is no marker."""
     position = 2
-    while data.startswith(b"\xff", position) and not data.startswith(JPEG_SCAN, position):
+    for _ in range(MAX_PARTS):
+        if not data.startswith(b"\xff", position) or data.startswith(JPEG_SCAN, position):
+            return position
         if data.startswith(b"\xff\xff", position):  # a fill byte, which any marker may have ahead
             position += 1
+        elif data[position + 1 : position + 2] in JPEG_WITHOUT_LENGTH:
+            position += 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return position
+    raise _too_many_parts()
 
 
-def _ended_jpeg(data: bytes, _: LoadSettings) -> bytes:
+def _ended_jpeg(data: bytes) -> bytes:
     """A cut JPEG with an end marker, for libjpeg to fill the rest; the zeros go that a download
     had reserved. One without a scan has no pixels to show.
     """
@@ -344,8 +429,8 @@ def _ended_jpeg(data: bytes, _: LoadSettings) -> bytes:
 
 def _check_png_chunks(data: bytes) -> None:
     """The chunks must reach to the end mark; of the pixels Pillow ignores the checksums."""
-    name, position = b"", 8
-    while name != b"IEND":
+    position = 8
+    for _ in range(MAX_PARTS):
         if position + 12 > len(data):
             raise _truncated()
         length, name = struct.unpack_from(">I4s", data, position)
@@ -353,7 +438,10 @@ def _check_png_chunks(data: bytes) -> None:
         checksum = zlib.crc32(memoryview(data)[position + 4 : body_end])
         if name == b"IDAT" and checksum != int.from_bytes(data[body_end : body_end + 4], "big"):
             raise _corrupt("PNG", "wrong checksum") if body_end + 4 <= len(data) else _truncated()
+        if name == b"IEND":
+            return
         position = body_end + 4
+    raise _too_many_parts()
 
 
 def _check_webp_length(data: bytes) -> None:
@@ -365,13 +453,13 @@ def _webp_length(data: bytes) -> int:
     return 8 + int.from_bytes(data[4:8], "little")
 
 
-def _filled_webp(data: bytes, settings: LoadSettings) -> bytes:
+def _filled_webp(data: bytes) -> bytes:
     """A cut WebP filled up with zeros, which libwebp reads at the end of its data anyway.
 
-    Not further than the largest photo would be uncompressed, whatever length a header claims.
+    Not by more than its pixels take uncompressed, whatever length the header claims.
     """
-    length = min(_webp_length(data), len(data) + 4 * settings.max_pixels)
-    return data.ljust(length, b"\0")
+    width, height = _webp_size(data)
+    return data.ljust(min(_webp_length(data), len(data) + 4 * width * height), b"\0")
 
 
 # GIF and BMP need none: Pillow itself notices where their first frame ends too early.
@@ -382,7 +470,7 @@ END_CHECKS: dict[str, Callable[[bytes], None]] = {
 }
 
 # What makes a decoder take a file that ends early; the others stop where it does.
-MENDERS: dict[str, Callable[[bytes, LoadSettings], bytes]] = {
+MENDERS: dict[str, Callable[[bytes], bytes]] = {
     "JPEG": _ended_jpeg,
     "WebP": _filled_webp,
 }
@@ -394,6 +482,12 @@ def _truncated() -> _RejectionError:
     )
 
 
+def _too_many_parts() -> _RejectionError:
+    return _RejectionError(
+        ErrorType.TOO_LARGE, f"The file has more than {MAX_PARTS:,} parts; save the photo again."
+    )
+
+
 def _corrupt(format_name: str, reason: str) -> _RejectionError:
     return _RejectionError(
         ErrorType.CORRUPT,
@@ -401,7 +495,7 @@ def _corrupt(format_name: str, reason: str) -> _RejectionError:
     )
 
 
-def _diagnosis(format_name: str, error: Exception) -> _RejectionError:
+def _diagnosis(format_name: str, error: Exception, ends_early: bool) -> _RejectionError:
     if isinstance(error, MemoryError):
         return _RejectionError(
             ErrorType.TOO_LARGE, "Decoding the photo needs more memory than is free."
@@ -410,7 +504,7 @@ def _diagnosis(format_name: str, error: Exception) -> _RejectionError:
         return _RejectionError(
             ErrorType.TOO_LARGE, "The photo has more pixels than Pillow decodes; scale it down."
         )
-    if _ran_out_of_data(error):
+    if ends_early or _ran_out_of_data(error):
         return _truncated()
     return _corrupt(format_name, str(error) or type(error).__name__)
 
@@ -443,6 +537,47 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     width, height = size
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
+    """Whether the compressed pixels of a PNG end, properly, before its last row.
+
+    Pillow takes that for a whole photo and leaves the rest zero, so that only one with such a row
+    need be unpacked again. Interlaced, the last of all rows is the last odd one.
+    """
+    width, height = image.size
+    ends = [image.crop((0, row, width, row + 1)) for row in {height - 1, max(height - 2, 0)}]
+    if all(np.asarray(end).any() for end in ends):
+        return False
+    unpacker, lacking = zlib.decompressobj(), _png_bytes(width, height, data)
+    for piece in _png_pixel_pieces(data):
+        lacking -= len(unpacker.decompress(piece))
+        if lacking <= 0:
+            return False
+    return True
+
+
+def _png_bytes(width: int, height: int, data: bytes) -> int:
+    """How long the unpacked pixels of a whole PNG are: of each row, its filter and its samples."""
+    bit_depth, colour_type, interlaced = data[24], data[25], data[28]
+    bits = bit_depth * PNG_CHANNELS[colour_type]
+    passes = PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    counts = [
+        (-(-(width - left) // across), -(-(height - top) // down))
+        for left, top, across, down in passes
+    ]
+    return sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in counts if columns > 0)
+
+
+def _png_pixel_pieces(data: bytes) -> Iterator[bytes]:
+    """The compressed pixels, in pieces so small that none unpacks to much."""
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        start, end = position + 8, position + 8 + length
+        if name == b"IDAT":
+            yield from (data[i : min(i + PNG_PIECE, end)] for i in range(start, end, PNG_PIECE))
+        position = end + 4
 
 
 def _match_transparent_colour(image: Image.Image, bit_depth: int) -> None:

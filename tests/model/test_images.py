@@ -2,14 +2,21 @@
 
 import hashlib
 import io
+import itertools
 import os
+import pickle
 import re
 import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +106,13 @@ def bgr0(*colours: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def load(tmp_path):
-    def load_bytes(data: bytes, size: int = 2, name: str = "photo.jpg") -> LoadedImage:
+    def load_bytes(
+        data: bytes, size: int = 2, name: str = "photo.jpg", **options: int | bool
+    ) -> LoadedImage:
         path = tmp_path / name
         path.write_bytes(data)
-        return load_image(path, LoadSettings(size))
+        os.utime(path, (0, 0))  # an old file, whose time needs no tick to settle
+        return load_image(path, LoadSettings(size, **options))
 
     return load_bytes
 
@@ -264,6 +274,150 @@ def test_file_without_permission_is_unreadable(tmp_path):
     assert_rejected(load_image(path, LoadSettings(2)), ErrorType.UNREADABLE)
 
 
+def test_file_that_may_not_be_read_still_has_its_size_and_time(tmp_path, monkeypatch):
+    """The refusal is scripted, because root, who runs many tests, may read any file."""
+    path = tmp_path / "secret.jpg"
+    path.write_bytes(SAMPLES["JPEG"])
+
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    loaded = load_image(path, LoadSettings(2))
+    assert "Permission denied" in assert_rejected(loaded, ErrorType.UNREADABLE).message
+    assert (loaded.file_size, loaded.sha256) == (len(SAMPLES["JPEG"]), None)
+    assert loaded.mtime_ns == path.stat().st_mtime_ns
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no such file here")
+def test_error_of_the_disk_is_unreadable(tmp_path):
+    """Nothing stands at address 0, so the kernel answers with the EIO of a broken disk."""
+    (tmp_path / "a.jpg").symlink_to("/proc/self/mem")
+    loaded = load_image(tmp_path / "a.jpg", LoadSettings(2))
+    assert "put/output error" in assert_rejected(loaded, ErrorType.UNREADABLE).message
+    assert loaded.mtime_ns is not None
+
+
+class Writer:
+    """Stands in for the pause that a fresh file is given, and writes to it in that time."""
+
+    def __init__(self, path: Path, *contents: bytes) -> None:
+        self.path, self.contents = path, list(contents)
+
+    def time_ns(self) -> int:
+        return self.path.stat().st_mtime_ns if self.path.exists() else time.time_ns()
+
+    def sleep(self, _: float) -> None:
+        if self.contents:
+            before = self.path.stat().st_mtime_ns
+            self.path.write_bytes(self.contents.pop(0))
+            os.utime(self.path, ns=(0, before + 1))
+
+
+def test_file_that_changes_once_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(SAMPLES["PNG"][:99])
+    whole = encoded(Image.fromarray(QUADRANTS), "PNG")
+    monkeypatch.setattr(images, "time", Writer(path, whole))
+    loaded = load_image(path, LoadSettings(2))
+    assert_pixels(loaded, QUADRANTS)
+    assert (loaded.file_size, loaded.sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
+    assert loaded.mtime_ns == path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("contents", [(b"ab", b"abc"), (b"xy", b""), (b"12", b"34")])
+def test_file_that_changes_twice_is_rejected_and_not_described(tmp_path, monkeypatch, contents):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"aa")
+    monkeypatch.setattr(images, "time", Writer(path, *contents))
+    loaded = load_image(path, LoadSettings(2))
+    rejection = assert_rejected(loaded, ErrorType.CHANGED)
+    assert loaded == LoadedImage(rejection)
+
+
+def test_file_that_is_deleted_when_it_is_to_be_read_again_is_missing(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"aa")
+    writer = Writer(path)
+    monkeypatch.setattr(writer, "sleep", lambda _: (path.write_bytes(b"b"), path.unlink()))
+    monkeypatch.setattr(images, "time", writer)
+    assert load_image(path, LoadSettings(2)).pixels.error_type is ErrorType.MISSING
+
+
+FLICKERING = [
+    bmp(400, 400 + number % 2, 24, bytes((number,)) * (1200 * (400 + number % 2)))
+    for number in range(8)
+]
+
+
+def load_while(write: Callable[[Path, bytes], None], path: Path) -> list[LoadedImage]:
+    """What is loaded, again and again, while a thread writes one photo after the other.
+
+    Nothing that was loaded may be described as anything that never stood in the file.
+    """
+    stop, written = threading.Event(), set()
+
+    def keep_writing() -> None:
+        for data in itertools.cycle(FLICKERING):
+            write(path, data)
+            status = path.stat()
+            sha256 = hashlib.sha256(data).hexdigest()
+            written.add((status.st_size, status.st_mtime_ns, sha256))
+            if stop.is_set():
+                return
+
+    path.write_bytes(FLICKERING[0])
+    os.utime(path, (0, 0))
+    written.add((len(FLICKERING[0]), 0, hashlib.sha256(FLICKERING[0]).hexdigest()))
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(keep_writing)
+        loaded = [load_image(path, LoadSettings(2)) for _ in range(30)]
+        stop.set()
+        writer.result()
+    loaded.append(load_image(path, LoadSettings(2)))
+    for image in loaded:
+        described = image.file_size, image.mtime_ns, image.sha256
+        assert described in written or described == (None, None, None)
+    return loaded
+
+
+def test_file_that_is_written_all_the_time_is_never_taken_in_halves(tmp_path):
+    def overwrite(path: Path, data: bytes) -> None:
+        with path.open("r+b") as file:
+            for start in range(0, len(data), 100_000):
+                file.write(data[start : start + 100_000])
+                file.flush()
+            file.truncate()
+
+    *during, after = load_while(overwrite, tmp_path / "a.bmp")
+    refused = [image for image in during if isinstance(image.pixels, Rejection)]
+    assert refused
+    for image in refused:
+        assert_rejected(image, ErrorType.CHANGED)
+    assert isinstance(after.pixels, np.ndarray)
+
+
+def test_file_that_is_replaced_whole_is_always_read(tmp_path):
+    def replace(path: Path, data: bytes) -> None:
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        part.replace(path)
+
+    for image in load_while(replace, tmp_path / "a.bmp"):
+        assert isinstance(image.pixels, np.ndarray)
+
+
+def test_file_that_vanishes_and_returns_is_missing_or_whole(tmp_path):
+    def vanish(path: Path, data: bytes) -> None:
+        path.unlink()
+        path.with_suffix(".part").write_bytes(data)
+        path.with_suffix(".part").rename(path)
+
+    for image in load_while(vanish, tmp_path / "a.bmp"):
+        if isinstance(image.pixels, Rejection):
+            assert_rejected(image, ErrorType.MISSING)
+
+
 def test_empty_file(load):
     loaded = load(b"")
     assert_rejected(loaded, ErrorType.EMPTY)
@@ -296,8 +450,8 @@ def test_cut_file_is_truncated_or_whole_in_its_first_frame(load, name):
             np.testing.assert_array_equal(loaded.pixels, whole)
 
 
-@pytest.mark.parametrize("fill", [b"\xff", b"\xff\xff\xff"])
-def test_fill_bytes_before_a_jpeg_marker_are_skipped(load, fill):
+@pytest.mark.parametrize("fill", [b"\xff", b"\xff\xff\xff", b"\xff\0"])
+def test_fill_bytes_and_escaped_ones_before_a_jpeg_marker_are_skipped(load, fill):
     data = SAMPLES["JPEG"]
     tables = data.index(b"\xff\xdb")
     filled = load(data[:tables] + fill + data[tables:]).pixels
@@ -327,6 +481,41 @@ def test_huge_png_chunk_is_refused_without_being_allocated(load, kind):
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
     loaded = load(head + struct.pack(">I", 0x7FFFFFFF) + kind + bytes(16))
     assert_rejected(loaded, ErrorType.TRUNCATED)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 62, 63])
+def test_png_whose_pixels_end_before_its_last_row_is_truncated(load, rows):
+    """All its checksums are right, and Pillow makes the rest up: it leaves it black."""
+    data = png(4, 64, 8, 2, (b"\0" + b"\x80" * 12) * rows)
+    assert_rejected(load(data), ErrorType.TRUNCATED)
+    accepted = load(data, size=64, accept_truncated=True)
+    assert accepted.note is not None
+    assert accepted.pixels.any(axis=(1, 2)).sum() == rows
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 8), (64, 5)])
+def test_photo_that_is_black_to_its_end_is_whole(load, mode, size):
+    assert isinstance(load(encoded(Image.new(mode, size), "PNG")).pixels, np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("size", "passes"),
+    [
+        ((1, 1), (2,)),
+        ((3, 2), (2, 2, 2, 4)),
+        ((8, 8), (2, 2, 3, 2 * 3, 2 * 5, 4 * 5, 4 * 9)),
+        ((8, 9), (2 * 2, 2 * 2, 3, 3 * 3, 2 * 5, 5 * 5, 4 * 9)),
+    ],
+)
+def test_interlaced_photo_that_is_black_is_whole(load, size, passes):
+    """`passes` are their lengths in bytes: of each row, its filter and its pixels."""
+    for lacking in (0, 1):
+        data = png(*size, 8, 0, bytes(sum(passes) - lacking))
+        interlaced = bytearray(data[16:29])
+        interlaced[12] = 1
+        data = data[:8] + chunk(b"IHDR", bytes(interlaced)) + data[33:]
+        assert isinstance(load(data).pixels, Rejection) == bool(lacking)
 
 
 def test_truncated_rle_bmp(load):
@@ -377,6 +566,13 @@ BOMBS = {
     "GIF of 65535 x 65535": gif_header(65_535, 65_535)
     + struct.pack("<HHHHB", 0, 0, 1, 1, 0)
     + b"\2\2L\1\0;",
+    "GIF whose frame is to be wiped": gif_header(1, 1)[:-1]
+    + b"!\xf9\4\x08\0\0\0\0,"
+    + struct.pack("<HHHHB", 0, 0, 13_000, 13_000, 0)
+    + b"\2\2L\1\0;",
+    "WebP of 13001 x 13001": b"RIFF\x16\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xc8\x32\0" * 2,
+    "lossless WebP of 16384 x 16384": b"RIFF\x16\0\0\0WEBPVP8L\n\0\0\0/\xff\xff\xff\x0f" + bytes(5),
+    "lossy WebP of 16383 x 16383": b"RIFF\x16\0\0\0WEBPVP8 \n\0\0\0\x10\2\0\x9d\1*\xff\x3f\xff\x3f",
     "GIF with a frame larger than its canvas": gif_header(1, 1)
     + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0)
     + b"\2\2L\1\0;",
@@ -386,6 +582,136 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bomb_is_refused_by_its_header(load, name):
     assert_rejected(load(BOMBS[name]), ErrorType.TOO_LARGE)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_limit_of_pixels_is_a_setting(load, name):
+    loaded = load(SAMPLES[name], max_pixels=96 * 64 - 1)
+    rejection = assert_rejected(loaded, ErrorType.TOO_LARGE)
+    assert "96 x 64 pixels; up to 6,143 are decoded" in rejection.message
+    assert isinstance(load(SAMPLES[name], max_pixels=96 * 64).pixels, np.ndarray)
+
+
+def test_how_to_load_can_be_sent_to_another_process(tmp_path):
+    load = partial(load_image, settings=LoadSettings(2, accept_truncated=True))
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(QUADRANTS), "PNG"))
+    assert_pixels(pickle.loads(pickle.dumps(load))(tmp_path / "a.png"), QUADRANTS)
+
+
+def after(start: bytes, data: bytes, inserted: bytes) -> bytes:
+    position = data.index(start) + len(start)
+    return data[:position] + inserted + data[position:]
+
+
+GIF_TABLES = SAMPLES["GIF"][: 13 + 768]
+PNG_START = SAMPLES["PNG"][:33]
+FLOODS = {
+    "fill bytes of a JPEG": after(b"\xff\xd8", SAMPLES["JPEG"], b"\xff" * 700_000),
+    "empty segments of a JPEG": after(b"\xff\xd8", SAMPLES["JPEG"], b"\xff\xe1\0\2" * 300_000),
+    "escaped bytes of a JPEG": after(b"\xff\xd8", SAMPLES["JPEG"], b"\xff\0" * 700_000),
+    "empty chunks of a PNG": after(PNG_START, SAMPLES["PNG"], chunk(b"abCd", b"") * 210_000),
+    "empty pixel chunks of a PNG": after(PNG_START, SAMPLES["PNG"], chunk(b"IDAT", b"") * 210_000),
+    "comments of a GIF": after(GIF_TABLES, SAMPLES["GIF"], b"!\xfe\1a\0" * 300_000),
+    "a comment of a GIF": after(GIF_TABLES, SAMPLES["GIF"], b"!\xfe" + b"\1a" * 700_000 + b"\0"),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_flood_of_parts_is_refused_before_it_takes_time_and_memory(load, name):
+    """Pillow walks them in Python and keeps them: a gigabyte took minutes and 45 gigabytes."""
+    tracemalloc.start()
+    loaded = load(FLOODS[name])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert_rejected(loaded, ErrorType.TOO_LARGE)
+    assert peak < 50_000_000
+
+
+def test_many_parts_are_no_flood(load):
+    data = after(PNG_START, SAMPLES["PNG"], chunk(b"tEXt", b"a\0b") * 2000)
+    np.testing.assert_array_equal(load(data).pixels, load(SAMPLES["PNG"]).pixels)
+
+
+LARGE = texture(224, 224)
+WHOLE = {
+    "JPEG": encoded(LARGE, "JPEG", quality=95),
+    "progressive JPEG": encoded(LARGE, "JPEG", quality=95, progressive=True),
+    "PNG": encoded(LARGE, "PNG"),
+    "palette PNG": encoded(LARGE.convert("P"), "PNG"),
+    "BMP": encoded(LARGE, "BMP"),
+    "GIF": encoded(LARGE.convert("P"), "GIF"),
+    "WebP": encoded(LARGE, "WEBP", quality=95),
+    "lossless WebP": encoded(LARGE, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("percent", [60, 80, 95])
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_there_is_of_a_cut_file_is_accepted_on_request(load, name, percent):
+    data = WHOLE[name][: len(WHOLE[name]) * percent // 100]
+    assert_rejected(load(data, size=224), ErrorType.TRUNCATED)
+    loaded = load(data, size=224, accept_truncated=True)
+    assert isinstance(loaded.pixels, np.ndarray)
+    assert loaded.note is not None
+    assert loaded.note.error_type is ErrorType.TRUNCATED
+    assert (loaded.width, loaded.height, loaded.file_size) == (224, 224, len(data))
+    whole = load(WHOLE[name], size=224)
+    assert whole.note is None
+    wrong = np.abs(loaded.pixels.astype(int) - whole.pixels).mean(axis=(1, 2))
+    assert np.mean(wrong < 6) > percent / 100 - 0.3
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_cut_gives_pixels_and_a_note_or_a_rejection(load, name):
+    data = SAMPLES[name]
+    whole = load(data, size=32).pixels
+    for cut in range(16, len(data), len(data) // 60):
+        loaded = load(data[:cut], size=32, accept_truncated=True)
+        if isinstance(loaded.pixels, Rejection):
+            assert_rejected(loaded, ErrorType.TRUNCATED)
+            assert loaded.note is None
+        elif loaded.note is None:
+            np.testing.assert_array_equal(loaded.pixels, whole)
+
+
+NOTHING_OF_IT = {
+    "JPEG": SAMPLES["JPEG"][: SAMPLES["JPEG"].index(b"\xff\xda")],
+    "PNG": SAMPLES["PNG"][: SAMPLES["PNG"].index(b"IDAT") + 4],
+    "BMP": SAMPLES["BMP"][:54],
+    "GIF": SAMPLES["GIF"][: 13 + 768],
+    "WebP": SAMPLES["WebP"][:20],
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_OF_IT)
+def test_file_that_ends_before_its_first_pixel_is_refused_all_the_same(load, name):
+    assert_rejected(load(NOTHING_OF_IT[name], accept_truncated=True), ErrorType.TRUNCATED)
+
+
+def test_damage_is_not_accepted_with_truncation(load):
+    data = bytearray(SAMPLES["PNG"])
+    data[200] ^= 1
+    assert_rejected(load(bytes(data), accept_truncated=True), ErrorType.CORRUPT)
+
+
+def test_length_that_a_cut_webp_claims_is_not_allocated(load):
+    data = SAMPLES["lossless WebP"]
+    claims = data[:4] + b"\xf0\xff\xff\xff" + data[8:16] + b"\xe0\xff\xff\xff" + data[20:4000]
+    tracemalloc.start()
+    load(claims, accept_truncated=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_accepting_cut_files_in_one_thread_accepts_none_in_another(tmp_path):
+    """Pillow's own switch, `LOAD_TRUNCATED_IMAGES`, would."""
+    path = tmp_path / "a.png"
+    path.write_bytes(WHOLE["PNG"][:-5000])
+    with ThreadPoolExecutor(4) as pool:
+        accepts = [number % 2 == 0 for number in range(60)]
+        loaded = pool.map(lambda a: load_image(path, LoadSettings(8, accept_truncated=a)), accepts)
+        assert [isinstance(image.pixels, np.ndarray) for image in loaded] == accepts
 
 
 def test_photo_above_pillows_own_warning_level_is_decoded_in_silence(tmp_path):

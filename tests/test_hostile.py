@@ -1,0 +1,212 @@
+"""`batchcap run`, as a user runs it, over a folder full of what no photo should be."""
+
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hostile_files import encoded, make_hostile_tree, photo
+
+MOST_MEMORY_MIB = 500
+TIME_LIMIT_S = 60
+# The child's own peak: what the kernel tells a parent counts the parent's memory in.
+PROGRAM = """
+from pathlib import Path
+import os, sys
+try:
+    from batchcap.cli import main
+    main()
+finally:
+    status = Path("/proc/self/status")
+    if status.exists():
+        Path(os.environ["PEAK_FILE"]).write_text(status.read_text())
+"""
+
+
+@dataclass
+class Ran:
+    """A finished run: its file, its words, its peak of memory in MiB (0 where not known)."""
+
+    output: Path
+    code: int
+    stdout: str
+    stderr: str
+    peak_mib: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.output, page_checksum_verification=True).to_pylist()
+
+
+def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> Ran:
+    """Run the program in a process of its own, and `meddle` again and again once it has begun."""
+    output, peak = place / "captions.parquet", place / "peak"
+    stdout, stderr = place / "stdout", place / "stderr"
+    command = [sys.executable, "-c", PROGRAM, "run", str(source), str(output), "--batch-size", "8"]
+    with stdout.open("wb") as out, stderr.open("wb") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, env=os.environ | {"PEAK_FILE": str(peak)}
+        )
+    deadline = time.monotonic() + TIME_LIMIT_S
+    try:
+        while meddle and process.poll() is None and time.monotonic() < deadline:
+            if stderr.stat().st_size:  # it says so when the folder has been listed
+                meddle()
+            time.sleep(0.01)
+        process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        process.kill()
+    lines = peak.read_text().splitlines() if peak.exists() else []
+    high_water = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    said = stdout.read_text("utf-8"), stderr.read_text("utf-8")
+    return Ran(output, process.returncode, *said, sum(high_water) / 1024)
+
+
+@dataclass
+class Hostile:
+    """The hostile tree with the five photos in it, what is expected, and what came of it."""
+
+    expected: dict[str, str]
+    ran: Ran
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Hostile:
+    folder = tmp_path_factory.mktemp("hostile") / "tree"
+    expected = make_hostile_tree(folder)
+    shutil.copytree(photos_folder, folder / "photos")
+    expected |= {
+        path.relative_to(folder).as_posix(): "ok" for path in (folder / "photos").rglob("*.jpg")
+    }
+    return Hostile(expected, run(folder, tmp_path_factory.mktemp("output")))
+
+
+def test_the_tree_is_hostile_enough(hostile: Hostile) -> None:
+    reasons = Counter(hostile.expected.values())
+    assert reasons.total() - reasons["ok"] >= 300
+    assert reasons["ok"] >= 60
+    assert set(reasons) >= {
+        *("missing", "not_a_file", "unreadable", "empty", "unsupported_format"),
+        *("too_large", "truncated", "corrupt"),
+    }
+
+
+def test_every_file_has_one_row_that_says_what_it_is(hostile: Hostile) -> None:
+    assert hostile.ran.code == 0, hostile.ran.stderr
+    rows = hostile.ran.rows()
+    found = {row["image_id"]: row["error_type"] or row["status"] for row in rows}
+    wrong = {
+        image_id: (reason, found.get(image_id))
+        for image_id, reason in hostile.expected.items()
+        if found.get(image_id) != reason
+    }
+    assert wrong == {}
+    assert sorted(row["image_id"] for row in rows) == sorted(hostile.expected)
+    for row in rows:
+        assert (row["status"] == "ok") == (row["caption"] is not None)
+        assert (row["status"] == "ok") == (row["error_message"] is None)
+
+
+def test_found_is_captioned_and_failed(hostile: Hostile) -> None:
+    reasons = Counter(hostile.expected.values())
+    captioned, found = reasons["ok"], reasons.total()
+    said = f"{found} found, {captioned} captioned, {found - captioned} failed ("
+    assert said in hostile.ran.stdout
+
+
+def test_nothing_that_a_terminal_obeys_and_no_traceback_is_printed(hostile: Hostile) -> None:
+    for text in (hostile.ran.stdout, hostile.ran.stderr):
+        assert "Traceback" not in text
+        for char in text.replace("\n", ""):
+            assert unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs"), ascii(text)
+    assert len(hostile.ran.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Ran:
+    return run(photos_folder, tmp_path_factory.mktemp("alone"))
+
+
+def test_bad_files_cost_little_memory(hostile: Hostile, alone: Ran) -> None:
+    if alone.peak_mib == 0:
+        pytest.skip("this system does not tell a process's peak of memory")
+    assert hostile.ran.peak_mib - alone.peak_mib <= MOST_MEMORY_MIB
+
+
+def test_captions_among_bad_files_are_those_of_the_photos_alone(
+    hostile: Hostile, alone: Ran
+) -> None:
+    captions = {row["image_id"]: row["caption"] for row in alone.rows()}
+    among = {row["image_id"]: row["caption"] for row in hostile.ran.rows()}
+    assert len(captions) == 5
+    assert {name: among[f"photos/{name}"] for name in captions} == captions
+
+
+def test_every_reader_reads_every_name(hostile: Hostile) -> None:
+    ids = [row["image_id"] for row in hostile.ran.rows()]
+    assert ids == sorted(ids)
+    assert pd.read_parquet(hostile.ran.output)["image_id"].tolist() == ids
+    found = duckdb.execute(
+        "select image_id from read_parquet(?, file_row_number = true) order by file_row_number",
+        [str(hostile.ran.output)],
+    )
+    assert [row[0] for row in found.fetchall()] == ids
+
+
+def test_files_that_vanish_and_change_during_the_run_leave_one_row_each(tmp_path: Path) -> None:
+    """Deleted, cut, replaced and overwritten under the program, from its start to its end."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    versions = [encoded(photo(seed), "JPEG") for seed in range(4)]
+    paths = [folder / f"{number:03}.jpg" for number in range(400)]
+    for path in paths:
+        path.write_bytes(versions[0])
+    rounds = itertools.cycle(versions)
+
+    def meddle() -> None:
+        data = next(rounds)
+        for number, path in enumerate(paths):
+            _meddle_with(path, number % 5, data)
+
+    ran = run(folder, tmp_path, meddle)
+    assert ran.code == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    rows = ran.rows()
+    assert [row["image_id"] for row in rows] == [path.name for path in paths]
+    reasons = Counter(row["error_type"] or "ok" for row in rows)
+    assert set(reasons) <= {"ok", "missing", "changed", "truncated", "empty"}, reasons
+    assert len(reasons) > 1
+    whole = {hashlib.sha256(data).hexdigest() for data in versions}
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["sha256"] in whole
+        if row["error_type"] in ("missing", "changed"):
+            assert row["sha256"] is row["file_size"] is row["mtime_ns"] is None
+
+
+def _meddle_with(path: Path, how: int, data: bytes) -> None:
+    if how == 0 and path.exists():
+        path.unlink()
+    elif how == 1:
+        path.with_suffix(".part").write_bytes(data)
+        path.with_suffix(".part").replace(path)
+    elif how in (0, 2):
+        path.write_bytes(data)
+    elif how == 3:
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        with path.open("r+b") as file:
+            file.write(data)
+            file.truncate()
