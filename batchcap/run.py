@@ -126,14 +126,17 @@ class _Captioning:
         self.decode_settings = decode_settings
         self.listed: int | None = None
         self.reused: set[str] = set()  # SHA-256 sums
+        self.is_committing = False
 
     def run(self) -> None:
         """Caption what needs it until there is no more, or a signal comes."""
         with watching(self.settings.stall_timeout, self._say_last_words) as watchdog:
             refs = self.inventory.unfinished(lambda: self._goes_on(watchdog))
             first = list(islice(refs, self.settings.batch_size))
+            if self.stop():
+                return
             self.inventory.check_any()
-            if first and not self.stop():
+            if first:
                 self._check_room(len(first))
                 threading.Thread(target=self._count, daemon=True).start()
                 self._caption(first, refs, watchdog)
@@ -199,15 +202,19 @@ class _Captioning:
                     self._count_rows(rows)
                     bar.total = self.listed and self.listed - self.summary.already_done
                     bar.update(len(rows))
-            except Stopped:  # out of time, or for the second time: then nothing more is written
-                if not self.stop.insisted:
+            except Stopped:
+                # Out of time. Not where somebody insisted, nor where a commit was interrupted,
+                # whose rows may have got there.
+                if not self.stop.insisted and not self.is_committing:
                     self._commit()
                 raise
             self._commit()
 
     def _commit(self) -> None:
         rows = self.folder.pending
+        self.is_committing = True
         self.folder.commit()
+        self.is_committing = False
         log_event(log, "committed", f"{rows} rows committed", logging.DEBUG, rows=rows)
 
     def _count_rows(self, rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ from batchcap.inputs import ImageRef, printable
 
 EXIT_CODE = 1
 GRACE_S = 10.0  # after which C code ends a process in which Python can't
+ARMED_S = 1.0  # it starts a thread each time
 SHOWN = 20
 
 log = logging.getLogger(__name__)
@@ -24,13 +25,15 @@ class Watchdog:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
-        self._last = time.monotonic()
+        self._last = self._armed = 0.0
         self.progress()
 
     def progress(self) -> None:
         """Start waiting anew."""
         self._last = time.monotonic()
-        faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
+        if self._last - self._armed > ARMED_S:
+            faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
+            self._armed = self._last
 
     def in_flight(self, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
         """Pass images on; each is in flight until it has landed."""
