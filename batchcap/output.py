@@ -114,13 +114,12 @@ class CaptionFolder:
     def __init__(
         self,
         layout: Layout,
-        identity: Mapping[str, str],
+        metadata: dict[str, str],
         files: list[RowFile],
         index: RowIndex,
         overwrite: bool,
     ) -> None:
-        self.layout, self.index = layout, index
-        self.metadata = dict(identity)
+        self.layout, self.metadata, self.index = layout, metadata, index
         self.committed = 0
         self._files = files  # those of the index first, in its order
         self._overwrite = overwrite
@@ -302,7 +301,7 @@ def open_captions(
         with saying_where(layout.output):
             _remove_leftovers(layout)
         paths = existing_rows(layout, on_existing)
-        check_identity(layout.output, paths, identity)
+        metadata = check_identity(layout.output, paths, identity)
         files, entries = [], []
         for path in paths:
             try:
@@ -311,7 +310,7 @@ def open_captions(
             except DamagedError as error:
                 _set_aside(path, error)
         overwrite = on_existing is OnExisting.OVERWRITE
-        yield CaptionFolder(layout, identity, files, RowIndex(entries), overwrite)
+        yield CaptionFolder(layout, metadata, files, RowIndex(entries), overwrite)
 
 
 def _check_writable(folder: Path) -> None:
@@ -341,13 +340,18 @@ def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
     return [] if on_existing is OnExisting.OVERWRITE else files
 
 
-def check_identity(output: Path, files: Iterable[Path], identity: Mapping[str, str]) -> None:
+def check_identity(
+    output: Path, files: Iterable[Path], identity: Mapping[str, str]
+) -> dict[str, str]:
     """See that rows are of the same model and settings as those to come.
+
+    Returns what the newest rows say of themselves, as far as these settings don't.
 
     Raises:
         OtherOutputError: they are not; says what differs.
         OutputError: a file is not of batchcap.
     """
+    found: dict[str, str] = {}
     for path in files:
         with suppress(DamagedError):  # for the reader of the rows to meet
             found = read_file_metadata(path)
@@ -358,6 +362,7 @@ def check_identity(output: Path, files: Iterable[Path], identity: Mapping[str, s
                         f"{output} has rows of another {name} ({there}) than what is asked for "
                         f"({asked}): {WAYS_OUT}"
                     )
+    return {**found, **identity}
 
 
 def _differing(there: str, asked: str) -> tuple[str, str]:

@@ -160,6 +160,7 @@ class _Captioning:
             from batchcap.model.captioner import load_captioner
 
             self.folder.metadata["batchcap.runtime"] = execution.runtime
+            self.summary.metadata["batchcap.runtime"] = execution.runtime
             self._log_start(first[0], execution)
             # Compiling takes seconds, which a single batch would not win back.
             is_long = len(first) == settings.batch_size

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from batchcap.contracts import ErrorType, LoadedImage, Rejection
-from batchcap.model import images
+from batchcap.model import formats, images
 from batchcap.model.images import LoadSettings, load_image
 
 RED, GREEN, BLUE, WHITE, BLACK = (
@@ -538,7 +538,7 @@ def test_flipped_bytes_never_raise(tmp_path_factory, name, flips):
 
 
 @settings(max_examples=150, deadline=None)
-@given(signature=st.sampled_from(images.SIGNATURES), garbage=st.binary(max_size=300))
+@given(signature=st.sampled_from(formats.SIGNATURES), garbage=st.binary(max_size=300))
 def test_garbage_behind_a_signature_never_raises(tmp_path_factory, signature, garbage):
     offset, magic, _ = signature
     path = tmp_path_factory.getbasetemp() / "garbage"
