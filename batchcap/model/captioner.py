@@ -22,6 +22,7 @@ from batchcap.model.config import (
     CONFIG_FILE,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
+    DecoderConfig,
     DecodeSettings,
     ModelConfig,
     fingerprint,
@@ -175,12 +176,35 @@ def load_captioner(
         )
     execution = execution or Execution()
     precision = execution.precision
+    weights = read_weights(directory)
+    _check_sizes(config.decoder, weights, directory / CONFIG_FILE)
     backbone, decoder = _build_networks(config, precision, directory / CONFIG_FILE)
-    set_weights(backbone, decoder, read_weights(directory), str(directory / WEIGHTS_FILE))
+    set_weights(backbone, decoder, weights, str(directory / WEIGHTS_FILE))
     extract = None
     if execution.runtime is Runtime.OPENVINO:
         extract = openvino_extractor(backbone, config.backbone, precision, fingerprint(directory))
     return Captioner(config, vocabulary, backbone, decoder, extract, compiled)
+
+
+def _check_sizes(config: DecoderConfig, weights: Weights, source: Path) -> None:
+    """See that the network to be built is no larger than its weights, which are there already."""
+    width = config.heads * config.key_size
+    last_layer = f"decoder/layer_{config.layers - 1}"
+    expected = {
+        "vocabulary_size": ("decoder/words/embeddings", (config.vocabulary_size, config.units)),
+        "max_length": ("decoder/positions/embeddings", (config.max_length, config.units)),
+        "key_size": (f"{last_layer}/self_attention/query/kernel", (config.units, width)),
+        "feature_size": (f"{last_layer}/cross_attention/key/kernel", (config.feature_size, width)),
+    }
+    if config.layers > len(weights):
+        raise ModelError(f"{source}: decoder.layers: {config.layers}, but the weights have fewer")
+    for field, (name, shape) in expected.items():
+        found = weights[name].shape if name in weights else "not there"
+        if found != shape:
+            raise ModelError(
+                f"{source}: decoder.{field}: it wants {name} to be {shape}, but {WEIGHTS_FILE} "
+                f"says {found}"
+            )
 
 
 def _build_networks(

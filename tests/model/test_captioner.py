@@ -413,6 +413,17 @@ def test_config_that_is_no_json_object_is_refused(model, content):
     assert_refused(model, CONFIG_FILE)
 
 
+@pytest.mark.parametrize(
+    "field", ["max_length", "units", "layers", "heads", "key_size", "feature_size"]
+)
+def test_sizes_beyond_the_weights_are_refused_before_anything_is_allocated(model, field):
+    """A foreign config.json with huge sizes ran the machine out of memory."""
+    config = json.loads((model / CONFIG_FILE).read_text())
+    config["decoder"][field] = 10**9
+    (model / CONFIG_FILE).write_text(json.dumps(config))
+    assert_refused(model, CONFIG_FILE, "decoder.", WEIGHTS_FILE if field != "layers" else field)
+
+
 def section_and_key(config: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
     *sections, key = field.split(".")
     return reduce(dict.__getitem__, sections, config), key
