@@ -166,9 +166,10 @@ class CaptionFolder:
     def reusable(self, sha256: str) -> Row | None:
         """The caption of a photo of these bytes, if one had been captioned before this run."""
         for place in self.index.places_of(sha256):
-            table, row_of = self._captions(place)
-            if sha256 in row_of:
-                return table.slice(row_of[sha256], 1).to_pylist()[0]
+            with suppress(DamagedError):  # since the run began: then the model sees the photo
+                table, row_of = self._captions(place)
+                if sha256 in row_of:
+                    return table.slice(row_of[sha256], 1).to_pylist()[0]
         return None
 
     def prune(self) -> int:

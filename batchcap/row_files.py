@@ -72,8 +72,16 @@ def read_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def read_group(path: Path, group: int) -> pa.Table:
-    """One row group of a file that `read_groups` has found whole."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    """One row group of a file that `read_groups` has found whole.
+
+    Raises:
+        DamagedError: it is not as it was any more.
+        OutputError: it can't be opened.
+    """
+    with (
+        _noticing_damage(path),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
         return file.read_row_group(group)
 
 

@@ -429,6 +429,15 @@ def test_captions_are_found_in_each_row_group_of_a_rewritten_file(file):
         assert captions.reusable(sum_of(1)) is None
 
 
+def test_captions_of_a_file_that_was_damaged_meanwhile_are_not_reused(folder):
+    """It ended the run, though the model could caption the photo."""
+    run(folder, [captioned_row(1, "dog")])
+    with opened(folder) as captions:
+        part = folder.output / "part-000001.parquet"
+        part.write_bytes(part.read_bytes()[:-20])
+        assert captions.reusable(sum_of("dog")) is None
+
+
 def test_a_failure_to_clear_up_says_what_to_do(file, monkeypatch):
     """It was a bare OSError: a traceback, though all rows were in place."""
     stop_before_the_end(file, [captioned_row(1)])
@@ -699,6 +708,37 @@ def test_a_failure_at_each_change_of_names_is_made_good_by_the_next_run(name, ki
                 assert not failed
                 assert number > 8
                 return
+    finally:
+        disk.close()
+    pytest.fail("there is no end to the changes")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_a_failure_while_replacing_an_output_leaves_no_mixture(name, killed, tmp_path):
+    """Rows of the old output and of the new one would be of two models."""
+    disk, other = Disk(), {"batchcap.model": "def"}
+    try:
+        for number in range(100):
+            layout = Layout(tmp_path / str(number) / name)
+            layout.output.parent.mkdir()
+            run(layout, [captioned_row(1, "old")], [captioned_row(2, "old")])
+            disk.countdown, disk.killed = number, killed
+            with suppress(OutputError, _Killed), opened(layout, OVERWRITE, **other) as captions:
+                captions.append([captioned_row(1, "new")])
+                captions.commit()
+                captions.append([captioned_row(2, "new")])
+                captions.finish()
+            undisturbed = disk.countdown is not None
+            disk.countdown, disk.dead = None, False
+            assert len({row["caption"] for row in rows_of(layout)}) <= 1
+            if undisturbed:
+                assert number > 8
+                return
+            with opened(layout, OVERWRITE, **other) as captions:
+                captions.append([captioned_row(1, "end"), captioned_row(2, "end")])
+                captions.finish()
+            assert [row["caption"] for row in rows_of(layout)] == ["一只end"] * 2
     finally:
         disk.close()
     pytest.fail("there is no end to the changes")
