@@ -482,9 +482,10 @@ class Disk:
         self._stack.callback(patch.undo)
         for owner, name in (
             *((Path, name) for name in ("replace", "rename", "mkdir", "unlink")),
-            *((os, name) for name in ("link", "fsync")),
+            (os, "link"),
         ):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
+        patch.setattr(os, "fsync", self._counted(lambda _descriptor: None))  # quickly
         patch.setattr("shutil.rmtree", self._counted(shutil.rmtree))
         patch.setattr("shutil.copyfile", self._counted(shutil.copyfile))
 

@@ -10,14 +10,14 @@ START = """
 import re, sys, time
 from batchcap import watchdog
 from batchcap.inputs import ImageRef
-watchdog.GRACE_S = 1.0
+watchdog.GRACE_S = 0.5
 def last_words(message):
     print("last words:", message, file=sys.stderr)
 def refs(count):
     return [ImageRef(f"{n}.jpg", f"/photos/{n}.jpg") for n in range(count)]
 def stand_still():
     time.sleep(60)
-with watchdog.watching(1, last_words) as watching:
+with watchdog.watching(0.5, last_words) as watching:
 """
 
 
@@ -39,7 +39,7 @@ stand_still()""")
     assert "in stand_still" in run.stderr
     assert run.stderr.count("most recent call first") >= 2  # of all threads
     assert run.stderr.endswith(
-        "last words: nothing has moved for 1 s; in flight: 0.jpg, 2.jpg; what was committed is "
+        "last words: nothing has moved for 0.5 s; in flight: 0.jpg, 2.jpg; what was committed is "
         "safe: run again, without these files if it happens again\n"
     )
 
@@ -57,16 +57,16 @@ def test_nothing_in_flight_is_said():
 
 def test_progress_keeps_a_run_alive():
     run = ended("""for _ in range(20):
-    time.sleep(0.1)
+    time.sleep(0.06)
     watching.progress()
 watching.landed([])
-time.sleep(0.5)""")
+time.sleep(0.2)""")
     assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_nothing_is_watched_after_the_block():
     command = script("pass")
-    command[-1] += "time.sleep(2.6)\n"
+    command[-1] += "time.sleep(1.3)\n"
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     assert (run.returncode, run.stderr) == (0, "")
 
