@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from batchcap.contracts import ErrorType, LoadedImage, Rejection
 Load = Callable[[str], LoadedImage]
 
 TRIES = 2
+STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -36,7 +39,8 @@ class _Reader:
     def __init__(self, load: Load) -> None:
         self._connection, theirs = PROCESSES.Pipe()
         self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
-        self._process.start()
+        with _signals_blocked():
+            self._process.start()
         theirs.close()
 
     def load(self, path: str, timeout_s: float) -> LoadedImage:
@@ -49,8 +53,12 @@ class _Reader:
             self._process.join(timeout=10)
             raise _DiedError(_ending(self._process.exitcode)) from error
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        """May be called while another thread loads: that one is told that the process died."""
         self._process.kill()
+
+    def stop(self) -> None:
+        self.kill()
         self._process.join()
         self._connection.close()
 
@@ -60,22 +68,29 @@ class Readers:
 
     def __init__(self, load: Load, count: int, timeout_s: float) -> None:
         self._load, self._timeout_s = load, timeout_s
-        self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Reader | None] = queue.SimpleQueue()  # None: no more
+        self._changing = threading.Lock()
+        self._alive: set[_Reader] = set()
+        self._stopped = False
         for _ in range(count):
-            self._idle.put(_Reader(load))
+            self._idle.put(self._start())
 
     def __call__(self, path: str) -> LoadedImage:
-        """Load one photo; raises nothing, whatever the file does."""
+        """Load one photo, whatever the file does.
+
+        Raises:
+            RuntimeError: the readers have been stopped.
+        """
         reader = self._idle.get()
         try:
             for _ in range(TRIES):
+                if reader is None:
+                    raise RuntimeError(STOPPED)
                 try:
                     return reader.load(path, self._timeout_s)
                 except _DiedError as death:
-                    log.warning("a reader of photos %s on %r; starting another", death, path)
-                    reader.stop()
-                    reader = _Reader(self._load)
                     how = str(death)
+                    reader = self._replace(reader, f"{how} on {path!r}")
         finally:
             self._idle.put(reader)
         return LoadedImage(
@@ -87,9 +102,31 @@ class Readers:
 
     def stop(self) -> None:
         """End the processes, whatever they are at."""
+        with self._changing:
+            self._stopped = True
+            for started in self._alive:
+                started.kill()
+        self._idle.put(None)
         with contextlib.suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().stop()
+            while (reader := self._idle.get_nowait()) is not None:
+                reader.stop()
+        self._idle.put(None)  # for the next thread that asks; each passes it on
+
+    def _start(self) -> _Reader | None:
+        with self._changing:
+            if self._stopped:
+                return None
+            reader = _Reader(self._load)
+            self._alive.add(reader)
+            return reader
+
+    def _replace(self, reader: _Reader, what_happened: str) -> _Reader | None:
+        if not self._stopped:
+            log.warning("a reader of photos %s; starting another", what_happened)
+        with self._changing:
+            self._alive.discard(reader)
+        reader.stop()
+        return self._start()
 
 
 @contextmanager
@@ -106,10 +143,8 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
 
 
 def _serve(connection: Connection, load: Load) -> None:
-    # The run decides when to end, and closes the connection: terminals and systemd signal us too.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     _be_first_to_go()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:
             connection.send(load(connection.recv()))
@@ -119,6 +154,30 @@ def _be_first_to_go() -> None:
     """Where memory runs out, Linux is to kill the reader of a huge photo and not the run."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started in the block get none of the signals that end a run.
+
+    Terminals and service managers send them to all processes, but the run decides when to end.
+    """
+    resource_tracker.ensure_running()  # before, since it unblocks signals
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_run() -> None:
+    """A run that is killed closes the connection, which a reader that hangs would not notice."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
 
 
 def _ending(exit_code: int | None) -> str:

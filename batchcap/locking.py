@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from batchcap.contracts import LockedError, OutputError
@@ -24,8 +24,13 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: `_acquire` notices
-        os.close(descriptor)
+        try:
+            # While it is held: `_acquire` notices. A file that stays does no harm.
+            with suppress(OSError):
+                if _is_still(path, descriptor):
+                    path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:

@@ -56,6 +56,7 @@ CAPTION_COLUMNS = (
     *("attention", "attention_map"),
 )
 FIRST_PART = "part-000000.parquet"  # what the output was before
+PARTS = f"part-{'[0-9]' * 6}.parquet"
 MANIFEST = "_manifest.json"
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
@@ -96,7 +97,7 @@ class Layout:
     def row_files(self) -> list[Path]:
         """The files that hold the rows so far, oldest first."""
         if self.parts.is_dir():
-            return sorted(self.parts.glob("part-*.parquet"))
+            return sorted(self.parts.glob(PARTS))
         return [self.output] if self.is_file and self.output.exists() else []
 
 
@@ -165,9 +166,10 @@ class CaptionFolder:
     def reusable(self, sha256: str) -> Row | None:
         """The caption of a photo of these bytes, if one had been captioned before this run."""
         for place in self.index.places_of(sha256):
-            table, row_of = self._captions(place)
-            if sha256 in row_of:
-                return table.slice(row_of[sha256], 1).to_pylist()[0]
+            with suppress(DamagedError):  # since the run began: then the model sees the photo
+                table, row_of = self._captions(place)
+                if sha256 in row_of:
+                    return table.slice(row_of[sha256], 1).to_pylist()[0]
         return None
 
     def prune(self) -> int:
@@ -191,20 +193,35 @@ class CaptionFolder:
         """
         self.commit()
         layout = self.layout
+        if not self._begun and not self._overwrite and self._is_finished():
+            return
+        self._begin()
         if not layout.is_file:
-            self._begin()
             self._write_manifest(complete=True)
-        elif self._begun or layout.parts.is_dir() or not layout.output.exists():
-            self._begin()
+        else:
             tables = (table for file in self._files for table in _verified(file.path))
             write_rows(layout.output, _regrouped(tables), self.metadata)
-            _remove_folder(layout.parts)
+            with saying_where(layout.parts):
+                _remove_folder(layout.parts)
+
+    def _is_finished(self) -> bool:
+        """Whether a run before has made all rows whole, so that nothing is left to be done."""
+        layout = self.layout
+        if layout.is_file:
+            return layout.output.exists() and not layout.parts.is_dir()
+        try:
+            told = json.loads((layout.parts / MANIFEST).read_text(encoding="utf-8"))
+            return bool(told["complete"]) and told["parts"] == self._parts_told()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _begin(self) -> None:
         """Make the folder of parts, at the first change and not before."""
         if self._begun:
             return
         with saying_where(self.layout.parts):
+            if (self.layout.parts / MANIFEST).exists():
+                self._write_manifest(complete=False)
             if self._overwrite:
                 self._clear()
             if not self.layout.parts.exists():
@@ -269,10 +286,13 @@ class CaptionFolder:
             "complete": complete,
             "metadata": self.metadata,
             "rows": sum(file.rows for file in self._files),
-            "parts": [{"name": file.path.name, "rows": file.rows} for file in self._files],
+            "parts": self._parts_told(),
         }
         with saying_where(self.layout.parts):
             replace_text(self.layout.parts / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+    def _parts_told(self) -> list[dict[str, str | int]]:
+        return [{"name": file.path.name, "rows": file.rows} for file in self._files]
 
 
 @contextmanager
@@ -369,7 +389,7 @@ def _differing(there: str, asked: str) -> tuple[str, str]:
     """Of two JSON objects the fields that differ; of other texts, the texts."""
     try:
         fields, others = json.loads(there), json.loads(asked)
-        differing = [key for key in others if fields.get(key) != others[key]]
+        differing = [key for key in fields | others if fields.get(key) != others.get(key)]
     except (ValueError, AttributeError, TypeError):
         return there, asked
     first, second = (
@@ -416,12 +436,13 @@ def _set_aside(path: Path, error: DamagedError) -> None:
 def _remove_leftovers(layout: Layout) -> None:
     """What killed runs have left under temporary names."""
     parts = layout.parts
+    remove_temporaries(layout.summary.parent, escape(layout.summary.name))
     if layout.is_file:
         remove_temporaries(layout.output.parent, escape(layout.output.name))
         for leftover in ("new", "old"):
             shutil.rmtree(parts.with_name(f"{parts.name}.{leftover}"), ignore_errors=True)
     if parts.is_dir():
-        for names in ("part-*.parquet", MANIFEST):
+        for names in (PARTS, MANIFEST):
             remove_temporaries(parts, names)
 
 

@@ -1,5 +1,7 @@
 """Parquet files of rows: written whole or not at all, read with every checksum verified."""
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ MAGIC = b"PAR1"
 
 
 class DamagedError(Exception):
-    """A file of rows that can't be read, or whose checksums are wrong."""
+    """A file of rows that is not as it was written."""
 
 
 def table_of(rows: list[Row]) -> pa.Table:
@@ -54,19 +56,32 @@ def read_groups(path: Path) -> Iterator[pa.Table]:
     """The row groups of a file, every checksum verified.
 
     Raises:
-        DamagedError: it can't be read, or is not as it was written.
+        DamagedError: it is not as it was written.
+        OutputError: it can't be opened.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group)
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(f"{path}: {error}") from error
+    with (
+        _noticing_damage(path),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        if not file.schema_arrow.equals(ARROW_SCHEMA):
+            raise DamagedError(f"{path}: its columns are not those of batchcap")
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            table.validate(full=True)  # the checksums are of the pages only
+            yield table
 
 
 def read_group(path: Path, group: int) -> pa.Table:
-    """One row group of a file that `read_groups` has found whole."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    """One row group of a file that `read_groups` has found whole.
+
+    Raises:
+        DamagedError: it is not as it was any more.
+        OutputError: it can't be opened.
+    """
+    with (
+        _noticing_damage(path),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
         return file.read_row_group(group)
 
 
@@ -74,21 +89,36 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     """What the file says of itself.
 
     Raises:
-        DamagedError: it can't be read.
-        OutputError: it is no Parquet file at all, or not one of batchcap's.
+        DamagedError: it is not as it was written.
+        OutputError: it can't be opened, is no Parquet file at all, or not one of batchcap's.
     """
-    with path.open("rb") as file:
-        is_parquet = file.read(len(MAGIC)) == MAGIC
-    if not is_parquet:
-        raise OutputError(f"{path} is no Parquet file, and is left as it is: {WAYS_OUT}")
-    try:
-        schema = pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(f"{path}: {error}") from error
-    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    with _noticing_damage(path):
+        if not _seems_parquet(path):
+            raise OutputError(f"{path} is no Parquet file, and is left as it is: {WAYS_OUT}")
+        found = pq.read_schema(path).metadata or {}
+        metadata = {key.decode(): value.decode() for key, value in found.items()}
     if "batchcap.schema" not in metadata:
         raise OutputError(f"{path} was not written by batchcap, and is left as it is: {WAYS_OUT}")
     return metadata
+
+
+def _seems_parquet(path: Path) -> bool:
+    """Whether it begins or ends like one, or is empty: so that damage at one end is damage."""
+    with path.open("rb") as file:
+        first = file.read(len(MAGIC))
+        file.seek(max(0, path.stat().st_size - len(MAGIC)))
+        return not first or MAGIC in (first, file.read())
+
+
+@contextmanager
+def _noticing_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        number = getattr(error, "errno", None)  # of the system; pyarrow's own errors have none
+        if number not in (None, errno.EIO):
+            raise OutputError(f"cannot read {path}: {os.strerror(number)}; see to it") from error
+        raise DamagedError(f"{path}: {error}") from error
 
 
 WAYS_OUT = "choose another OUTPUT, or give --on-existing overwrite to replace it"

@@ -13,6 +13,8 @@ from batchcap.files import replace_text
 from batchcap.inputs import printable
 from batchcap.row_files import saying_where
 
+FASTEST = 1e9  # images a second that anyone may believe
+
 log = logging.getLogger(__name__)
 
 
@@ -109,9 +111,9 @@ def read_rate(path: Path) -> float | None:
     """Images a second of the last run that captioned some, from its summary."""
     try:
         rate = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
+    return float(rate) if type(rate) in (int, float) and 0 < rate < FASTEST else None
 
 
 def write_metrics(path: Path, summary: RunSummary) -> None:

@@ -52,6 +52,8 @@ def stopping_softly() -> Iterator[StopRequest]:
         if request.number is not None:
             request.insisted = number != signal.SIGALRM
             raise Stopped(request.number)
+        if number == signal.SIGALRM:  # not ours, which follows a request
+            return
         request.number = signal.Signals(number)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 

@@ -3,17 +3,18 @@
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from batchcap.inputs import ImageRef, printable
 
 EXIT_CODE = 1
 GRACE_S = 10.0  # after which C code ends a process in which Python can't
-ARMED_S = 1.0  # it starts a thread each time
 SHOWN = 20
 
 log = logging.getLogger(__name__)
@@ -25,15 +26,16 @@ class Watchdog:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
-        self._last = self._armed = 0.0
+        self.traces = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        self._last = self._armed = -math.inf
         self.progress()
 
     def progress(self) -> None:
         """Start waiting anew."""
         self._last = time.monotonic()
-        if self._last - self._armed > ARMED_S:
-            faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
+        if self._last - self._armed > GRACE_S / 10:  # it takes a new thread each time
             self._armed = self._last
+            faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True, file=self.traces)
 
     def in_flight(self, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
         """Pass images on; each is in flight until it has landed."""
@@ -80,10 +82,10 @@ def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
     names = [*watchdog.names]
     shown = ", ".join(map(printable, names[:SHOWN])) or "none"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    faulthandler.dump_traceback(watchdog.traces, all_threads=True)
     last_words(
         f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
         "committed is safe: run again, without these files if it happens again"
     )
-    sys.stderr.flush()
+    watchdog.traces.flush()
     os._exit(EXIT_CODE)

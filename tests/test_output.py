@@ -1,176 +1,753 @@
-"""The Parquet file: what is in it, and that it is whole or not there at all."""
+"""The safe folder: what is committed is there for all to read, once, whatever happens next."""
 
+import json
+import logging
 import os
-import subprocess
-from collections.abc import Iterator
-from datetime import UTC, datetime
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from rows import METADATA, captioned_row, failed_row, sum_of
 
-from batchcap.contracts import ARROW_SCHEMA, OutputError
-from batchcap.output import ROWS_PER_GROUP, Row, parquet_file
+from batchcap.contracts import LockedError, OtherOutputError, OutputError
+from batchcap.files import replacing
+from batchcap.output import MANIFEST, ROWS_PER_GROUP, CaptionFolder, Layout, open_captions
+from batchcap.row_files import Row, table_of, write_rows
+from batchcap.settings import OnExisting
 
-METADATA = {"batchcap.version": "1", "batchcap.model": "abc"}
-NOW = datetime(2024, 5, 17, 12, 30, tzinfo=UTC)
-
-
-def failed_row(number: int = 0) -> Row:
-    """A row of a photo that has no caption: every other column is null."""
-    filled = {"image_id": f"{number}.jpg", "status": "failed", "run_id": "r", "created_at": NOW}
-    return dict.fromkeys(ARROW_SCHEMA.names) | filled
-
-
-def captioned_row() -> Row:
-    look = {"row": 1.5, "col": 0.5, "peak_row": 2, "peak_col": 0, "peak": 0.25, "entropy": 3.5}
-    return failed_row() | {
-        "status": "ok",
-        "caption": "一只狗",
-        "tokens": ["一只", "狗"],
-        "token_ids": [7, 9],
-        "token_logprobs": [-0.5, -0.25, -0.125],
-        "logprob": -0.875,
-        "mean_logprob": -0.25,
-        "finished": True,
-        "attention": [look, look],
-        "attention_map": [[0.25, 0.75], [0.5, 0.5]],
-        "width": 640,
-        "height": 480,
-        "file_size": 2**40,
-        "mtime_ns": 2**60,
-        "sha256": "0" * 64,
-    }
+RESUME, OVERWRITE, ERROR = OnExisting.RESUME, OnExisting.OVERWRITE, OnExisting.ERROR
 
 
-def write(path: Path, *rows: Row) -> None:
-    with parquet_file(path, METADATA) as writer:
-        writer.append(list(rows))
-
-
-def write_and_fail(path: Path, error: BaseException) -> None:
-    with parquet_file(path, METADATA) as writer:
-        writer.append([failed_row(i) for i in range(ROWS_PER_GROUP + 1)])
-        raise error
-
-
-@pytest.mark.parametrize("rows", [(), (failed_row(),), (captioned_row(), failed_row(1))])
-def test_schema_is_fixed_whatever_the_rows(tmp_path, rows):
-    write(tmp_path / "out.parquet", *rows)
-    schema = pq.read_schema(tmp_path / "out.parquet")
-    assert schema.equals(ARROW_SCHEMA)
-    assert schema.metadata == {key.encode(): value.encode() for key, value in METADATA.items()}
-
-
-def test_rows_come_back_as_they_went_in(tmp_path):
-    rows = [captioned_row(), failed_row(1)]
-    write(tmp_path / "out.parquet", *rows)
-    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == rows
-
-
-def test_many_rows_keep_their_order_in_several_row_groups(tmp_path):
-    path, count = tmp_path / "out.parquet", 2 * ROWS_PER_GROUP + 100
-    with parquet_file(path, METADATA) as writer:
-        for start in range(0, count, 32):
-            writer.append([failed_row(i) for i in range(start, min(start + 32, count))])
-    assert pq.read_metadata(path).num_row_groups == 3
-    ids = pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()
-    assert ids == [f"{i}.jpg" for i in range(count)]
-
-
-def flip_last_byte_of_column(path: Path, column: int) -> None:
-    chunk = pq.read_metadata(path).row_group(0).column(column)
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start + chunk.total_compressed_size - 1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("column", range(len(ARROW_SCHEMA)))
-def test_pages_have_checksums(tmp_path, column):
-    path = tmp_path / "out.parquet"
-    write(path, captioned_row())
-    pq.read_table(path, page_checksum_verification=True)
-    flip_last_byte_of_column(path, column)
-    with pytest.raises(OSError, match="CRC"):
-        pq.read_table(path, page_checksum_verification=True)
-
-
-def test_file_appears_when_it_is_whole(tmp_path):
-    with parquet_file(tmp_path / "out.parquet", METADATA) as writer:
-        writer.append([failed_row()])
-        writer.flush()
-        assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
-
-
-def test_file_replaces_the_old_one(tmp_path):
-    path = tmp_path / "out.parquet"
-    write(path, failed_row(1))
-    write(path, failed_row(2))
-    assert pq.read_table(path)["image_id"].to_pylist() == ["2.jpg"]
-
-
-@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), SystemExit()])
-def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "out.parquet"
-    path.write_bytes(b"old")
-    with pytest.raises(type(error)):
-        write_and_fail(path, error)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
-    assert path.read_bytes() == b"old"
-
-
-def test_file_is_as_readable_as_any_other(tmp_path):
-    write(tmp_path / "out.parquet")
-    (tmp_path / "plain").touch()
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-def assert_refused(path: Path, reason: str, **columns: Any) -> None:
-    with pytest.raises(OutputError) as refusal:
-        write(path, failed_row() | columns)
-    message = str(refusal.value)
-    assert str(path) in message
-    assert reason in message
-    assert "\n" not in message
-
-
-def test_missing_folder_is_named(tmp_path):
-    assert_refused(tmp_path / "missing" / "out.parquet", "No such file or directory")
-
-
-def test_folder_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    assert_refused(tmp_path / "notes.txt" / "out.parquet", "Not a directory")
-
-
-def test_directory_is_no_output(tmp_path):
-    (tmp_path / "out.parquet").mkdir()
-    assert_refused(tmp_path / "out.parquet", "is a directory")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    assert_refused(tmp_path / "out.parquet", "Permission denied")
+@pytest.fixture(params=["out.parquet", "out"])
+def layout(request: pytest.FixtureRequest, tmp_path: Path) -> Layout:
+    return Layout(tmp_path / request.param)
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+def file(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "out.parquet")
 
 
-def test_full_disk_is_named_and_left_as_it_was(small_disk):
-    path = small_disk / "out.parquet"
-    write(path, failed_row(1))
-    noise = os.urandom(2**20).hex()
-    assert_refused(path, "No space left on device", caption=noise)
-    assert pq.read_table(path)["image_id"].to_pylist() == ["1.jpg"]
-    assert list(small_disk.iterdir()) == [path]
+@pytest.fixture
+def folder(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "out")
+
+
+def opened(layout: Layout, on_existing: OnExisting = RESUME, **identity: str) -> Any:
+    return open_captions(layout, METADATA | identity, on_existing)
+
+
+def run(layout: Layout, *parts: list[Row], on_existing: OnExisting = RESUME) -> None:
+    """A run that commits each of these lists of rows as a part."""
+    with opened(layout, on_existing) as captions:
+        for rows in parts:
+            captions.append(rows)
+            captions.commit()
+        captions.finish()
+
+
+def stop_before_the_end(layout: Layout, *parts: list[Row]) -> None:
+    with opened(layout) as captions:
+        for rows in parts:
+            captions.append(rows)
+            captions.commit()
+
+
+def rows_of(layout: Layout) -> list[Row]:
+    return [row for path in layout.row_files() for row in pq.read_table(path).to_pylist()]
+
+
+def ids_of(layout: Layout) -> list[str]:
+    return [row["image_id"] for row in rows_of(layout)]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_leaves_its_rows_and_nothing_else(layout, tmp_path):
+    run(layout, [captioned_row(1), failed_row(2)], [captioned_row(3, 3)])
+    assert rows_of(layout) == [captioned_row(1), failed_row(2), captioned_row(3, 3)]
+    if layout.is_file:
+        assert names_in(tmp_path) == {"out.parquet"}
+    else:
+        assert names_in(tmp_path) == {"out"}
+        assert names_in(layout.output) == {
+            "part-000001.parquet",
+            "part-000002.parquet",
+            MANIFEST,
+        }
+
+
+def test_what_is_committed_can_be_read_at_once_by_others(layout):
+    with opened(layout) as captions:
+        for number in range(1, 4):
+            captions.append([captioned_row(number)])
+            assert captions.pending == 1
+            captions.commit()
+            captions.commit()  # nothing more to do
+            assert (captions.pending, captions.committed) == (0, number)
+            table = ds.dataset(layout.parts, format="parquet").to_table()
+            assert sorted(table["image_id"].to_pylist()) == [f"{n}" for n in range(1, number + 1)]
+            query = f"select count(*), max(caption) from '{layout.parts}/*.parquet'"
+            assert duckdb.sql(query).fetchall() == [(number, "一只photo")]
+
+
+def test_one_file_is_replaced_at_the_end_only(file):
+    run(file, [captioned_row(1)])
+    before = file.output.read_bytes()
+    with opened(file) as captions:
+        captions.append([captioned_row(2)])
+        captions.commit()
+        assert file.output.read_bytes() == before
+        assert ids_of(file) == ["1", "2"]
+        captions.finish()
+    assert pq.read_table(file.output)["image_id"].to_pylist() == ["1", "2"]
+    assert not file.parts.exists()
+
+
+def test_small_parts_are_joined_into_good_row_groups(file):
+    run(file, *([failed_row(f"{n}-{i}") for i in range(ROWS_PER_GROUP // 2)] for n in range(5)))
+    metadata = pq.read_metadata(file.output)
+    groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+    assert groups == [ROWS_PER_GROUP, ROWS_PER_GROUP, ROWS_PER_GROUP // 2]
+
+
+def test_an_output_without_rows_is_a_table_without_rows(layout):
+    run(layout)
+    assert rows_of(layout) == []
+    if layout.is_file:
+        assert pq.read_schema(layout.output).names == table_of([]).column_names
+    else:
+        assert json.loads((layout.output / MANIFEST).read_text())["complete"] is True
+
+
+def test_a_run_that_was_stopped_is_gone_on_with(layout):
+    stop_before_the_end(layout, [captioned_row(1)], [failed_row(2)])
+    with opened(layout) as captions:
+        assert len(captions.index) == 2
+        assert captions.index.find("1") is not None
+        assert captions.index.find("3") is None
+        captions.append([captioned_row(3)])
+        captions.finish()
+    assert ids_of(layout) == ["1", "2", "3"]
+
+
+def test_a_stopped_run_is_joined_by_a_next_one_that_has_nothing_to_do(file):
+    stop_before_the_end(file, [captioned_row(1)], [failed_row(2)])
+    assert not file.output.exists()
+    run(file)
+    assert pq.read_table(file.output)["image_id"].to_pylist() == ["1", "2"]
+
+
+def test_nothing_is_written_where_there_is_nothing_to_do(layout, tmp_path):
+    """The manifest was written anew by each run, as if something had changed."""
+    run(layout, [captioned_row(1)])
+    before = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
+    run(layout)
+    after = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {p: (s.st_ino, s.st_mtime_ns) for p, s in after.items()} == {
+        p: (s.st_ino, s.st_mtime_ns) for p, s in before.items()
+    }
+
+
+def test_changed_images_have_their_new_row_only(layout):
+    run(layout, [captioned_row(1, "old"), captioned_row(2)], [captioned_row(3)])
+    with opened(layout) as captions:
+        captions.append([captioned_row(1, "new"), captioned_row(4)])
+        captions.commit()
+        assert sorted(ids_of(layout)) == ["1", "2", "3", "4"]
+        captions.append([captioned_row(3, "new")])
+        captions.finish()
+    captions_by_id = {row["image_id"]: row["caption"] for row in rows_of(layout)}
+    assert len(rows_of(layout)) == 4
+    assert captions_by_id == {"1": "一只new", "2": "一只photo", "3": "一只new", "4": "一只photo"}
+
+
+def test_rows_of_images_that_are_gone_are_dropped(layout):
+    run(layout, [captioned_row(1), captioned_row(2)], [captioned_row(3)])
+    with opened(layout) as captions:
+        captions.append([captioned_row(4)])
+        for image_id in ("1", "3"):
+            captions.index.mark_seen(captions.index.find(image_id))
+        assert captions.prune() == 1
+        captions.finish()
+    assert sorted(ids_of(layout)) == ["1", "3", "4"]
+    with opened(layout) as captions:
+        assert captions.index.vanished == 3
+
+
+def test_manifest_tells_what_is_there(folder):
+    stop_before_the_end(folder, [captioned_row(1), failed_row(2)], [captioned_row(3)])
+    manifest = folder.output / MANIFEST
+    assert json.loads(manifest.read_text()) == {
+        "complete": False,
+        "metadata": METADATA,
+        "rows": 3,
+        "parts": [
+            {"name": "part-000001.parquet", "rows": 2},
+            {"name": "part-000002.parquet", "rows": 1},
+        ],
+    }
+    run(folder, [captioned_row(1, "new")])
+    assert json.loads(manifest.read_text()) == {
+        "complete": True,
+        "metadata": METADATA,
+        "rows": 3,
+        "parts": [
+            {"name": "part-000001.parquet", "rows": 1},
+            {"name": "part-000002.parquet", "rows": 1},
+            {"name": "part-000003.parquet", "rows": 1},
+        ],
+    }
+
+
+@pytest.mark.parametrize("on_existing", [RESUME, OVERWRITE])
+def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatch, on_existing):
+    """A run that was killed before its first commit left one that said `complete`, with rows and
+    parts that were gone.
+    """
+    run(folder, [captioned_row(1, "old")])
+    fail_at(monkeypatch, lambda path: path.name == "part-000002.parquet" or path.stem[-1] == "1")
+    with suppress(OutputError):
+        run(folder, [captioned_row(1, "new")], on_existing=on_existing)
+    assert json.loads((folder.output / MANIFEST).read_text())["complete"] is False
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
+    """Have the disk refuse the renames that would put a file in place."""
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if is_refused(Path(target)):
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+
+
+def test_damaged_parts_are_set_aside_and_their_images_done_again(folder, caplog):
+    run(folder, [captioned_row(1)], [captioned_row(2)])
+    part = folder.output / "part-000001.parquet"
+    damaged = part.read_bytes()[:-20]
+    part.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING), opened(folder) as captions:
+        assert captions.index.find("1") is None
+        assert captions.index.find("2") is not None
+        captions.append([captioned_row(1)])
+        captions.finish()
+    assert sorted(ids_of(folder)) == ["1", "2"]
+    (aside,) = folder.output.glob(".*.damaged")
+    assert aside.read_bytes() == damaged
+    (message,) = caplog.messages
+    assert str(part) in message
+    assert message.endswith(f"kept as {aside.name}; its photos are captioned again")
+
+
+def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
+    run(file, [captioned_row(1)])
+    file.output.write_bytes(file.output.read_bytes()[:-20])
+    run(file, [captioned_row(1)])
+    assert ids_of(file) == ["1"]
+    assert len(names_in(tmp_path)) == 2
+
+
+def test_damage_that_comes_during_a_run_ends_it_with_the_way_out(folder):
+    run(folder, [captioned_row(1)])
+    with opened(folder) as captions:
+        (folder.output / "part-000001.parquet").write_bytes(b"PAR1")
+        captions.append([captioned_row(1, "new")])
+        with pytest.raises(OutputError, match="run again, which redoes the rows"):
+            captions.commit()
+    run(folder, [captioned_row(1, "new")])
+    assert rows_of(folder) == [captioned_row(1, "new")]
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "told"),
+    [
+        ("batchcap.model", "def", "another model (abc) than what is asked for (def)"),
+        ("batchcap.precision", "float16", "another precision (float32)"),
+        ("batchcap.attention", "full", "another attention (summary)"),
+        ("batchcap.schema", "2", "another schema (1) than what is asked for (2)"),
+        (
+            "batchcap.decode",
+            '{"max_length": 9, "beam_size": 1}',
+            "another decoding (max_length 20) than what is asked for (max_length 9)",
+        ),
+        (
+            "batchcap.decode",
+            '{"max_length": 20}',
+            "another decoding (beam_size 1) than what is asked for (beam_size None)",
+        ),
+    ],
+)
+def test_rows_of_another_kind_are_named_and_left(layout, key, asked, told):
+    run(layout, [captioned_row(1)])
+    with pytest.raises(OtherOutputError) as refusal, opened(layout, **{key: asked}):
+        pass
+    assert refusal.value.exit_code == 4
+    assert str(layout.output) in str(refusal.value)
+    assert told in str(refusal.value)
+    assert ids_of(layout) == ["1"]
+    run(layout, [captioned_row(2)])  # the lock is free again
+
+
+def test_another_version_may_go_on(layout):
+    run(layout, [captioned_row(1)])
+    with opened(layout, **{"batchcap.version": "9"}) as captions:
+        assert len(captions.index) == 1
+
+
+def test_an_output_that_exists_can_be_refused(layout):
+    run(layout, [captioned_row(1)], on_existing=ERROR)
+    with pytest.raises(OutputError, match="exists"), opened(layout, ERROR):
+        pass
+    assert ids_of(layout) == ["1"]
+
+
+def test_an_output_can_be_replaced_even_one_of_another_kind(layout):
+    stop_before_the_end(layout, [captioned_row(1)], [captioned_row(2)])
+    with opened(layout, OVERWRITE, **{"batchcap.model": "def"}) as captions:
+        assert len(captions.index) == 0
+        assert ids_of(layout) == ["1", "2"]  # until there is something better
+        captions.append([captioned_row(3)])
+        captions.finish()
+    assert ids_of(layout) == ["3"]
+    assert pq.read_schema(layout.row_files()[0]).metadata[b"batchcap.model"] == b"def"
+
+
+def test_an_output_can_be_replaced_by_nothing(layout):
+    """A file kept its old rows where there was nothing to caption; a folder did not."""
+    run(layout, [captioned_row(1)])
+    run(layout, on_existing=OVERWRITE)
+    assert rows_of(layout) == []
+
+
+def test_other_peoples_folders_are_left_alone(folder):
+    folder.output.mkdir()
+    (folder.output / "holiday.jpg").touch()
+    with pytest.raises(OutputError, match=r"has other files \(holiday.jpg, for one\)"):
+        run(folder, [captioned_row(1)])
+    assert names_in(folder.output) == {"holiday.jpg"}
+
+
+@pytest.mark.parametrize("on_existing", list(OnExisting))
+def test_a_folder_is_no_parquet_file(file, on_existing):
+    file.output.mkdir()
+    with pytest.raises(OutputError, match="is a directory"):
+        run(file, [captioned_row(1)], on_existing=on_existing)
+
+
+def test_other_files_that_are_named_like_parts_are_no_parts(folder):
+    """A copy of a part, as file managers name it, ended runs in a ValueError."""
+    run(folder, [captioned_row(1)])
+    copy = folder.output / "part-000001 (copy).parquet"
+    copy.write_bytes((folder.output / "part-000001.parquet").read_bytes())
+    run(folder, [captioned_row(2)])
+    run(folder, [captioned_row(3)], on_existing=OVERWRITE)
+    assert ids_of(folder) == ["3"]
+    assert copy.exists()
+
+
+def test_leftovers_of_killed_runs_go_and_other_files_stay(file, tmp_path):
+    ours = [".out.parquet.0123abcd.tmp", ".out.summary.json.0123abcd.tmp"]
+    others = [
+        ".out.parquet.old.parquet.0123abcd.tmp",
+        ".out.parquet2.0123abcd.tmp",
+        ".shout.parquet.0123abcd.tmp",
+        ".out.parquet.0123abcd.tmp.jpg",
+        "out.parquet.0123abcd.tmp",
+    ]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    for leftover in ("new", "old"):
+        (tmp_path / f".out.parquet.parts.{leftover}").mkdir()
+        (tmp_path / f".out.parquet.parts.{leftover}" / "part-000001.parquet").touch()
+    run(file, [captioned_row(1)])
+    assert names_in(tmp_path) == {"out.parquet", *others}
+
+
+def test_leftovers_in_a_folder_go(folder):
+    run(folder, [captioned_row(1)])
+    before = names_in(folder.output)
+    for name in ("part-000002.parquet", MANIFEST, "_summary.json"):
+        (folder.output / f".{name}.0123abcd.tmp").touch()
+    run(folder)
+    assert names_in(folder.output) == before
+
+
+def test_leftovers_of_an_output_with_glob_characters_in_its_name(tmp_path):
+    (tmp_path / ".a[b]*.parquet.0123abcd.tmp").touch()
+    (tmp_path / ".ab.parquet.0123abcd.tmp").touch()
+    run(Layout(tmp_path / "a[b]*.parquet"))
+    assert names_in(tmp_path) == {"a[b]*.parquet", ".ab.parquet.0123abcd.tmp"}
+
+
+def test_only_one_may_write(layout):
+    with opened(layout), pytest.raises(LockedError), opened(layout):
+        pass
+
+
+def test_captions_are_found_by_the_bytes_of_the_photo(layout):
+    cut = captioned_row("cut", "cut", error_type="truncated")
+    run(layout, [captioned_row(1, "dog"), cut], [failed_row(2, sha256=sum_of("cat"))])
+    with opened(layout) as captions:
+        for rewritten in (False, True):
+            found = captions.reusable(sum_of("dog"))
+            assert found is not None
+            assert found["caption"] == "一只dog"
+            assert found["attention"] == captioned_row(1)["attention"]
+            assert not found.keys() & {"image_id", "status", "sha256", "width", "run_id"}
+            for content in ("cut", "cat", "bird"):
+                assert captions.reusable(sum_of(content)) is None
+            if not rewritten:
+                captions.append([captioned_row("cut", "other")])
+                captions.commit()
+                captions._captions.cache_clear()
+        captions.append([captioned_row(9, **captions.reusable(sum_of("dog")))])
+        captions.finish()
+
+
+def test_captions_are_found_in_each_row_group_of_a_rewritten_file(file):
+    tables = [table_of([captioned_row(n, n)]) for n in range(3)]
+    write_rows(file.output, tables, METADATA)
+    with opened(file) as captions:
+        captions.append([captioned_row(0, "new"), captioned_row(1, "new")])
+        captions.commit()
+        assert captions.reusable(sum_of(2))["caption"] == "一只2"
+        assert captions.reusable(sum_of(1)) is None
+
+
+def test_captions_of_a_file_that_was_damaged_meanwhile_are_not_reused(folder):
+    """It ended the run, though the model could caption the photo."""
+    run(folder, [captioned_row(1, "dog")])
+    with opened(folder) as captions:
+        part = folder.output / "part-000001.parquet"
+        part.write_bytes(part.read_bytes()[:-20])
+        assert captions.reusable(sum_of("dog")) is None
+
+
+def test_a_failure_to_clear_up_says_what_to_do(file, monkeypatch):
+    """It was a bare OSError: a traceback, though all rows were in place."""
+    stop_before_the_end(file, [captioned_row(1)])
+
+    def refuse(_self: Path, _target: Path) -> Path:
+        raise OSError(5, "Input/output error")
+
+    with opened(file) as captions:
+        monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(OutputError, match="Input/output error"):
+            captions.finish()
+        monkeypatch.undo()
+    run(file)
+    assert ids_of(file) == ["1"]
+    assert not file.parts.exists()
+
+
+def test_where_there_are_no_hard_links_the_old_file_is_copied(file, monkeypatch):
+    def refuse(*_paths: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    run(file, [captioned_row(1)])
+    monkeypatch.setattr(os, "link", refuse)
+    stop_before_the_end(file, [captioned_row(2)])
+    assert ids_of(file) == ["1", "2"]
+    run(file)
+    assert ids_of(file) == ["1", "2"]
+
+
+class _Killed(BaseException):
+    """What no code catches: from here on the process does nothing more."""
+
+
+class Disk:
+    """Fails, or has the process killed, at the `countdown`-th change of names from now on."""
+
+    def __init__(self) -> None:
+        self.countdown: int | None = None
+        self.killed = self.dead = False
+        self._stack = ExitStack()
+        patch = pytest.MonkeyPatch()
+        self._stack.callback(patch.undo)
+        for owner, name in (
+            *((Path, name) for name in ("replace", "rename", "mkdir", "unlink")),
+            (os, "link"),
+        ):
+            patch.setattr(owner, name, self._counted(getattr(owner, name)))
+        patch.setattr(os, "fsync", self._counted(lambda _descriptor: None))  # quickly
+        patch.setattr("shutil.rmtree", self._counted(shutil.rmtree))
+        patch.setattr("shutil.copyfile", self._counted(shutil.copyfile))
+
+    def _counted(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if self.dead:
+                return None  # a `finally` that a dead process would not run
+            if self.countdown is not None:
+                self.countdown -= 1
+                if self.countdown < 0:
+                    self.countdown = None
+                    if self.killed:
+                        self.dead = True
+                        raise _Killed
+                    raise OSError(28, "No space left on device")
+            return change(*arguments, **options)
+
+        return counted
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Crashes(RuleBasedStateMachine):
+    """Any sequence of runs, with failures and kills at any change of names, against a dict.
+
+    `there` is what every later moment must show of each image: one of these contents, or None.
+    """
+
+    layout_name = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tmp = Path(tempfile.mkdtemp())
+        self.layout = Layout(self._tmp / self.layout_name)
+        self.disk = Disk()
+        self.stack = ExitStack()
+        self.captions: CaptionFolder | None = None
+        self.there: dict[str, str] = {}
+        self.appended: dict[str, str] = {}
+        self.done: set[str] = set()  # in this run
+        self.count = 0
+
+    def teardown(self) -> None:
+        self.disk.countdown = None
+        self._leave()
+        self._finish_undisturbed()
+        self.disk.close()
+        shutil.rmtree(self._tmp)
+
+    def _leave(self) -> None:
+        self.stack.close()
+        self.disk.dead = False
+        self.captions, self.appended, self.done = None, {}, set()
+
+    def _finish_undisturbed(self) -> None:
+        """Whatever was before, one good run makes the output what it would have been anyway."""
+        with opened(self.layout) as captions:
+            wanted = dict.fromkeys("abcdefg", "end")
+            new = [
+                captioned_row(image_id, content)
+                for image_id, content in wanted.items()
+                if self.there.get(image_id) != content
+            ]
+            captions.append(new)
+            captions.finish()
+        found = {row["image_id"]: row["caption"] for row in rows_of(self.layout)}
+        assert len(rows_of(self.layout)) == len(found)
+        assert found == dict.fromkeys("abcdefg", "一只end")
+        assert self.layout.is_file != self.layout.parts.is_dir()
+
+    def _trying(self, step: Callable[[], object], countdown: int | None, killed: bool) -> bool:
+        """Whether the step came to its end; if not, the run is over."""
+        self.disk.countdown, self.disk.killed = countdown, killed
+        try:
+            step()
+        except (OutputError, OSError, _Killed) as error:
+            if countdown is None or not (killed or isinstance(error, OutputError)):
+                raise
+            self.disk.countdown = None
+            lost = set(self.appended)
+            self._leave()
+            self._look(may_lack=lost)
+            return False
+        self.disk.countdown = None
+        return True
+
+    def _look(self, may_lack: set[str] | None = None) -> None:
+        """What is there now is what was committed, but that appended rows may be in or out."""
+        rows = rows_of(self.layout)
+        found = {row["image_id"]: row["caption"].removeprefix("一只") for row in rows}
+        assert len(found) == len(rows), "an image has two rows"
+        if may_lack is None:
+            assert found == self.there
+        for image_id, content in self.there.items():
+            if image_id not in (may_lack or ()):
+                assert found.get(image_id) == content
+        assert found.keys() <= self.there.keys() | (may_lack or set())
+        self.there = found
+
+    FAILURES = st.one_of(st.none(), st.integers(0, 25))
+
+    @precondition(lambda self: self.captions is None)
+    @rule(countdown=FAILURES, killed=st.booleans())
+    def open(self, countdown: int | None, killed: bool) -> None:
+        def step() -> None:
+            self.captions = self.stack.enter_context(opened(self.layout))
+
+        if self._trying(step, countdown, killed):
+            index = self.captions.index
+            assert len(index) == len(self.there)
+            assert all(index.find(image_id) is not None for image_id in self.there)
+
+    @precondition(lambda self: self.captions is not None)
+    @rule(image_ids=st.sets(st.sampled_from("abcdefg"), min_size=1))
+    def append(self, image_ids: set[str]) -> None:
+        image_ids -= self.done
+        self.count += 1
+        self.done |= image_ids
+        self.appended |= dict.fromkeys(image_ids, f"v{self.count}")
+        rows = [captioned_row(image_id, f"v{self.count}") for image_id in sorted(image_ids)]
+        self.captions.append(rows)
+
+    @precondition(lambda self: self.captions is not None)
+    @rule(countdown=FAILURES, killed=st.booleans())
+    def commit(self, countdown: int | None, killed: bool) -> None:
+        if self._trying(self.captions.commit, countdown, killed):
+            self.there |= self.appended
+            self.appended = {}
+
+    @precondition(lambda self: self.captions is not None)
+    @rule(gone=st.sets(st.sampled_from("abcdefg")), countdown=FAILURES, killed=st.booleans())
+    def end(self, gone: set[str], countdown: int | None, killed: bool) -> None:
+        """As a run does: commit, prune, finish."""
+        gone -= self.done
+        index = self.captions.index
+        for image_id in self.there.keys() - gone:
+            row = index.find(image_id)
+            if row is not None:
+                index.mark_seen(row)
+
+        def step() -> None:
+            self.captions.commit()
+            self.captions.prune()
+            self.captions.finish()
+
+        before = self.appended
+        self.appended = before | dict.fromkeys(gone & self.there.keys(), "")
+        if self._trying(step, countdown, killed):
+            self.there = {k: v for k, v in (self.there | before).items() if k not in gone}
+            self._leave()
+            assert self.layout.is_file != self.layout.parts.is_dir()
+
+    @precondition(lambda self: self.captions is not None)
+    @rule()
+    def stop(self) -> None:
+        self._leave()
+
+    @invariant()
+    def each_image_has_the_row_it_must_have(self) -> None:
+        self._look()
+
+
+def crashes_of(name: str) -> Any:
+    case = type("Case", (Crashes,), {"layout_name": name}).TestCase
+    case.settings = settings(
+        max_examples=25,
+        stateful_step_count=15,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return case
+
+
+TestCrashesOfOneFile = crashes_of("out.parquet")
+TestCrashesOfAFolder = crashes_of("out")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_a_failure_at_each_change_of_names_is_made_good_by_the_next_run(name, killed, tmp_path):
+    """Two runs, the second with a new, a changed and a vanished image; it fails at the n-th call
+    for every n, and a third one goes on.
+    """
+
+    def second(layout: Layout) -> None:
+        with opened(layout) as captions:
+            for image_id in wanted:
+                row = captions.index.find(image_id)
+                if row is not None:
+                    captions.index.mark_seen(row)
+            missing = [i for i in ("same", "new") if captions.index.find(i) is None]
+            captions.append([captioned_row(i, i) for i in missing])
+            captions.append([captioned_row("changed", "new bytes")])
+            captions.commit()
+            captions.prune()
+            captions.finish()
+
+    wanted = {"same": "一只same", "changed": "一只new bytes", "new": "一只new"}
+    disk = Disk()
+    try:
+        for number in range(200):
+            layout = Layout(tmp_path / str(number) / name)
+            layout.output.parent.mkdir()
+            run(layout, [captioned_row(i, i) for i in ("same", "changed", "vanished")])
+            disk.countdown, disk.killed = number, killed
+            failed = False
+            try:
+                second(layout)
+            except (OutputError, _Killed):
+                failed = True
+            undisturbed = disk.countdown is not None
+            disk.countdown, disk.dead = None, False
+            ids = ids_of(layout)
+            assert len(set(ids)) == len(ids)
+            second(layout)
+            rows = rows_of(layout)
+            assert {row["image_id"]: row["caption"] for row in rows} == wanted
+            assert len(rows) == len(wanted)
+            if undisturbed:
+                assert not failed
+                assert number > 8
+                return
+    finally:
+        disk.close()
+    pytest.fail("there is no end to the changes")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_a_failure_while_replacing_an_output_leaves_no_mixture(name, killed, tmp_path):
+    """Rows of the old output and of the new one would be of two models."""
+    disk, other = Disk(), {"batchcap.model": "def"}
+    try:
+        for number in range(100):
+            layout = Layout(tmp_path / str(number) / name)
+            layout.output.parent.mkdir()
+            run(layout, [captioned_row(1, "old")], [captioned_row(2, "old")])
+            disk.countdown, disk.killed = number, killed
+            with suppress(OutputError, _Killed), opened(layout, OVERWRITE, **other) as captions:
+                captions.append([captioned_row(1, "new")])
+                captions.commit()
+                captions.append([captioned_row(2, "new")])
+                captions.finish()
+            undisturbed = disk.countdown is not None
+            disk.countdown, disk.dead = None, False
+            assert len({row["caption"] for row in rows_of(layout)}) <= 1
+            if undisturbed:
+                assert number > 8
+                return
+            with opened(layout, OVERWRITE, **other) as captions:
+                captions.append([captioned_row(1, "end"), captioned_row(2, "end")])
+                captions.finish()
+            assert [row["caption"] for row in rows_of(layout)] == ["一只end"] * 2
+    finally:
+        disk.close()
+    pytest.fail("there is no end to the changes")
+
+
+def test_another_outputs_write_is_not_disturbed(tmp_path):
+    """Of two outputs in one folder the name of one may begin with that of the other."""
+    with replacing(tmp_path / "out.parquet.old.parquet") as temporary:
+        temporary.touch()
+        run(Layout(tmp_path / "out.parquet"), [captioned_row(1)])
+        assert temporary.exists()

@@ -1,0 +1,204 @@
+"""Readers are real processes here, and die real deaths."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.loading import readers
+
+PIXELS = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+
+
+def load(path: str) -> LoadedImage:
+    """Does to its process what the file's name says."""
+    name = Path(path).name
+    if name.startswith("once"):
+        try:
+            Path(path).touch(exist_ok=False)
+        except FileExistsError:
+            return LoadedImage(PIXELS, sha256=name)
+    if name.startswith(("kill", "once-kill")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("exit"):
+        os._exit(7)
+    if name.startswith("raise"):
+        raise ZeroDivisionError
+    if name.startswith(("hang", "once-hang")):
+        time.sleep(600)
+    if name.startswith("pid"):
+        return LoadedImage(PIXELS, file_size=os.getpid())
+    return LoadedImage(PIXELS, sha256=name)
+
+
+def names_of_rejected(images: dict[str, LoadedImage]) -> set[str]:
+    return {name for name, image in images.items() if isinstance(image.pixels, Rejection)}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, "processes stay"
+        time.sleep(0.02)
+
+
+def test_a_photo_comes_as_it_was_loaded():
+    with readers(load, 1, 60) as read:
+        image = read("a.jpg")
+        assert read("b\udcff.jpg").sha256 == "b\udcff.jpg"
+    np.testing.assert_array_equal(image.pixels, PIXELS)
+    assert image.sha256 == "a.jpg"
+
+
+def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
+    names = [f"{kind}{n}" for n in range(3) for kind in ("good", "fine", "kill", "well")]
+    names += ["exit", "raise"]
+    with readers(load, 2, 60) as read, ThreadPoolExecutor(4) as pool:
+        images = dict(zip(names, pool.map(read, names), strict=True))
+    assert names_of_rejected(images) == {"kill0", "kill1", "kill2", "exit", "raise"}
+    assert images["kill0"].pixels == Rejection(
+        ErrorType.QUARANTINED,
+        "Each of 2 processes that read this file was killed by SIGKILL; look at it, or remove it.",
+    )
+    assert "ended with exit code 7;" in images["exit"].pixels.message
+    assert "ended with exit code 1;" in images["raise"].pixels.message
+    assert len(caplog.messages) == 2 * 5
+    assert "was killed by SIGKILL on 'kill0'; starting another" in " ".join(caplog.messages)
+
+
+@pytest.mark.parametrize(("name", "timeout_s"), [("once-kill", 60), ("once-hang", 1)])
+def test_a_file_is_tried_again(tmp_path, name, timeout_s):
+    with readers(load, 1, timeout_s) as read:
+        assert read(str(tmp_path / name)).sha256 == name
+
+
+def test_a_file_that_hangs_its_readers_is_given_up_in_time():
+    started = time.monotonic()
+    with readers(load, 1, 1) as read:
+        image = read("hang")
+        assert read("good").sha256 == "good"
+    assert time.monotonic() - started < 20
+    assert isinstance(image.pixels, Rejection)
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert "did not come to an end in 1 s" in image.pixels.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_a_reader_do_nothing(number, caplog):
+    """Terminals and service managers send them to all processes; when to end is the run's to say.
+
+    Those that came while a reader was starting killed it.
+    """
+    with readers(load, 1, 60) as read:
+        (reader,) = multiprocessing.active_children()
+        for _ in range(20):
+            os.kill(reader.pid, number)
+            time.sleep(0.01)
+        assert read("pid").file_size == reader.pid
+        os.kill(reader.pid, number)
+        assert read("pid").file_size == reader.pid
+    assert not caplog.messages
+
+
+def test_signals_that_come_meanwhile_reach_this_process():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with readers(load, 2, 60):
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_no_process_is_left():
+    with readers(load, 3, 60) as read:
+        pids = [child.pid for child in multiprocessing.active_children()]
+        assert len(pids) == 3
+        read("a.jpg")
+    wait_until_gone(pids)
+
+
+def test_readers_end_whatever_they_are_at():
+    """A reader that hung was not ended with the others. It ignored what Python sends to processes
+    at its exit, for which it waits: a run that was to stop at once did not end at all. Nor did
+    threads whose turn to read came after the end.
+    """
+    results = []
+
+    def read_on(name: str) -> None:
+        try:
+            results.append(read(name))
+        except RuntimeError as error:
+            results.append(error)
+
+    with readers(load, 1, 600) as read:
+        read("good")
+        pids = [child.pid for child in multiprocessing.active_children()]
+        threads = [threading.Thread(target=read_on, args=("hang",), daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert time.monotonic() - started < 10
+    assert [str(result) for result in results] == ["the readers of photos have been stopped"] * 3
+    wait_until_gone(pids)
+    assert multiprocessing.active_children() == []
+
+
+RUN = """
+import sys, threading, multiprocessing
+import test_loading
+from batchcap.loading import readers
+if __name__ == "__main__":
+    with readers(test_loading.load, 2, 600) as read:
+        print(*{read("pid").file_size for _ in range(2)}, flush=True)
+        for name in sys.argv[1:]:
+            threading.Thread(target=read, args=(name,), daemon=True).start()
+        threading.Event().wait(0.3)
+        print("reading", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("names", [[], ["hang", "hang"]], ids=["idle", "busy"])
+def test_readers_end_when_their_run_is_killed(tmp_path, names):
+    """One that hung over a file stayed, for good if need be."""
+    script = tmp_path / "script.py"
+    script.write_text(RUN)
+    pipe, path = subprocess.PIPE, os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, script, *names]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as run:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 2
+        assert run.stdout.readline() == "reading\n"
+        assert all(map(is_alive, pids))
+        run.kill()
+    wait_until_gone(pids)
+
+
+def test_readers_are_the_first_to_go_where_memory_runs_out():
+    with readers(load, 1, 60) as read:
+        pid = read("pid").file_size
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_a_load_function_may_be_a_partial():
+    with readers(partial(load), 1, 60) as read:
+        assert read("a.jpg").sha256 == "a.jpg"

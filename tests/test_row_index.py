@@ -1,0 +1,121 @@
+"""The index against what a plain dict would say."""
+
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import captioned_row, failed_row, sum_of
+
+from batchcap.row_files import table_of
+from batchcap.row_index import UNKNOWN, Entries, Known, RowIndex, entries_of
+
+
+class Expected(NamedTuple):
+    file: int
+    group: int
+    row: dict[str, Any]
+
+
+def index_of(files: list[list[list[dict[str, Any]]]]) -> RowIndex:
+    return RowIndex([entries_of(map(table_of, groups)) for groups in files])
+
+
+IDS = st.one_of(
+    st.sampled_from([f"{letter}.jpg" for letter in "abcdefgh"]),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+)
+SIZES = st.one_of(st.none(), st.integers(0, 2), st.just(2**62))
+IMAGES = st.dictionaries(
+    IDS,
+    st.tuples(
+        st.integers(0, 3),  # file
+        st.integers(0, 2),  # row group
+        st.sampled_from(["ok", "failed", "cut"]),
+        SIZES,
+        SIZES,
+        st.integers(0, 3),  # content
+    ),
+    max_size=12,
+)
+
+
+def row_of(image_id: str, status: str, size: Any, time: Any, content: int) -> dict[str, Any]:
+    known = {"file_size": size, "mtime_ns": time}
+    if status == "failed":
+        return failed_row(image_id, **known)
+    note = "truncated" if status == "cut" else None
+    return captioned_row(image_id, content, error_type=note, **known)
+
+
+def layout_of(images: dict[str, Any]) -> tuple[RowIndex, dict[str, Expected]]:
+    files: list[list[list[dict[str, Any]]]] = [[[] for _ in range(3)] for _ in range(4)]
+    model = {}
+    for image_id, (file, group, *columns) in images.items():
+        row = row_of(image_id, *columns)
+        files[file][group].append(row)
+        model[image_id] = Expected(file, group, row)
+    return index_of(files), model
+
+
+@settings(deadline=None)
+@given(IMAGES, IDS, SIZES, SIZES)
+def test_images_are_found_and_compared(images, stranger, size, time):
+    index, model = layout_of(images)
+    assert len(index) == len(model)
+    assert (index.find(stranger) is not None) == (stranger in model)
+    asked = (UNKNOWN if size is None else size, UNKNOWN if time is None else time)
+    for image_id, (file, _, row) in model.items():
+        number = index.find(image_id)
+        assert index.file_of(number) == file
+        if (size, time) != (row["file_size"], row["mtime_ns"]):
+            known = Known.CHANGED
+        else:
+            known = Known.DONE if row["status"] == "ok" else Known.FAILED
+        assert index.compare(number, *asked) is known
+
+
+@settings(deadline=None)
+@given(IMAGES, st.sets(IDS))
+def test_what_was_not_seen_has_vanished(images, seen):
+    index, model = layout_of(images)
+    for image_id in seen & model.keys():
+        index.mark_seen(index.find(image_id))
+    assert index.vanished == len(model.keys() - seen)
+    for file in range(6):  # two more than there are: those that a run adds
+        here = {image_id for image_id, expected in model.items() if expected.file == file}
+        assert index.vanished_of(file, here) == here - seen
+
+
+@settings(deadline=None)
+@given(IMAGES)
+def test_captioned_rows_are_found_by_the_bytes_of_their_photos(images):
+    index, model = layout_of(images)
+    for content in range(4):
+        places = [
+            (file, group)
+            for file, group, row in model.values()
+            if row["status"] == "ok" and row["sha256"] == sum_of(content)
+        ]
+        assert sorted(index.places_of(sum_of(content))) == sorted(places)
+
+
+@pytest.mark.parametrize("files", [[], [[]], [[[]]], [[[], []], []]])
+def test_index_of_nothing(files):
+    index = index_of(files)
+    assert len(index) == index.vanished == 0
+    assert index.find("a.jpg") is None
+    assert index.places_of(sum_of("a")) == []
+    assert index.vanished_of(0, []) == set()
+
+
+def test_entries_of_a_failed_row_without_size_or_sum():
+    entries = entries_of([table_of([failed_row("a.jpg")])])
+    assert entries[1:] == Entries(0, UNKNOWN, UNKNOWN, 1, 0, 0)[1:]
+
+
+def test_many_files_are_searched_as_one():
+    index = index_of([[[captioned_row(f"{file}.jpg", file)]] for file in range(300)])
+    for file in range(300):
+        assert index.file_of(index.find(f"{file}.jpg")) == file
+        assert index.places_of(sum_of(file)) == [(file, 0)]
