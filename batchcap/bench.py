@@ -107,7 +107,7 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         folder = Path(name)
         refs = _refs(settings, folder)
         batch_size = min(settings.batch_size, len(refs))
-        job = Job(captioner, decode_settings, batch_size, run_id="bench", load=read)
+        job = Job(captioner, decode_settings, batch_size, run_id="bench", read=read)
         _run(refs[: 2 * batch_size], folder / "warm.parquet", job)
         log.info("timing a run of %d photos, then each of its stages", len(refs))
         seconds, _ = _timed(_run, refs, folder / "captions.parquet", job)

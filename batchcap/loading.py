@@ -1,7 +1,7 @@
 """Photos are read in processes of their own: a file that kills or hangs its reader costs a row.
 
-Whatever a file does to the decoder, the run goes on: the file is tried once more with a new
-process, and is given up, as a rejection, when that one dies too.
+Whatever a file does to the decoder, the run goes on: the file is tried once more, alone and with a
+new process, and is given up, as a rejection, when that one dies too.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from batchcap.contracts import ErrorType, LoadedImage, Rejection
 
 Load = Callable[[str], LoadedImage]
 
-TRIES = 2
 STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
@@ -43,9 +42,9 @@ class _Reader:
             self._process.start()
         theirs.close()
 
-    def load(self, path: str, timeout_s: float) -> LoadedImage:
+    def load(self, paths: list[str], timeout_s: float) -> list[LoadedImage]:
         try:
-            self._connection.send(path)
+            self._connection.send(paths)
             if not self._connection.poll(timeout_s):
                 raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
             return self._connection.recv()
@@ -75,30 +74,31 @@ class Readers:
         for _ in range(count):
             self._idle.put(self._start())
 
-    def __call__(self, path: str) -> LoadedImage:
-        """Load one photo, whatever the file does.
+    def __call__(self, paths: list[str]) -> list[LoadedImage]:
+        """Load photos, whatever their files do.
+
+        Where a process dies of several, each is tried once more alone: so the one that did it, and
+        no other, meets its second death.
 
         Raises:
             RuntimeError: the readers have been stopped.
         """
         reader = self._idle.get()
         try:
-            for _ in range(TRIES):
-                if reader is None:
-                    raise RuntimeError(STOPPED)
+            try:
+                return _asked(reader).load(paths, self._timeout_s)
+            except _DiedError as death:
+                reader = self._replace(_asked(reader), f"{death} on one of {paths!r}")
+            images = []
+            for path in paths:
                 try:
-                    return reader.load(path, self._timeout_s)
+                    images += _asked(reader).load([path], self._timeout_s)
                 except _DiedError as death:
-                    how = str(death)
-                    reader = self._replace(reader, f"{how} on {path!r}")
+                    reader = self._replace(_asked(reader), f"{death} on {path!r} alone")
+                    images.append(_quarantined(death))
+            return images
         finally:
             self._idle.put(reader)
-        return LoadedImage(
-            Rejection(
-                ErrorType.QUARANTINED,
-                f"Each of {TRIES} processes that read this file {how}; look at it, or remove it.",
-            )
-        )
 
     def stop(self) -> None:
         """End the processes, whatever they are at."""
@@ -147,7 +147,7 @@ def _serve(connection: Connection, load: Load) -> None:
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         while True:
-            connection.send(load(connection.recv()))
+            connection.send([load(path) for path in connection.recv()])
 
 
 def _be_first_to_go() -> None:
@@ -178,6 +178,21 @@ def _end_with_the_run() -> None:
     if run is not None:
         run.join()
         os._exit(1)
+
+
+def _asked(reader: _Reader | None) -> _Reader:
+    if reader is None:
+        raise RuntimeError(STOPPED)
+    return reader
+
+
+def _quarantined(death: _DiedError) -> LoadedImage:
+    return LoadedImage(
+        Rejection(
+            ErrorType.QUARANTINED,
+            f"The second process to read this file {death}, too; look at it, or remove it.",
+        )
+    )
 
 
 def _ending(exit_code: int | None) -> str:

@@ -171,7 +171,7 @@ class _Captioning:
                 batch_size=len(first),
                 attention=settings.attention,
                 run_id=self.summary.run_id,
-                load=read,
+                read=read,
                 reusable=self._reusable,
                 is_over=self.stop,
             )
