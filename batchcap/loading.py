@@ -21,6 +21,7 @@ from batchcap.contracts import ErrorType, LoadedImage, Rejection
 
 Load = Callable[[str], LoadedImage]
 
+START_S = 60.0  # for a new process, on a machine that is busy
 STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
@@ -37,6 +38,7 @@ class _Reader:
 
     def __init__(self, load: Load) -> None:
         self._connection, theirs = PROCESSES.Pipe()
+        self._ready = False
         self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
         with _signals_blocked():
             self._process.start()
@@ -44,6 +46,7 @@ class _Reader:
 
     def load(self, paths: list[str], timeout_s: float) -> list[LoadedImage]:
         try:
+            self._wait_until_ready()
             self._connection.send(paths)
             if not self._connection.poll(timeout_s):
                 raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
@@ -51,6 +54,13 @@ class _Reader:
         except (EOFError, OSError) as error:
             self._process.join(timeout=10)
             raise _DiedError(_ending(self._process.exitcode)) from error
+
+    def _wait_until_ready(self) -> None:
+        """The time that a process takes to start is not the photo's."""
+        if not self._ready:
+            if not self._connection.poll(START_S):
+                raise _DiedError(f"did not start in {START_S:.0f} s")
+            self._ready = self._connection.recv()
 
     def kill(self) -> None:
         """May be called while another thread loads: that one is told that the process died."""
@@ -146,6 +156,7 @@ def _serve(connection: Connection, load: Load) -> None:
     _be_first_to_go()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
+        connection.send(True)
         while True:
             connection.send([load(path) for path in connection.recv()])
 

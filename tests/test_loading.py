@@ -46,6 +46,16 @@ def one(read: Readers, path: str) -> LoadedImage:
     return image
 
 
+class LoadThatIsSlowToStart:
+    def __reduce__(self) -> object:
+        return load_slowly_made, ()
+
+
+def load_slowly_made() -> object:
+    time.sleep(1.5)
+    return load
+
+
 def names_of_rejected(images: dict[str, LoadedImage]) -> set[str]:
     return {name for name, image in images.items() if isinstance(image.pixels, Rejection)}
 
@@ -98,6 +108,12 @@ def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
 def test_a_file_is_tried_again(tmp_path, name, timeout_s):
     with readers(load, 1, timeout_s) as read:
         assert one(read, str(tmp_path / name)).sha256 == name
+
+
+def test_the_time_to_start_a_process_is_not_the_files():
+    """On a busy machine with a short --stall-timeout good photos were given up."""
+    with readers(LoadThatIsSlowToStart(), 1, 1) as read:
+        assert one(read, "good").sha256 == "good"
 
 
 def test_a_file_that_hangs_its_readers_is_given_up_in_time():

@@ -701,6 +701,7 @@ def test_a_failure_at_each_change_of_names_is_made_good_by_the_next_run(name, ki
             disk.countdown, disk.dead = None, False
             ids = ids_of(layout)
             assert len(set(ids)) == len(ids)
+            assert "same" in ids
             second(layout)
             rows = rows_of(layout)
             assert {row["image_id"]: row["caption"] for row in rows} == wanted
