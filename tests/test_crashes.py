@@ -189,6 +189,20 @@ def test_control_c_on_a_terminal_reaches_all_processes_and_is_one_line(
     assert 32 <= summary_of(output)["captioned"] == len(committed(output))
 
 
+def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: Path) -> None:
+    """A reader takes most of a second to come to ignoring signals.
+
+    Ctrl-C in that second killed the readers, each with a traceback over the terminal; and the run
+    went on to load the model before it saw that it was to end.
+    """
+    code, errors, seconds = _stopped(
+        *(photos, tmp_path / "o", signal.SIGINT, os.killpg),
+        has_begun=lambda pid, _output: len(children_of(pid)) > 1,
+    )
+    assert (code, errors) == (130, "batchcap: stopped by SIGINT\n")
+    assert seconds < STOP_S
+
+
 def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
     code, _, seconds = _stopped(photos, output, signal.SIGINT, os.killpg, times=2)
