@@ -473,6 +473,18 @@ def test_every_line_on_stderr_is_json_and_metrics_are_written(whole: Watched) ->
     assert 'batchcap_run_images{state="captioned"} 300\n' in whole.metrics.read_text()
 
 
+@pytest.mark.parametrize(("flag", "code"), [("--glob=*.none", 1), ("--rows-per-part=0", 2)])
+def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path) -> None:
+    """A setting out of its limits was told as text, since it is found before the log is set up."""
+    metrics = tmp_path / "m.prom"
+    done = run(*(photos, tmp_path / "o", flag, "--log-format", "json", "--metrics-file", metrics))
+    assert done.returncode == code
+    (event,) = events_of(done.stderr)
+    assert (event["event"], event["level"], event["exit_code"]) == ("run_failed", "error", code)
+    if code == 1:
+        assert "batchcap_run_exit_code 1\n" in metrics.read_text()
+
+
 def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> None:
     names = [str(photos / f"00{number}.jpg") for number in range(3)]
     output = tmp_path / "o"
