@@ -502,3 +502,18 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
     assert last.startswith("batchcap: nothing has moved for")
     assert names[0] in last
     assert summary_of(output)["exit_code"] == 1
+
+
+def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -> None:
+    """A GPU that hangs hangs the start of TensorFlow, for which stderr is silenced.
+
+    So was the account of the stall: the run ended with 1 and without a word.
+    """
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("import time\ntime.sleep(99)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=environment)
+    assert done.returncode == 1
+    assert "in start_tensorflow" in done.stderr
+    assert "batchcap: nothing has moved for 3 s; in flight: none" in done.stderr
