@@ -1,7 +1,8 @@
 """Photos are read in processes of their own: a file that kills or hangs its reader costs a row.
 
 Whatever a file does to the decoder, the run goes on: the file is tried once more with a new
-process, and is given up, as a rejection, when that one dies too.
+process, and is given up, as a rejection, when that one dies too. Processes that die before they
+have seen a file are another matter: then no photo can be read, and the run ends.
 """
 
 import contextlib
@@ -16,12 +17,15 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.contracts import BatchcapError, ErrorType, LoadedImage, Rejection
 
 Load = Callable[[str], LoadedImage]
 
 TRIES = 2
+STARTS = 3
+START_S = 60.0  # it takes one, on a busy machine several
 STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
@@ -34,9 +38,13 @@ class _DiedError(Exception):
 
 
 class _Reader:
-    """One process that loads the photos it is told to, one at a time."""
+    """One process that loads the photos it is told to, one at a time.
+
+    has_begun: it has come so far that what it dies of is a photo.
+    """
 
     def __init__(self, load: Load) -> None:
+        self.has_begun = False
         self._connection, theirs = PROCESSES.Pipe()
         self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
         with _signals_blocked():
@@ -45,13 +53,19 @@ class _Reader:
 
     def load(self, path: str, timeout_s: float) -> LoadedImage:
         try:
+            if not self.has_begun:
+                self._receive(START_S)
+                self.has_begun = True
             self._connection.send(path)
-            if not self._connection.poll(timeout_s):
-                raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
-            return self._connection.recv()
+            return self._receive(timeout_s)
         except (EOFError, OSError) as error:
             self._process.join(timeout=10)
             raise _DiedError(_ending(self._process.exitcode)) from error
+
+    def _receive(self, timeout_s: float) -> Any:
+        if not self._connection.poll(timeout_s):
+            raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
+        return self._connection.recv()
 
     def kill(self) -> None:
         """May be called while another thread loads: that one is told that the process died."""
@@ -79,17 +93,21 @@ class Readers:
         """Load one photo, whatever the file does.
 
         Raises:
+            BatchcapError: no process can be started.
             RuntimeError: the readers have been stopped.
         """
-        reader = self._idle.get()
+        reader, deaths, starts = self._idle.get(), 0, 0
         try:
-            for _ in range(TRIES):
+            while deaths < TRIES:
                 if reader is None:
                     raise RuntimeError(STOPPED)
                 try:
                     return reader.load(path, self._timeout_s)
                 except _DiedError as death:
                     how = str(death)
+                    deaths, starts = deaths + reader.has_begun, starts + (not reader.has_begun)
+                    if starts == STARTS:
+                        raise BatchcapError(_cannot_start(how)) from death
                     reader = self._replace(reader, f"{how} on {path!r}")
         finally:
             self._idle.put(reader)
@@ -146,6 +164,7 @@ def _serve(connection: Connection, load: Load) -> None:
     _be_first_to_go()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
+        connection.send(None)  # ready
         while True:
             connection.send(load(connection.recv()))
 
@@ -178,6 +197,13 @@ def _end_with_the_run() -> None:
     if run is not None:
         run.join()
         os._exit(1)
+
+
+def _cannot_start(how: str) -> str:
+    return (
+        f"each of {STARTS} processes that were to read photos {how} before it had seen one: look "
+        "at what stands above, and whether memory or the number of processes is limited"
+    )
 
 
 def _ending(exit_code: int | None) -> str:

@@ -136,6 +136,27 @@ def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: 
     assert rows_of(output)["status"].to_pylist() == ["ok"] * 96
 
 
+def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
+    photos: Path, tmp_path: Path
+) -> None:
+    """Where Python could not start once more, every photo was quarantined, with exit code 0.
+
+    So it was as another user than the one whose Python it was; and so where processes are limited.
+    """
+    stub = "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n    os._exit(9)\n"
+    (tmp_path / "sitecustomize.py").write_text(stub)
+    done = run(photos, tmp_path / "o", env=finding_first(tmp_path))
+    assert done.returncode == 1
+    assert "batchcap: each of 3 processes that were to read photos ended with exit" in done.stderr
+    assert committed(tmp_path / "o") == frozenset()
+
+
+def finding_first(folder: Path) -> dict[str, str]:
+    """The environment of a Python that imports from a folder rather than from anywhere else."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
@@ -511,9 +532,7 @@ def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -
     """
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("import time\ntime.sleep(99)\n")
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=environment)
+    done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=finding_first(tmp_path))
     assert done.returncode == 1
     assert "in start_tensorflow" in done.stderr
     assert "batchcap: nothing has moved for 3 s; in flight: none" in done.stderr
