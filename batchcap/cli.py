@@ -208,9 +208,9 @@ def run(**asked: Any) -> None:
 
     Example: batchcap run ./images captions.parquet
     """
+    if asked["log_format"] is LogFormat.JSON:  # first, so that what is wrong with others is too
+        configure_logging(LogFormat.JSON, logging.getLogger().isEnabledFor(logging.DEBUG))
     settings = RunSettings(**asked)
-    if settings.log_format is LogFormat.JSON:
-        configure_logging(settings.log_format, logging.getLogger().isEnabledFor(logging.DEBUG))
     from batchcap.run import plan_run, run_captioning
 
     if settings.dry_run:

@@ -1,7 +1,8 @@
 """Photos are read in processes of their own: a file that kills or hangs its reader costs a row.
 
 Whatever a file does to the decoder, the run goes on: the file is tried once more, alone and with a
-new process, and is given up, as a rejection, when that one dies too.
+new process, and is given up, as a rejection, when that one dies too. Processes that die before they
+have seen a file are another matter: then no photo can be read, and the run ends.
 """
 
 import contextlib
@@ -15,12 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.contracts import BatchcapError, ErrorType, LoadedImage, Rejection
 
 Load = Callable[[str], LoadedImage]
 
+STARTS = 3
 START_S = 60.0  # for a new process, on a machine that is busy
 STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
@@ -44,23 +48,21 @@ class _Reader:
             self._process.start()
         theirs.close()
 
+    def wait_until_ready(self) -> None:
+        """What it dies of from now on is a photo, and the time that it takes is the photo's."""
+        if not self._ready:
+            self._ready = self._receive(START_S)
+
     def load(self, paths: list[str], timeout_s: float) -> list[LoadedImage]:
-        try:
-            self._wait_until_ready()
+        with _noticing_death(self._process):
             self._connection.send(paths)
+        return self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> Any:
+        with _noticing_death(self._process):
             if not self._connection.poll(timeout_s):
                 raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
             return self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(timeout=10)
-            raise _DiedError(_ending(self._process.exitcode)) from error
-
-    def _wait_until_ready(self) -> None:
-        """The time that a process takes to start is not the photo's."""
-        if not self._ready:
-            if not self._connection.poll(START_S):
-                raise _DiedError(f"did not start in {START_S:.0f} s")
-            self._ready = self._connection.recv()
 
     def kill(self) -> None:
         """May be called while another thread loads: that one is told that the process died."""
@@ -91,20 +93,23 @@ class Readers:
         no other, meets its second death.
 
         Raises:
+            BatchcapError: no process can be started.
             RuntimeError: the readers have been stopped.
         """
         reader = self._idle.get()
         try:
+            reader = self._ready(reader)
             try:
-                return _asked(reader).load(paths, self._timeout_s)
+                return reader.load(paths, self._timeout_s)
             except _DiedError as death:
-                reader = self._replace(_asked(reader), f"{death} on one of {paths!r}")
+                reader = self._replace(reader, f"{death} on one of {paths!r}")
             images = []
             for path in paths:
+                reader = self._ready(reader)
                 try:
-                    images += _asked(reader).load([path], self._timeout_s)
+                    images += reader.load([path], self._timeout_s)
                 except _DiedError as death:
-                    reader = self._replace(_asked(reader), f"{death} on {path!r} alone")
+                    reader = self._replace(reader, f"{death} on {path!r} alone")
                     images.append(_quarantined(death))
             return images
         finally:
@@ -129,6 +134,22 @@ class Readers:
             reader = _Reader(self._load)
             self._alive.add(reader)
             return reader
+
+    def _ready(self, reader: _Reader | None) -> _Reader:
+        """The reader, or one in its place, that has started well."""
+        for _ in range(STARTS):
+            if reader is None:
+                raise RuntimeError(STOPPED)
+            try:
+                reader.wait_until_ready()
+                return reader
+            except _DiedError as death:
+                how = str(death)
+                reader = self._replace(reader, f"{how} while it started")
+        raise BatchcapError(
+            f"no process can be started to read photos: each {how}; see to the machine's memory "
+            "and process limits, and run again"
+        )
 
     def _replace(self, reader: _Reader, what_happened: str) -> _Reader | None:
         if not self._stopped:
@@ -191,10 +212,13 @@ def _end_with_the_run() -> None:
         os._exit(1)
 
 
-def _asked(reader: _Reader | None) -> _Reader:
-    if reader is None:
-        raise RuntimeError(STOPPED)
-    return reader
+@contextmanager
+def _noticing_death(process: BaseProcess) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        process.join(timeout=10)
+        raise _DiedError(_ending(process.exitcode)) from error
 
 
 def _quarantined(death: _DiedError) -> LoadedImage:

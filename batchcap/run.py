@@ -155,6 +155,8 @@ class _Captioning:
         # First, since its processes start while TensorFlow does.
         with readers(load, core_count(), settings.stall_timeout / READER_TIMEOUTS) as read:
             execution = choose_execution(settings.runtime, settings.precision)
+            if not self._goes_on(watchdog):
+                return
             # Here, since a run with nothing to do needs no TensorFlow.
             from batchcap.engines import Job, run_locally
             from batchcap.model.captioner import load_captioner
@@ -165,6 +167,8 @@ class _Captioning:
             # Compiling takes seconds, which a single batch would not win back.
             is_long = len(first) == settings.batch_size
             captioner = load_captioner(settings.model, execution, compiled=is_long)
+            if not self._goes_on(watchdog):
+                return
             job = Job(
                 captioner,
                 self.decode_settings,

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from batchcap.inputs import ImageRef, printable
 
@@ -26,7 +25,9 @@ class Watchdog:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
-        self.traces = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        # A way of its own to stderr: the usual one is shut while TensorFlow starts.
+        way = os.dup(sys.stderr.fileno()) if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+        self.traces = os.fdopen(way, "w", encoding="utf-8")
         self._last = self._armed = -math.inf
         self.progress()
 
@@ -76,16 +77,20 @@ def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Wa
     finally:
         done.set()
         faulthandler.cancel_dump_traceback_later()
+        watchdog.traces.close()
 
 
 def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
     names = [*watchdog.names]
     shown = ", ".join(map(printable, names[:SHOWN])) or "none"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    if sys.stderr:
+        os.dup2(watchdog.traces.fileno(), sys.stderr.fileno())
     faulthandler.dump_traceback(watchdog.traces, all_threads=True)
-    last_words(
-        f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
-        "committed is safe: run again, without these files if it happens again"
-    )
+    with contextlib.suppress(Exception):  # the disk may be what is wrong
+        last_words(
+            f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
+            "committed is safe: run again, without these files if it happens again"
+        )
     watchdog.traces.flush()
     os._exit(EXIT_CODE)

@@ -1,0 +1,538 @@
+"""Stories of runs that are killed, stopped, starved and doubled: real processes, real signals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from crashes import (
+    BATCHCAP,
+    LONG_S,
+    Chain,
+    check_readable,
+    children_of,
+    committed,
+    difference,
+    leftovers,
+    rows_of,
+    run,
+    running,
+    wait_until,
+)
+from PIL import Image
+
+from batchcap.output import Layout
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc"
+)
+
+PHOTOS = 300
+FLAGS = ("--rows-per-part", 32, "--batch-size", 16)
+STOP_S = 10.0  # what service managers allow
+AT_ONCE_S = 2.0
+QUICK_S = 2.0  # no time to import TensorFlow
+ROUNDING = 1e-5  # of log-probabilities, where batches are made up otherwise
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+class Watched(NamedTuple):
+    """A run that nobody disturbed, and what others saw of it."""
+
+    output: Path
+    done: subprocess.CompletedProcess[str]
+    summary: dict[str, Any]
+    metrics: Path
+    seen: list[int]  # rows, as a reader found them again and again
+
+
+@pytest.fixture(scope="module")
+def photos(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 JPEGs, no two alike."""
+    folder = tmp_path_factory.mktemp("crashes") / "photos"
+    folder.mkdir()
+    draws = np.random.default_rng(1)
+    for number in range(PHOTOS):
+        crop = np.roll(photo_crops[number % len(photo_crops)], draws.integers(224), axis=1)
+        Image.fromarray(crop).save(folder / f"{number:03}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path) -> Watched:
+    output, metrics = photos.parent / "whole", photos.parent / "whole.prom"
+    seen: list[int] = []
+    with running(
+        *(photos, output, *FLAGS, "--log-format", "json", "--metrics-file", metrics)
+    ) as process:
+        while process.poll() is None:
+            if output.is_dir():
+                seen.append(check_readable(output))
+            time.sleep(0.02)
+        told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    done = subprocess.CompletedProcess(process.args, process.returncode, told, errors)
+    return Watched(output, done, summary_of(output), metrics, seen)
+
+
+def summary_of(output: Path) -> dict[str, Any]:
+    return json.loads(Layout(output).summary.read_text(encoding="utf-8"))
+
+
+def few(photos: Path, folder: Path, count: int) -> Path:
+    """A folder of the first photos, to change."""
+    folder.mkdir()
+    for path in sorted(photos.iterdir())[:count]:
+        shutil.copy2(path, folder)
+    return folder
+
+
+# Kills
+
+
+@pytest.mark.parametrize("name", ["o.parquet", "o"])
+def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
+    name: str, photos: Path, whole: Watched, tmp_path: Path
+) -> None:
+    """Between two kills everything is readable, and no committed row is ever gone or done again."""
+    draws = random.Random(f"1 {name}")
+    phases = ["starting", "captioning", "committing"] + ["joining"] * name.endswith(".parquet")
+    chain = Chain((photos, tmp_path / name, *FLAGS), draws)
+    chain.go(phases, signal.SIGKILL)
+    assert chain.kills == phases
+    rows, expected = rows_of(chain.output), rows_of(whole.output)
+    assert rows["image_id"].to_pylist() == [f"{number:03}.jpg" for number in range(PHOTOS)]
+    assert difference(rows, expected) <= ROUNDING
+    assert chain.largest_part < 32 + 2 * 16  # and a kill costs less than a part
+
+
+def test_a_reader_sees_whole_parts_and_no_image_twice_at_any_moment(whole: Watched) -> None:
+    assert whole.seen == sorted(whole.seen)
+    assert len(set(whole.seen)) > 3
+    assert check_readable(whole.output) == PHOTOS
+
+
+def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    with running(photos, output, "--limit", 96, "--batch-size", 16, "--rows-per-part", 16) as going:
+        wait_until(lambda: going.poll() is not None or [*output.glob("part-*")])
+        readers = [pid for pid in children_of(going.pid) if "spawn_main" in _command(pid)]
+        assert readers
+        for pid in readers:
+            os.kill(pid, signal.SIGKILL)
+        _, errors = going.communicate(timeout=LONG_S)
+    assert going.returncode == 0, errors
+    assert rows_of(output)["status"].to_pylist() == ["ok"] * 96
+
+
+def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
+    photos: Path, tmp_path: Path
+) -> None:
+    """Where Python could not start once more, every photo was quarantined, with exit code 0.
+
+    So it was as another user than the one whose Python it was; and so where processes are limited.
+    """
+    stub = "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n    os._exit(9)\n"
+    (tmp_path / "sitecustomize.py").write_text(stub)
+    done = run(photos, tmp_path / "o", env=finding_first(tmp_path))
+    assert done.returncode == 1
+    assert "batchcap: each of 3 processes that were to read photos ended with exit" in done.stderr
+    assert committed(tmp_path / "o") == frozenset()
+
+
+def finding_first(folder: Path) -> dict[str, str]:
+    """The environment of a Python that imports from a folder rather than from anywhere else."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+# Signals
+
+
+def _stopped(
+    photos: Path,
+    output: Path,
+    number: signal.Signals,
+    send: Callable[[int, int], None] = os.kill,
+    times: int = 1,
+    has_begun: Callable[[int, Path], object] = lambda _pid, output: [*output.glob("part-*")],
+) -> tuple[int, str, float]:
+    """Exit code, stderr and the seconds until the end of a run that gets a signal."""
+    with running(photos, output, *FLAGS) as process:
+        wait_until(lambda: process.poll() is not None or has_begun(process.pid, output))
+        began = time.monotonic()
+        for _ in range(times):
+            send(process.pid, number)
+            time.sleep(0.1)
+        _, errors = process.communicate(timeout=LONG_S)
+        return process.returncode, errors, time.monotonic() - began
+
+
+def test_sigterm_ends_a_run_soon_with_what_was_finished_committed(
+    photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    code, errors, seconds = _stopped(photos, output, signal.SIGTERM)
+    assert (code, errors.splitlines()[-1]) == (143, "batchcap: stopped by SIGTERM")
+    assert seconds < STOP_S
+    assert leftovers(output) == []
+    told = summary_of(output)
+    assert (told["outcome"], told["exit_code"]) == ("stopped", 143)
+    assert 32 < told["captioned"] == len(committed(output)) < PHOTOS
+
+
+def test_control_c_on_a_terminal_reaches_all_processes_and_is_one_line(
+    photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    code, errors, seconds = _stopped(photos, output, signal.SIGINT, os.killpg)
+    assert code == 130
+    assert seconds < STOP_S
+    assert errors.splitlines()[1:] == ["batchcap: stopped by SIGINT"]
+    assert 32 <= summary_of(output)["captioned"] == len(committed(output))
+
+
+def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: Path) -> None:
+    """A reader takes most of a second to come to ignoring signals.
+
+    Ctrl-C in that second killed the readers, each with a traceback over the terminal; and the run
+    went on to load the model before it saw that it was to end.
+    """
+    code, errors, seconds = _stopped(
+        *(photos, tmp_path / "o", signal.SIGINT, os.killpg),
+        has_begun=lambda pid, _output: len(children_of(pid)) > 1,
+    )
+    assert (code, errors) == (130, "batchcap: stopped by SIGINT\n")
+    assert seconds < STOP_S
+
+
+def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    code, _, seconds = _stopped(photos, output, signal.SIGINT, os.killpg, times=2)
+    assert code == 130
+    assert seconds < AT_ONCE_S
+    assert leftovers(output) == []
+    assert len(committed(output)) >= 32
+
+
+# Two runs, and photos that come and go
+
+
+def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) -> None:
+    for output in (tmp_path / "o", tmp_path / "o.parquet", tmp_path / "p"):
+        command = (photos, output, "--limit", 8)
+        began = time.monotonic()
+        with running(*command) as one, running(*command) as other:
+            wait_until(lambda: one.poll() is not None or other.poll() is not None)
+            assert time.monotonic() - began < 2 * QUICK_S
+            told = {process.wait(LONG_S): process.communicate()[1] for process in (one, other)}
+        assert sorted(told) == [0, 5]
+        assert "another run" in told[5]
+        assert len(committed(output)) == 8
+        assert summary_of(output)["exit_code"] == 0
+
+
+COUNTS = ("captioned", "reused", "already_done", "new", "changed", "retried", "vanished", "pruned")
+
+
+def counts_of(output: Path) -> dict[str, int]:
+    """What is not zero."""
+    told = summary_of(output)
+    counts = {name: told[name] for name in COUNTS} | {"failed": sum(told["failed"].values())}
+    return {name: count for name, count in counts.items() if count}
+
+
+def entries_of(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+def go(folder: Path, output: Path, *flags: object, code: int = 0) -> dict[str, int]:
+    """The counts of a run; first, that --dry-run foretells them and writes nothing."""
+    before = entries_of(folder.parent)
+    dry = run(folder, output, *flags, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert entries_of(folder.parent) == before
+    done = run(folder, output, *flags)
+    assert done.returncode == code, done.stderr
+    told = summary_of(output)
+    assert (
+        f"{told['new']} new, {told['changed']} changed, {told['retried']} failed before and to be "
+        f"tried again; {told['already_done']} done, {told['failed_before']} of them failed; "
+        f"{told['vanished']} vanished"
+    ) in dry.stdout
+    return counts_of(output)
+
+
+@pytest.mark.parametrize("name", ["o.parquet", "o"])
+def test_only_photos_that_need_it_are_captioned(name: str, photos: Path, tmp_path: Path) -> None:
+    """Added, removed, changed, touched, renamed and copied photos between two runs."""
+    folder, output = few(photos, tmp_path / "photos", 8), tmp_path / name
+    assert go(folder, output) == {"captioned": 8, "new": 8}
+    before = {row["image_id"]: row for row in rows_of(output).to_pylist()}
+    shutil.copy2(photos / "020.jpg", folder / "added.jpg")
+    (folder / "000.jpg").unlink()
+    (folder / "001.jpg").write_bytes((photos / "021.jpg").read_bytes())
+    (folder / "002.jpg").touch()
+    (folder / "003.jpg").rename(folder / "renamed.jpg")
+    shutil.copy2(folder / "004.jpg", folder / "copied.jpg")
+    counts = {"captioned": 2, "reused": 3, "already_done": 4, "new": 3, "changed": 2, "vanished": 2}
+    assert go(folder, output) == counts
+    rows = {row["image_id"]: row for row in rows_of(output).to_pylist()}
+    assert len(rows) == len(rows_of(output)) == 11
+    for image_id, twin in {
+        "002.jpg": "002.jpg",
+        "renamed.jpg": "003.jpg",
+        "copied.jpg": "004.jpg",
+    }.items():
+        assert rows[image_id]["token_logprobs"] == before[twin]["token_logprobs"]
+    assert rows["002.jpg"]["mtime_ns"] == (folder / "002.jpg").stat().st_mtime_ns
+    assert rows["001.jpg"]["sha256"] != before["001.jpg"]["sha256"]
+    for image_id in ("000.jpg", "003.jpg", "004.jpg", "005.jpg"):
+        assert rows[image_id] == before[image_id]
+    assert go(folder, output, "--prune") == {"already_done": 9, "vanished": 2, "pruned": 2}
+    assert set(rows_of(output)["image_id"].to_pylist()) == {path.name for path in folder.iterdir()}
+
+
+def test_without_reuse_copies_are_captioned_and_failures_are_tried_again_when_asked(
+    photos: Path, tmp_path: Path
+) -> None:
+    """A file that is repaired with its size and time kept is taken up by --retry-failed only.
+
+    The summary could not be written where a photo had failed: `asdict` makes a Counter of the
+    pairs of a Counter, whose keys are none for JSON. Each such run ended with 1.
+    """
+    folder, output = few(photos, tmp_path / "photos", 3), tmp_path / "o.parquet"
+    good = (folder / "000.jpg").read_bytes()
+    for name in ("bad.jpg", "000.jpg"):
+        (folder / name).write_bytes(bytes(len(good)))
+    assert go(folder, output) == {"captioned": 2, "failed": 2, "new": 4}
+    shutil.copy2(folder / "001.jpg", folder / "copied.jpg")
+    status = (folder / "bad.jpg").stat()
+    (folder / "bad.jpg").write_bytes(good)
+    os.utime(folder / "bad.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
+    done = {"captioned": 1, "already_done": 4, "new": 1}
+    assert go(folder, output, "--no-reuse") == done
+    (folder / "copied.jpg").touch()
+    retried = {"captioned": 1, "reused": 1, "failed": 1, "already_done": 2}
+    counts = {**retried, "changed": 1, "retried": 2}
+    assert go(folder, output, "--retry-failed", "--max-failures", 0, code=3) == counts
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("ab", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return
+
+
+def assert_says_that_the_disk_is_full(code: int, errors: str) -> None:
+    assert code == 1, errors
+    assert "Traceback" not in errors
+    assert "No space left on device; free the disk or choose another OUTPUT" in errors
+
+
+def test_a_disk_that_fills_up_costs_no_committed_row(
+    photos: Path, whole: Watched, small_disk: Path, tmp_path: Path
+) -> None:
+    """Full while parts are committed, then full while they are joined; then there is room."""
+    folder, output = few(photos, tmp_path / "photos", 96), small_disk / "o.parquet"
+    parts, command = Layout(output).parts, (folder, output, *FLAGS)
+    with running(*command) as process:
+        wait_until(lambda: process.poll() is not None or [*parts.glob("part-*")])
+        fill(small_disk)
+        _, errors = process.communicate(timeout=LONG_S)
+    assert_says_that_the_disk_is_full(process.returncode, errors)
+    kept = committed(output)
+    assert 0 < len(kept) < 96
+    assert leftovers(output) == []
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for path in [*folder.iterdir()]:
+        if path.name not in dict(kept):
+            path.rename(aside / path.name)
+    fill(small_disk)  # what a summary may have left
+    joined = run(*command)
+    assert_says_that_the_disk_is_full(joined.returncode, joined.stderr)
+    assert committed(output) == kept
+    for path in aside.iterdir():
+        path.rename(folder / path.name)
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert "its disk has" in refused.stderr
+    remount(small_disk, "size=8m")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert kept <= committed(output)
+    rows = rows_of(output)
+    assert difference(rows, rows_of(whole.output).slice(0, 96)) <= ROUNDING
+
+
+def test_a_disk_that_becomes_read_only_is_said_at_once(photos: Path, small_disk: Path) -> None:
+    remount(small_disk, "ro")
+    began = time.monotonic()
+    for name in ("o", "o.parquet"):
+        done = run(photos, small_disk / name)
+        assert done.returncode == 1
+        assert f"cannot write {small_disk / name}: " in done.stderr
+        assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 2 * QUICK_S
+
+
+def test_a_folder_without_permission_is_said_at_once(photos: Path) -> None:
+    if os.geteuid() != 0 or shutil.which(AS_NOBODY[0]) is None:
+        pytest.skip("only root can become nobody")
+    # Not below pytest's folder, which others can't enter.
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        folder = few(photos, Path(name) / "photos", 1)
+        if subprocess.run([*AS_NOBODY, sys.executable, "-c", "import batchcap"]).returncode:
+            pytest.skip("nobody can't run this Python")
+        for output in ("o", "o.parquet"):
+            command = [*AS_NOBODY, *BATCHCAP, "run", str(folder), f"{name}/{output}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert f"cannot write {name}/{output}: " in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+# Exit codes, logs and stalls
+
+
+def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
+    photos: Path, whole: Watched
+) -> None:
+    program = [sys.executable, "-X", "importtime", *BATCHCAP[1:]]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*program, "run", str(photos), str(whole.output)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.monotonic() - began < QUICK_S
+    assert done.returncode == 0
+    assert "0 captioned, 0 failed, 300 already done" in done.stdout
+    assert "batchcap.run" in done.stderr
+    assert "tensorflow" not in done.stderr
+
+
+def test_an_empty_folder_is_a_failure_unless_allowed(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    assert run(tmp_path / "photos", tmp_path / "o").returncode == 1
+    assert run(tmp_path / "photos", tmp_path / "p", "--allow-empty").returncode == 0
+    assert check_readable(tmp_path / "p") == 0
+
+
+def test_an_output_of_other_settings_is_exit_code_4_and_stays(
+    photos: Path, whole: Watched, tmp_path: Path
+) -> None:
+    metrics, before = tmp_path / "m.prom", entries_of(whole.output)
+    flags = ("--beam-size", 2, "--metrics-file", metrics)
+    done = run(photos, whole.output, *flags)
+    assert done.returncode == 4
+    assert "beam_size" in done.stderr
+    assert "batchcap_run_exit_code 4\n" in metrics.read_text()
+    after = entries_of(whole.output)
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] in ([], [str(whole.output)])
+
+
+def events_of(errors: str) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in errors.splitlines()]
+    for event in events:
+        assert event.keys() >= {"time", "level", "event", "message"}
+    return events
+
+
+def test_every_line_on_stderr_is_json_and_metrics_are_written(whole: Watched) -> None:
+    events = events_of(whole.done.stderr)
+    assert events[0]["event"] == "run_started"
+    told = json.loads(whole.done.stdout)
+    assert events[0]["run_id"] == told["run_id"] == whole.summary["run_id"]
+    assert told == whole.summary
+    assert 'batchcap_run_images{state="captioned"} 300\n' in whole.metrics.read_text()
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--glob=*.none", 1), ("--rows-per-part=0", 2)])
+def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path) -> None:
+    """A setting out of its limits was told as text, since it is found before the log is set up."""
+    metrics = tmp_path / "m.prom"
+    done = run(*(photos, tmp_path / "o", flag, "--log-format", "json", "--metrics-file", metrics))
+    assert done.returncode == code
+    (event,) = events_of(done.stderr)
+    assert (event["event"], event["level"], event["exit_code"]) == ("run_failed", "error", code)
+    if code == 1:
+        assert "batchcap_run_exit_code 1\n" in metrics.read_text()
+
+
+def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> None:
+    names = [str(photos / f"00{number}.jpg") for number in range(3)]
+    output = tmp_path / "o"
+    with running(
+        *("-", output, "--batch-size", 2, "--stall-timeout", 6),
+        stdin=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write("\n".join([*names, ""]))
+        process.stdin.flush()
+        assert process.wait(LONG_S) == 1
+        errors = process.stderr.read() if process.stderr else ""
+    assert "_read_list" in errors  # where the main thread stands
+    last = errors.splitlines()[-1]
+    assert last.startswith("batchcap: nothing has moved for")
+    assert names[0] in last
+    assert summary_of(output)["exit_code"] == 1
+
+
+def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -> None:
+    """A GPU that hangs hangs the start of TensorFlow, for which stderr is silenced.
+
+    So was the account of the stall: the run ended with 1 and without a word.
+    """
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("import time\ntime.sleep(99)\n")
+    done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=finding_first(tmp_path))
+    assert done.returncode == 1
+    assert "in start_tensorflow" in done.stderr
+    assert "batchcap: nothing has moved for 3 s; in flight: none" in done.stderr
