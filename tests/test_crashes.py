@@ -147,7 +147,7 @@ def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
     (tmp_path / "sitecustomize.py").write_text(stub)
     done = run(photos, tmp_path / "o", env=finding_first(tmp_path))
     assert done.returncode == 1
-    assert "batchcap: each of 3 processes that were to read photos ended with exit" in done.stderr
+    assert "can be started to read photos: each ended with exit code 9" in done.stderr
     assert committed(tmp_path / "o") == frozenset()
 
 
