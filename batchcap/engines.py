@@ -8,7 +8,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -17,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import LoadedImage, ModelError, Rejection
+from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
 from batchcap.inputs import ImageRef
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
@@ -99,11 +100,26 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
 
     def load(ref: ImageRef) -> Photo:
         with job.captioner.clock.stage("load"):
-            return Photo(ref, load_path(ref.path))
+            return Photo(ref, _with_size_and_time(load_path(ref.path), ref.path))
 
     for photo in in_threads(load, refs, os.cpu_count() or 1, ahead):
         sha256 = photo.image.sha256
         yield photo._replace(reused=job.reusable(sha256)) if sha256 else photo
+
+
+def _with_size_and_time(image: LoadedImage, path: str) -> LoadedImage:
+    """So that a file that could not even be opened is known again, and left alone, by later runs.
+
+    Not one that changed while it was read, which they are to take up.
+    """
+    reason = image.pixels
+    if not isinstance(reason, Rejection) or reason.error_type is ErrorType.CHANGED:
+        return image
+    if image.file_size is None:
+        with suppress(OSError, ValueError):
+            status = os.stat(path)  # noqa: PTH116, as where it is compared
+            return replace(image, file_size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return image
 
 
 class BatchCaptioner:
