@@ -4,10 +4,12 @@ An engine never raises for one photo: a photo that can't be read is a row that s
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice, takewhile
 from typing import NamedTuple, TypeVar
@@ -15,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import LoadedImage, ModelError, Rejection
+from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
 from batchcap.inputs import ImageRef
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
@@ -99,7 +101,11 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
 
     def load(group: list[ImageRef]) -> list[Photo]:
         with job.captioner.clock.stage("load"):
-            return list(map(Photo, group, read([ref.path for ref in group])))
+            images = read([ref.path for ref in group])
+        return [
+            Photo(ref, _with_size_and_time(image, ref.path))
+            for ref, image in zip(group, images, strict=True)
+        ]
 
     groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
     for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
@@ -112,6 +118,21 @@ def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
     left = iter(refs)
     while group := list(islice(left, PHOTOS_PER_READ)):
         yield group
+
+
+def _with_size_and_time(image: LoadedImage, path: str) -> LoadedImage:
+    """So that a file that could not even be opened is known again, and left alone, by later runs.
+
+    Not one that changed while it was read, which they are to take up.
+    """
+    reason = image.pixels
+    if not isinstance(reason, Rejection) or reason.error_type is ErrorType.CHANGED:
+        return image
+    if image.file_size is None:
+        with suppress(OSError, ValueError):
+            status = os.stat(path)  # noqa: PTH116, as where it is compared
+            return replace(image, file_size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return image
 
 
 class BatchCaptioner:

@@ -337,7 +337,9 @@ def _check_writable(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "its folder does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "its folder may not be written to")
+        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        reason = "the file system is read-only" if is_read_only else "its folder may not be written"
+        raise PermissionError(errno.EACCES, reason)
 
 
 def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:

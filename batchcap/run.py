@@ -83,7 +83,7 @@ def run_captioning(settings: RunSettings) -> RunSummary:
                 _Captioning(inventory, folder, decode_settings, stop).run()
                 if stop.number is not None:
                     raise Stopped(stop.number)
-            _finish(inventory, folder)
+                _finish(inventory, folder)
     return summary
 
 

@@ -55,7 +55,8 @@ def stopping_softly() -> Iterator[StopRequest]:
         if number == signal.SIGALRM:  # not ours, which follows a request
             return
         request.number = signal.Signals(number)
-        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        # Again and again: what is raised while an object is being deleted is lost.
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S, 1.0)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
