@@ -2,12 +2,9 @@
 
 import json
 import logging
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice, repeat
@@ -31,6 +28,7 @@ from batchcap.engines import (
 )
 from batchcap.inputs import ImageRef, list_images
 from batchcap.loading import core_count, readers
+from batchcap.memory import keep_freed_memory, peak_memory_bytes
 from batchcap.model.captioner import load_captioner
 from batchcap.model.config import read_config
 from batchcap.model.images import LoadSettings, load_image
@@ -98,6 +96,7 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         InputError: there is no photo, or none that can be read.
         ModelError: the model directory is wrong.
     """
+    keep_freed_memory()
     config = read_config(settings.model)
     decode_settings = decode_settings_of(settings, config)
     load = partial(load_image, settings=LoadSettings(config.backbone.image_size))
@@ -170,16 +169,6 @@ def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str,
     ]
     seconds, _ = _timed(lambda: _write((caption_rows(batch, job) for batch in captioned), output))
     yield "write", seconds
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident."""
-    # On Linux from /proc, since what getrusage says there begins at the parent's peak.
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _timed(work: Callable[..., Result], *arguments: Any) -> tuple[float, Result]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from batchcap.contracts import BatchcapError, ErrorType, LoadedImage, Rejection
+from batchcap.memory import keep_freed_memory
 
 Load = Callable[[str], LoadedImage]
 
@@ -174,6 +175,7 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
 
 
 def _serve(connection: Connection, load: Load) -> None:
+    keep_freed_memory()
     _be_first_to_go()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended

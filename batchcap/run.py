@@ -27,6 +27,7 @@ from batchcap.inputs import ImageRef, list_images, printable
 from batchcap.inventory import Inventory
 from batchcap.loading import core_count, readers
 from batchcap.logs import log_event
+from batchcap.memory import keep_freed_memory
 from batchcap.model.config import DecodeSettings, fingerprint, read_config
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import Execution, choose_execution, precision_of
@@ -149,6 +150,7 @@ class _Captioning:
         self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
     ) -> None:
         settings = self.settings
+        keep_freed_memory()
         side = read_config(settings.model).backbone.image_size
         accept = settings.truncated is Truncated.ACCEPT
         load = partial(load_image, settings=LoadSettings(side, settings.max_pixels, accept))

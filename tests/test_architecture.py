@@ -10,7 +10,7 @@ import batchcap
 PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
-    {"contracts", "files", "clock", "stopping"},
+    {"contracts", "files", "clock", "stopping", "memory"},
     {"metrics", "settings", "locking", "row_files", "loading"},
     {"logs", "row_index"},
     {"progress", "output"},

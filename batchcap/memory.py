@@ -1,0 +1,34 @@
+"""The memory of this process: how it is kept, and how much it was."""
+
+import contextlib
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+# Of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 29
+LARGEST_KEPT_BYTES = 1 << 26
+
+
+def keep_freed_memory() -> None:
+    """Let the C library hand out again what was freed, rather than give it back to the system.
+
+    Photos and batches are allocated and freed without end, and fresh pages cost a run a few
+    hundredths of its rate. Does nothing where the C library is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had resident."""
+    # On Linux from /proc, since what getrusage says there begins at the parent's peak.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
