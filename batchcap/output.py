@@ -136,11 +136,13 @@ class CaptionFolder:
 
     def append(self, rows: list[Row]) -> None:
         """Take rows for the next part; each replaces the row that its image may have."""
-        self._pending.append(table_of(rows))
+        table = table_of(rows)
+        # Ahead of the rows: a signal in between must leave none with the row that it replaces.
         for row in rows:
             known = self.index.find(row["image_id"])
             if known is not None:
                 self._supersede(self.index.file_of(known), {row["image_id"]})
+        self._pending.append(table)
 
     def commit(self) -> None:
         """Put the rows taken so far on disk as one part.

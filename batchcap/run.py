@@ -256,7 +256,7 @@ class _Captioning:
         needed = rows * BYTES_PER_ROW[settings.attention]
         if layout.is_file:  # the parts, and the file that they are joined to
             needed = 2 * needed + sum(path.stat().st_size for path in layout.row_files())
-        free = shutil.disk_usage(layout.output.absolute().parent).free
+        free = shutil.disk_usage(layout.lock.parent).free
         if free < needed:
             raise OutputError(
                 f"{layout.output} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
