@@ -46,8 +46,8 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
 def precision_of(precision: Precision) -> Precision:
     """`auto` is float32 on any machine.
 
-    Of 1,000 photos float16 changes the captions of 1.6 %, bfloat16 of 18 %; no more than 1 % may
-    differ without having been asked for.
+    Of 1,000 photos float16 changes the captions of 1.6 %, bfloat16 of 14 to 18 %; no more than
+    1 % may differ without having been asked for.
     """
     return Precision.FLOAT32 if precision is Precision.AUTO else precision
 
