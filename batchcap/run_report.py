@@ -1,7 +1,6 @@
 """What a run did: for people, as JSON beside the output, and as metrics for Prometheus."""
 
 import json
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,8 +13,6 @@ from batchcap.inputs import printable
 from batchcap.row_files import saying_where
 
 FASTEST = 1e9  # images a second that anyone may believe
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

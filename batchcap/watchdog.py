@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import logging
 import math
 import os
 import sys
@@ -15,8 +14,6 @@ from batchcap.inputs import ImageRef, printable
 EXIT_CODE = 1
 GRACE_S = 10.0  # after which C code ends a process in which Python can't
 SHOWN = 20
-
-log = logging.getLogger(__name__)
 
 
 class Watchdog:
