@@ -158,7 +158,7 @@ class CaptionFolder:
         self._begin()
         self._drop_superseded()
         part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
-        table = pa.concat_tables(self._pending).combine_chunks()
+        table = pa.concat_tables(self._pending)
         write_rows(part.path, [table], self.metadata)
         self._files.append(part)
         self.committed += part.rows

@@ -147,7 +147,7 @@ class RunSettings(ModelOptions):
     truncated: Truncated = _option(
         Truncated.ERROR, "Photos whose file ends early: refuse them, or take what there is."
     )
-    rows_per_part: int = _option(5000, "Commit after this many photos,", least=1)
+    rows_per_part: int = _option(2000, "Commit after this many photos,", least=1)
     seconds_per_part: float = _option(60.0, "or after this many seconds.", least=0)
     stall_timeout: float = _option(300.0, "End if nothing moves for this many seconds.", least=1)
     dry_run: bool = _option(False, "Say what there is to do, and write nothing.")

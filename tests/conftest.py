@@ -1,6 +1,7 @@
 """What many tests share: the shipped model, real photos, a real data set where there is one."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ from PIL import Image
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
+
+# Shells let what they start in the background ignore SIGINT, and nohup SIGHUP; so would the
+# processes that tests start and stop.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 CROPS = 200
 CROP_SIZE = 224
