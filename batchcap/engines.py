@@ -123,10 +123,12 @@ def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
 def _with_size_and_time(image: LoadedImage, path: str) -> LoadedImage:
     """So that a file that could not even be opened is known again, and left alone, by later runs.
 
-    Not one that changed while it was read, which they are to take up.
+    Not one that changed or was not there: should it be there now, they are to take it up.
     """
     reason = image.pixels
-    if not isinstance(reason, Rejection) or reason.error_type is ErrorType.CHANGED:
+    if not isinstance(reason, Rejection):
+        return image
+    if reason.error_type in (ErrorType.CHANGED, ErrorType.MISSING):
         return image
     if image.file_size is None:
         with suppress(OSError, ValueError):

@@ -192,3 +192,14 @@ def test_no_batch_is_begun_once_the_run_is_over(captioner, greedy, photos_folder
         done += [row["image_id"] for row in batch]
     assert done == [str(i) for i in range(len(done))]
     assert 2 <= len(done) <= 2 * (BATCHES_UNDER_WAY + 1)
+
+
+def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(
+    captioner, greedy, photos_folder
+):
+    """Its size and time were looked up after it had come back: so it counted as seen, and failed."""
+    missing = LoadedImage(Rejection(ErrorType.MISSING, "There is no such file."))
+    ref = ImageRef("coffee.jpg", str(photos_folder / "coffee.jpg"))
+    job = Job(captioner, greedy, 1, read=lambda paths: [missing for _ in paths])
+    ((row,),) = run_locally(iter([ref]), job)
+    assert (row["error_type"], row["file_size"], row["mtime_ns"]) == ("missing", None, None)
