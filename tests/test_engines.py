@@ -197,7 +197,7 @@ def test_no_batch_is_begun_once_the_run_is_over(captioner, greedy, photos_folder
 def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(
     captioner, greedy, photos_folder
 ):
-    """Its size and time were looked up after it had come back: so it counted as seen, and failed."""
+    """Its size and time were looked up once it was back: so it counted as seen, and failed."""
     missing = LoadedImage(Rejection(ErrorType.MISSING, "There is no such file."))
     ref = ImageRef("coffee.jpg", str(photos_folder / "coffee.jpg"))
     job = Job(captioner, greedy, 1, read=lambda paths: [missing for _ in paths])
