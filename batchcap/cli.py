@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os._exit(stop.exit_code)
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
-            logging.getLogger(__name__).debug("where it happened", exc_info=True)
+            log.debug("where it happened", exc_info=True)
         sys.exit(_report(error))
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
 
 ATTENTION_TYPE = pa.struct(
     [

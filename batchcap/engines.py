@@ -4,12 +4,10 @@ An engine never raises for one photo: a photo that can't be read is a row that s
 """
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice, takewhile
 from typing import NamedTuple, TypeVar
@@ -17,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
+from batchcap.contracts import LoadedImage, ModelError, Rejection
 from batchcap.inputs import ImageRef
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
@@ -37,7 +35,7 @@ BATCHES_LOADED_AHEAD = 2
 # ready when one is done.
 BATCHES_CAPTIONED_AT_ONCE = 2
 BATCHES_UNDER_WAY = 3
-PHOTOS_PER_READ = 8  # what goes to and fro between processes costs a tenth of what it does for one
+PHOTOS_PER_READ = 8  # going to and fro between processes costs less than half of one at a time
 PHOTOS_PER_SLOT = 2  # at most: a batch comes to an end even where no photo needs a slot
 
 log = logging.getLogger(__name__)
@@ -102,10 +100,7 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
     def load(group: list[ImageRef]) -> list[Photo]:
         with job.captioner.clock.stage("load"):
             images = read([ref.path for ref in group])
-        return [
-            Photo(ref, _with_size_and_time(image, ref.path))
-            for ref, image in zip(group, images, strict=True)
-        ]
+        return list(map(Photo, group, images))
 
     groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
     for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
@@ -118,23 +113,6 @@ def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
     left = iter(refs)
     while group := list(islice(left, PHOTOS_PER_READ)):
         yield group
-
-
-def _with_size_and_time(image: LoadedImage, path: str) -> LoadedImage:
-    """So that a file that could not even be opened is known again, and left alone, by later runs.
-
-    Not one that changed or was not there: should it be there now, they are to take it up.
-    """
-    reason = image.pixels
-    if not isinstance(reason, Rejection):
-        return image
-    if reason.error_type in (ErrorType.CHANGED, ErrorType.MISSING):
-        return image
-    if image.file_size is None:
-        with suppress(OSError, ValueError):
-            status = os.stat(path)  # noqa: PTH116, as where it is compared
-            return replace(image, file_size=status.st_size, mtime_ns=status.st_mtime_ns)
-    return image
 
 
 class BatchCaptioner:

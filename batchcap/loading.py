@@ -22,6 +22,7 @@ from typing import Any
 
 from batchcap.contracts import BatchcapError, ErrorType, LoadedImage, Rejection
 from batchcap.memory import keep_freed_memory
+from batchcap.stopping import SIGNALS
 
 Load = Callable[[str], LoadedImage]
 
@@ -111,7 +112,7 @@ class Readers:
                     images += reader.load([path], self._timeout_s)
                 except _DiedError as death:
                     reader = self._replace(reader, f"{death} on {path!r} alone")
-                    images.append(_quarantined(death))
+                    images.append(_quarantined(path, death))
             return images
         finally:
             self._idle.put(reader)
@@ -197,9 +198,7 @@ def _signals_blocked() -> Iterator[None]:
     Terminals and service managers send them to all processes, but the run decides when to end.
     """
     resource_tracker.ensure_running()  # before, since it unblocks signals
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -223,13 +222,15 @@ def _noticing_death(process: BaseProcess) -> Iterator[None]:
         raise _DiedError(_ending(process.exitcode)) from error
 
 
-def _quarantined(death: _DiedError) -> LoadedImage:
-    return LoadedImage(
-        Rejection(
-            ErrorType.QUARANTINED,
-            f"The second process to read this file {death}, too; look at it, or remove it.",
-        )
-    )
+def _quarantined(path: str, death: _DiedError) -> LoadedImage:
+    """With size and time, by which later runs know the file and leave it alone."""
+    message = f"The second process to read this file {death}, too; look at it, or remove it."
+    rejection = Rejection(ErrorType.QUARANTINED, message)
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return LoadedImage(rejection)
+    return LoadedImage(rejection, status.st_size, status.st_mtime_ns)
 
 
 def _ending(exit_code: int | None) -> str:

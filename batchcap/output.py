@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,7 +121,6 @@ class CaptionFolder:
         overwrite: bool,
     ) -> None:
         self.layout, self.metadata, self.index = layout, metadata, index
-        self.committed = 0
         self._files = files  # those of the index first, in its order
         self._overwrite = overwrite
         self._begun = False
@@ -161,7 +160,6 @@ class CaptionFolder:
         table = pa.concat_tables(self._pending)
         write_rows(part.path, [table], self.metadata)
         self._files.append(part)
-        self.committed += part.rows
         self._pending = []
         self._write_manifest(complete=False)
 
@@ -324,15 +322,8 @@ def open_captions(
             _remove_leftovers(layout)
         paths = existing_rows(layout, on_existing)
         metadata = check_identity(layout.output, paths, identity)
-        files, entries = [], []
-        for path in paths:
-            try:
-                entries.append(entries_of(read_groups(path)))
-                files.append(RowFile(path, len(entries[-1].hashes)))
-            except DamagedError as error:
-                _set_aside(path, error)
-        overwrite = on_existing is OnExisting.OVERWRITE
-        yield CaptionFolder(layout, metadata, files, RowIndex(entries), overwrite)
+        files, index = index_of(paths, _set_aside)
+        yield CaptionFolder(layout, metadata, files, index, on_existing is OnExisting.OVERWRITE)
 
 
 def _check_writable(folder: Path) -> None:
@@ -402,13 +393,18 @@ def _differing(there: str, asked: str) -> tuple[str, str]:
     return first, second
 
 
-def index_of(files: Iterable[Path]) -> RowIndex:
-    """What files of rows say, for those who only look; damaged files count for nothing."""
-    entries = []
-    for path in files:
-        with suppress(DamagedError):
+def index_of(
+    paths: Iterable[Path], on_damage: Callable[[Path, DamagedError], object]
+) -> tuple[list[RowFile], RowIndex]:
+    """The files of rows that are whole, and what they say; `on_damage` is told of the others."""
+    files, entries = [], []
+    for path in paths:
+        try:
             entries.append(entries_of(read_groups(path)))
-    return RowIndex(entries)
+            files.append(RowFile(path, len(entries[-1].hashes)))
+        except DamagedError as error:
+            on_damage(path, error)
+    return files, RowIndex(entries)
 
 
 def _verified(path: Path) -> Iterator[pa.Table]:

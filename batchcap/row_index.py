@@ -20,7 +20,6 @@ UNKNOWN = -1  # a size or a time that could not be read
 class Known(Enum):
     """How an image stands to the rows that are there."""
 
-    NEW = "new"
     DONE = "done"
     FAILED = "failed before"
     CHANGED = "changed"

@@ -79,6 +79,7 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
         with open_captions(layout, summary.metadata, settings.on_existing) as folder:
+            summary.metadata = folder.metadata
             inventory = Inventory(settings, folder.index, summary)
             with stopping_softly() as stop:
                 _Captioning(inventory, folder, decode_settings, stop).run()
@@ -99,7 +100,8 @@ def plan_run(settings: RunSettings) -> str:
     files = existing_rows(layout, settings.on_existing)
     check_identity(layout.output, files, identity)
     summary = RunSummary(str(settings.output), "", "")
-    inventory = Inventory(settings, index_of(files), summary)
+    _, index = index_of(files, lambda *_: None)
+    inventory = Inventory(settings, index, summary)
     for _ in inventory.unfinished():
         pass
     inventory.check_any()
@@ -164,7 +166,6 @@ class _Captioning:
             from batchcap.model.captioner import load_captioner
 
             self.folder.metadata["batchcap.runtime"] = execution.runtime
-            self.summary.metadata["batchcap.runtime"] = execution.runtime
             self._log_start(first[0], execution)
             # Compiling takes seconds, which a single batch would not win back.
             is_long = len(first) == settings.batch_size

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
@@ -143,7 +143,7 @@ class RunSettings(ModelOptions):
     max_failures: int | None = _option(
         None, "Exit with code 3 if more photos than this have failed [any number].", least=0
     )
-    max_pixels: int = _option(100_000_000, "Refuse photos of more pixels, undecoded.", least=1)
+    max_pixels: int = _option(MAX_PIXELS, "Refuse photos of more pixels, undecoded.", least=1)
     truncated: Truncated = _option(
         Truncated.ERROR, "Photos whose file ends early: refuse them, or take what there is."
     )
@@ -158,13 +158,11 @@ class RunSettings(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        suffix = self.output.suffix
-        if suffix and suffix != ".parquet" and not self.output.is_dir():
+        is_known = self.output.suffix == ".parquet" or self.output.is_dir()
+        if not is_known and (self.output.suffix or self.output.exists()):
             raise UsageError(
                 f"OUTPUT is a .parquet file or a folder without a suffix, not {self.output.name!r}"
             )
-        if self.output.suffix != ".parquet" and self.output.exists() and not self.output.is_dir():
-            raise UsageError(f"OUTPUT {self.output} is a file, but not a .parquet file")
         if self.prune and self.limit is not None:
             raise UsageError("--prune needs to see all of INPUT: leave out --limit")
         if self.metrics_file is not None and self.metrics_file.suffix != ".prom":

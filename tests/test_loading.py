@@ -228,3 +228,11 @@ def test_readers_are_the_first_to_go_where_memory_runs_out():
 def test_a_load_function_may_be_a_partial():
     with readers(partial(load), 1, 60) as read:
         assert one(read, "a.jpg").sha256 == "a.jpg"
+
+
+def test_a_file_that_is_given_up_is_known_again_by_its_size_and_time(tmp_path):
+    path = tmp_path / "kill"
+    path.write_bytes(b"12345")
+    with readers(load, 1, 60) as read:
+        image = one(read, str(path))
+    assert (image.file_size, image.mtime_ns) == (5, path.stat().st_mtime_ns)

@@ -96,7 +96,7 @@ def test_what_is_committed_can_be_read_at_once_by_others(layout):
             assert captions.pending == 1
             captions.commit()
             captions.commit()  # nothing more to do
-            assert (captions.pending, captions.committed) == (0, number)
+            assert captions.pending == 0
             table = ds.dataset(layout.parts, format="parquet").to_table()
             assert sorted(table["image_id"].to_pylist()) == [f"{n}" for n in range(1, number + 1)]
             query = f"select count(*), max(caption) from '{layout.parts}/*.parquet'"

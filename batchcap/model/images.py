@@ -30,7 +30,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.contracts import MAX_PIXELS, ErrorType, LoadedImage, Rejection
 from batchcap.model.formats import (
     END_CHECKS,
     HEADER_SIZES,
@@ -45,7 +45,6 @@ from batchcap.model.formats import (
     unpacked_png_bytes,
 )
 
-MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
 READ_ATTEMPTS = 2
 # File systems stamp times by the tick of the kernel's clock, 10 ms at most: what is written twice
@@ -177,7 +176,7 @@ def _is_fresh(status: os.stat_result) -> bool:
 def _check_readable_kind(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode), "special file")
-        raise RejectionError(ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.")
+        raise RejectionError(ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.", status)
     if status.st_size > MAX_FILE_BYTES:
         raise RejectionError(
             ErrorType.TOO_LARGE,
