@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 from batchcap.attention_figure import draw_attention
 from batchcap.contracts import Rejection
-from batchcap.inputs import printable
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecodeSettings, read_config
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.options import decode_settings_of
+from batchcap.records import printable
 from batchcap.settings import CaptionSettings
 
 END_LABEL = "[END]"

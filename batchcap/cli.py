@@ -26,13 +26,16 @@ from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
     CaptionSettings,
+    EvaluateSettings,
+    ExportSettings,
     LogFormat,
+    ReportSettings,
     RunSettings,
     TrainSettings,
 )
 from batchcap.stopping import Stopped, stop_on_signals
 
-CONFIGURABLE_VERBS = ("run", "train", "caption", "bench")
+CONFIGURABLE_VERBS = ("run", "train", "evaluate", "export", "report", "caption", "bench")
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +149,8 @@ def _option(spec: Field[Any], hint: Any) -> Decorator:
         return click.option(f"{flag}/--no-{flag[2:]}", **extra)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         extra["type"] = click.Choice([choice.value for choice in hint])
-        extra["default"] = spec.default.value
+        if "default" in extra:
+            extra["default"] = spec.default.value
         extra["callback"] = lambda _context, _parameter, value: hint(value)
     elif hint is Path:
         extra["type"] = click.Path(path_type=Path)
@@ -239,6 +243,69 @@ def train(**asked: Any) -> None:
     from batchcap.train import train_captioner
 
     click.echo(f"wrote {train_captioner(settings)}")
+
+
+_captions_argument = click.argument("captions", metavar="CAPTIONS", type=click.Path(path_type=Path))
+_out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+
+
+@batchcap.command()
+@_captions_argument
+@click.argument(
+    "references", metavar="[REFERENCES]", type=click.Path(path_type=Path), required=False
+)
+@options_of(EvaluateSettings)
+@config_option
+@verbose_option
+def evaluate(**asked: Any) -> None:
+    """Score CAPTIONS against REFERENCES, or, without these, say what they are like.
+
+    CAPTIONS are an output of `batchcap run`, COCO results, an AI Challenger submission or JSONL.
+    REFERENCES are captions of people in any format that training reads.
+
+    Example: batchcap evaluate captions.parquet captions.zh.txt --per-image scores.parquet
+    """
+    settings = EvaluateSettings(**asked)
+    from batchcap.evaluate import evaluate_captions
+
+    evaluation = evaluate_captions(settings)
+    click.echo(json.dumps(evaluation.as_json()) if settings.json else str(evaluation))
+
+
+@batchcap.command()
+@_captions_argument
+@_out_argument
+@options_of(ExportSettings)
+@config_option
+@verbose_option
+def export(**asked: Any) -> None:
+    """Write CAPTIONS, an output of `batchcap run`, to OUT as other programs read them.
+
+    Example: batchcap export captions.parquet results.json --format coco
+    """
+    settings = ExportSettings(**asked)
+    from batchcap.export import export_captions
+
+    click.echo(export_captions(settings))
+
+
+@batchcap.command()
+@_captions_argument
+@click.argument("out", metavar="OUT.html", type=click.Path(path_type=Path))
+@options_of(ReportSettings)
+@config_option
+@verbose_option
+def report(**asked: Any) -> None:
+    """Make one page of CAPTIONS, an output of `batchcap run`: photos, captions, scores, attention.
+
+    The page is complete in itself, and loads nothing.
+
+    Example: batchcap report captions.parquet report.html --images ./images
+    """
+    settings = ReportSettings(**asked)
+    from batchcap.report import write_report
+
+    click.echo(write_report(settings))
 
 
 @batchcap.command()

@@ -27,7 +27,7 @@ def score_captions(
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise UsageError(
-            "caption metrics need pycocoevalcap: pip install 'batchcap[train]'"
+            "caption metrics need pycocoevalcap: pip install 'batchcap[evaluate]'"
         ) from error
     found = {image: [" ".join(words)] for image, words in enumerate(hypotheses)}
     expected = {

@@ -23,7 +23,7 @@ from batchcap.contracts import (
     OtherOutputError,
     OutputError,
 )
-from batchcap.inputs import ImageRef, list_images, printable
+from batchcap.inputs import ImageRef, list_images
 from batchcap.inventory import Inventory
 from batchcap.loading import core_count, readers
 from batchcap.logs import log_event
@@ -41,6 +41,7 @@ from batchcap.output import (
     open_captions,
 )
 from batchcap.progress import progress
+from batchcap.records import printable
 from batchcap.row_files import Row
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.settings import AttentionDetail, RunSettings, Truncated

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchcap.contracts import TOO_MANY_FAILED
 from batchcap.files import replace_text
-from batchcap.inputs import printable
+from batchcap.records import printable
 from batchcap.row_files import saying_where
 
 FASTEST = 1e9  # images a second that anyone may believe

@@ -44,6 +44,25 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class Tokens(StrEnum):
+    """How captions are cut into words to be compared."""
+
+    WORDS = "words"
+    AI_CHALLENGER = "ai-challenger"
+    CHAR = "char"
+    PRETOKENIZED = "pretokenized"
+
+
+class ExportFormat(StrEnum):
+    """What other programs read."""
+
+    COCO = "coco"
+    AI_CHALLENGER = "ai-challenger"
+    JSONL = "jsonl"
+    CSV = "csv"
+    IMAGEFOLDER = "imagefolder"
+
+
 class Monitor(StrEnum):
     """What is best on the validation photos."""
 
@@ -195,6 +214,76 @@ class BenchSettings(ModelOptions):
     limit: int = _option(1000, "Most photos to time.", least=1)
     batch_size: int = _option(64, "Photos captioned at a time.", least=1)
     json: bool = _option(False, "Print JSON instead of a table.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What `batchcap evaluate` is asked."""
+
+    captions: Path
+    references: Path | None = None
+    tokens: Tokens = _option(
+        Tokens.WORDS,
+        "What is compared: words as jieba cuts them without punctuation, as AI Challenger 2017 "
+        "had it, characters, or what stands between spaces.",
+    )
+    against: Path | None = _option(
+        None, "Other captions of the same images: compare the two, image by image."
+    )
+    per_image: Path | None = _option(None, "Write each image's scores to this .parquet file.")
+    training_captions: Path | None = _option(
+        None, "Captions of the training: say how many captions stand there word by word."
+    )
+    meteor: bool = _option(False, "METEOR too, which needs Java and knows no Chinese.")
+    resamples: int = _option(1000, "Resamples of the images for the intervals.", least=100)
+    seed: int = _option(0, "Seed of the resamples.", least=0)
+    json: bool = _option(False, "Print JSON instead of tables.")
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        needing = {"--against": self.against, "--per-image": self.per_image}
+        for flag, value in needing.items():
+            if value is not None and self.references is None:
+                raise UsageError(f"{flag} compares with references: name a file of REFERENCES")
+        if self.meteor and self.references is None:
+            raise UsageError("--meteor compares with references: name a file of REFERENCES")
+        if self.per_image is not None and self.per_image.suffix != ".parquet":
+            raise UsageError(f"--per-image must end in .parquet, not {self.per_image.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What `batchcap export` is asked."""
+
+    captions: Path
+    out: Path
+    format: ExportFormat = _option(MISSING, "Whose format to write.")
+    references: bool = _option(
+        False, "CAPTIONS are of people, in any format that training reads; for coco only."
+    )
+
+    def __post_init__(self) -> None:
+        if self.references and self.format is not ExportFormat.COCO:
+            raise UsageError("--references are written in the format coco only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What `batchcap report` is asked."""
+
+    captions: Path
+    out: Path
+    images: Path | None = _option(None, "INPUT of the run: the photos to show.")
+    evaluation: Path | None = _option(
+        None, "What `evaluate --per-image` wrote: show scores and references too."
+    )
+    sample: int = _option(5000, "Show this many photos at most, drawn at random.", least=1)
+    seed: int = _option(0, "Seed of the draw.", least=0)
+
+    def __post_init__(self) -> None:
+        _check_limits(self)
+        if self.out.suffix not in (".html", ".htm"):
+            raise UsageError(f"OUT is an .html file, not {self.out.name!r}")
 
 
 @dataclass(frozen=True)

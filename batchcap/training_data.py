@@ -18,14 +18,15 @@ import numpy.typing as npt
 import platformdirs
 import tensorflow as tf
 
+from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.contracts import InputError, Rejection, UsageError
 from batchcap.feature_cache import FeatureCache
-from batchcap.inputs import AnnotatedImage, printable, read_annotations
 from batchcap.model.backbones import extract_features, weights_digest
 from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
 from batchcap.progress import progress
+from batchcap.records import printable
 from batchcap.settings import TrainSettings
 
 EXTRACTION_BATCH = 32

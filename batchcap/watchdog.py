@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from batchcap.inputs import ImageRef, printable
+from batchcap.inputs import ImageRef
+from batchcap.records import printable
 
 EXIT_CODE = 1
 GRACE_S = 10.0  # after which C code ends a process in which Python can't

@@ -11,7 +11,7 @@ PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory"},
-    {"metrics", "settings", "locking", "row_files", "loading"},
+    {"metrics", "settings", "locking", "row_files", "loading", "records"},
     {"logs", "row_index"},
     {"progress", "output"},
     {"model.config", "model.text", "model.formats", "model.attention", "model.runtime"},
@@ -19,12 +19,20 @@ FLOORS = [
     {"model.backbones", "model.network", "model.decoding"},
     {"model.extraction", "model.loss"},
     {"model.captioner"},
-    {"inputs", "options", "feature_cache", "history", "model_card", "attention_figure"},
+    {
+        "annotations",
+        "inputs",
+        "options",
+        "feature_cache",
+        "history",
+        "model_card",
+        "attention_figure",
+    },
     {"engines", "training_data", "watchdog", "run_report"},
     {"inventory"},
     {"validation"},
     {"trainer"},
-    {"run", "train", "caption", "bench"},
+    {"run", "train", "caption", "bench", "evaluate", "export", "report"},
     {"cli"},
 ]
 
@@ -35,7 +43,14 @@ HOMES = {
     "PIL": {"model.images", "bench"},
     "openvino": set(),  # by `import_openvino`
     "matplotlib": {"attention_figure", "history"},
-    "pyarrow": {"contracts", "output", "row_files", "row_index"},
+    "pyarrow": {
+        "contracts",
+        "output",
+        "row_files",
+        "row_index",
+        "caption_files",
+        "evaluation_files",
+    },
     "pycocoevalcap": {"metrics"},
     "safetensors": {"model.captioner", "trainer"},
     "tensorflow": {

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from batchcap.inputs import read_annotations
+from batchcap.annotations import read_annotations
 from batchcap.metrics import score_captions
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings

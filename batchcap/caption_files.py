@@ -1,0 +1,170 @@
+"""Captions that were generated, by batchcap or another program: what is evaluated and exported.
+
+Reads only. Knows no references, and no metrics.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from batchcap.annotations import caption_problem, clean
+from batchcap.contracts import InputError
+from batchcap.output import Layout
+from batchcap.records import (
+    Problems,
+    entries,
+    first_line,
+    json_lines,
+    read_json,
+    saying_which,
+    shown,
+)
+from batchcap.row_files import DamagedError, read_groups
+
+COLUMNS = ["image_id", "caption", "tokens", "mean_logprob", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedCaption:
+    """One image's caption; None where there is none because the photo could not be read.
+
+    `tokens` are the words as the model wrote them, `mean_logprob` the natural log-probability of a
+    word, `finished` whether the end was reached; None where the file doesn't tell.
+    """
+
+    image_id: str
+    caption: str | None
+    tokens: tuple[str, ...] | None = None
+    mean_logprob: float | None = None
+    finished: bool | None = None
+
+
+def read_captions(path: Path) -> list[GeneratedCaption]:
+    """Read captions in any known format, told by its content, in the file's order.
+
+    `OUTPUT.parquet` and folders of parts of `batchcap run`, COCO results and AI Challenger
+    submissions (an array of `{"image_id", "caption"}`, ids texts or numbers), JSON lines of the
+    same. Captions of others come back in NFC with single spaces.
+
+    Raises:
+        UsageError: there is no such file.
+        InputError: it is wrong, damaged, or has two captions of an image.
+    """
+    return CAPTION_READERS[detect_format(path)](path)
+
+
+def detect_format(path: Path) -> str:
+    """The key of `CAPTION_READERS` for a file or folder."""
+    if path.suffix == ".parquet" or path.is_dir():
+        return "parquet"
+    return "json" if first_line(path).startswith(b"[") else "jsonl"
+
+
+def row_paths(path: Path) -> list[Path]:
+    """The files that hold the rows of `OUTPUT.parquet` or `OUTPUT/`.
+
+    Raises:
+        UsageError: there is no such file or folder.
+        InputError: a folder without rows.
+    """
+    with saying_which(path):
+        path.stat()
+    if not path.is_dir():
+        return [path]
+    paths = Layout(path).row_files()
+    if not paths:
+        raise InputError(f"{path} has no rows: name an output of batchcap run")
+    return paths
+
+
+def read_rows(path: Path) -> Iterator[pa.Table]:
+    """The rows of an output of `batchcap run`, a row group at a time, every checksum verified.
+
+    Raises:
+        UsageError: there is no such file or folder.
+        InputError: it is damaged, or was not written by batchcap.
+    """
+    for file in row_paths(path):
+        try:
+            yield from read_groups(file)
+        except DamagedError as error:
+            raise InputError(
+                f"{error}; name an output of batchcap run, or run it again, which redoes damaged "
+                "rows"
+            ) from error
+
+
+def metadata_of(rows: pa.Table) -> dict[str, str]:
+    """What the file of these rows says of itself."""
+    found = rows.schema.metadata or {}
+    return {key.decode(): value.decode() for key, value in found.items()}
+
+
+def _read_parquet(path: Path) -> list[GeneratedCaption]:
+    columns = (table.select(COLUMNS).to_pydict() for table in read_rows(path))
+    return [
+        GeneratedCaption(image_id, caption, tokens and tuple(tokens), mean_logprob, finished)
+        for group in columns
+        for image_id, caption, tokens, mean_logprob, finished in zip(*group.values(), strict=True)
+    ]
+
+
+def _read_json(path: Path) -> list[GeneratedCaption]:
+    """One array of `{"image_id": ..., "caption": ...}`: COCO results, AI Challenger submissions."""
+    records = read_json(path)
+    return _captions(path, Problems(path), entries(records))
+
+
+def _read_jsonl(path: Path) -> list[GeneratedCaption]:
+    """The same, one a line; `tokens`, `mean_logprob` and `finished` as in the rows, optional."""
+    problems = Problems(path)
+    return _captions(path, problems, json_lines(path, problems))
+
+
+def _captions(
+    path: Path, problems: Problems, records: Iterator[tuple[str, Any]]
+) -> list[GeneratedCaption]:
+    captions: dict[str, GeneratedCaption] = {}
+    for place, record in records:
+        try:
+            read = _caption_of(record)
+        except (ValueError, TypeError) as error:
+            problems.report(place, str(error))
+            continue
+        if captions.setdefault(read.image_id, read) is not read:
+            problems.report(place, f"a second caption of {read.image_id}")
+    problems.raise_if_any()
+    if not captions:
+        raise InputError(f"{path} has no captions")
+    return list(captions.values())
+
+
+def _caption_of(record: Any) -> GeneratedCaption:
+    """A record's caption; ValueError or TypeError says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise TypeError(f"{shown(record)} is not an object")
+    image_id, caption = record.get("image_id"), record.get("caption")
+    if type(image_id) not in (str, int) or image_id == "":
+        raise TypeError(f"image_id is {shown(image_id)}, neither a text nor a whole number")
+    is_empty = isinstance(caption, str) and not caption.strip()  # is scored, as a bad caption
+    reason = None if is_empty or record.get("status") == "failed" else caption_problem(caption)
+    if reason is not None:
+        raise ValueError(reason)
+    tokens, mean_logprob = record.get("tokens"), record.get("mean_logprob")
+    return GeneratedCaption(
+        str(image_id),
+        None if caption is None else clean(caption),
+        tuple(map(str, tokens)) if isinstance(tokens, list) else None,
+        float(mean_logprob) if isinstance(mean_logprob, int | float) else None,
+        record["finished"] if isinstance(record.get("finished"), bool) else None,
+    )
+
+
+CAPTION_READERS: dict[str, Callable[[Path], list[GeneratedCaption]]] = {
+    "parquet": _read_parquet,
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+}
