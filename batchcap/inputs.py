@@ -27,6 +27,8 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 
+_ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
+
 # (folder, why it can't be listed)
 Unlisted = Callable[[str, str], object]
 
@@ -80,6 +82,16 @@ def image_id_of(path: str) -> str:
         return path
     doubled = path.replace("\\", "\\\\")
     return doubled.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def path_of_image_id(image_id: str) -> str:
+    """The relative path (surrogateescape str) whose id this is: what `image_id_of` escaped."""
+    return _ESCAPE.sub(_unescaped, image_id)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    byte = escape["byte"]
+    return bytes.fromhex(byte).decode("utf-8", "surrogateescape") if byte else "\\"
 
 
 def _matcher(pattern: str | None) -> Callable[[str], bool] | None:

@@ -171,6 +171,7 @@ class _Captioning:
             # Compiling takes seconds, which a single batch would not win back.
             is_long = len(first) == settings.batch_size
             captioner = load_captioner(settings.model, execution, compiled=is_long)
+            self.folder.metadata["batchcap.grid"] = "{}x{}".format(*captioner.grid)
             if not self._goes_on(watchdog):
                 return
             job = Job(

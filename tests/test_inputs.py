@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from batchcap.contracts import InputError, UsageError
 from batchcap.inputs import (
     ImageRef,
     image_id_of,
+    path_of_image_id,
 )
 
 
@@ -237,19 +237,16 @@ def test_image_id_escapes_only_what_it_must(name, image_id):
     assert image_id_of(os.fsdecode(name)) == image_id
 
 
-def unescape(image_id: str) -> bytes:
-    def of_one(match: re.Match[str]) -> str:
-        return "\\" if match[1] == "\\" else chr(0xDC00 + int(match[1][1:], 16))
-
-    name = re.sub(r"\\(\\|x[89a-f][0-9a-f])", of_one, image_id)
-    return name.encode("utf-8", "surrogateescape")
-
-
 @given(st.binary(max_size=40))
 def test_image_id_gives_back_the_same_bytes(name):
     image_id = image_id_of(name.decode("utf-8", "surrogateescape"))
     image_id.encode("utf-8")
-    assert unescape(image_id) == name
+    assert path_of_image_id(image_id).encode("utf-8", "surrogateescape") == name
+
+
+@given(st.text(alphabet="\\x89af猫/"))
+def test_a_text_that_is_no_image_id_has_a_path_all_the_same(text):
+    assert os.fsencode(path_of_image_id(text)) is not None
 
 
 @given(st.binary(max_size=6), st.binary(max_size=6))

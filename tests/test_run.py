@@ -149,6 +149,7 @@ def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, An
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
     assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
     assert metadata["batchcap.precision"] == "float32"
+    assert metadata["batchcap.grid"] == "7x7"
 
 
 def test_no_path_of_the_machine_is_in_the_file(mixed_run: tuple[Path, Any]) -> None:

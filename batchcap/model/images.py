@@ -6,6 +6,7 @@ and leaves Pillow's global settings alone.
 """
 
 import hashlib
+import io
 import os
 import stat
 import struct
@@ -64,6 +65,8 @@ OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     "WebP": WebPImagePlugin.WebPImageFile,
 }
 
+Resize = Callable[[Image.Image, int], Image.Image]
+
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -109,13 +112,32 @@ def load_image(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedIm
     resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
     frame. Raises nothing for any file; safe to call from several threads and processes.
     """
+    return _load(path, settings, _squashed)
+
+
+def load_thumbnail(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedImage:
+    """`load_image` with the aspect ratio kept: `settings.image_size` is that of the longer side.
+
+    The pixels are `uint8[H, W, 3]`; a photo that is smaller keeps its size.
+    """
+    return _load(path, settings, _fitted)
+
+
+def encode_webp(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
+    """A small file for pages, of `uint8[H, W, 3]`, RGB; `quality` is from 0 to 100."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
+
+
+def _load(path: str | os.PathLike[str], settings: LoadSettings, resize: Resize) -> LoadedImage:
     try:
         data, mtime_ns = _read_file(Path(path))
     except RejectionError as error:
         return LoadedImage(error.rejection, error.file_size, error.mtime_ns)
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        pixels, (width, height), note = _decode(data, settings)
+        pixels, (width, height), note = _decode(data, settings, resize)
     except RejectionError as error:
         return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
     return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height, note)
@@ -192,9 +214,9 @@ def _missing_message(path: Path) -> str:
 
 
 def _decode(
-    data: bytes, settings: LoadSettings
+    data: bytes, settings: LoadSettings, resize: Resize
 ) -> tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]:
-    """Decode to `uint8[S, S, 3]`, the photo's upright (width, height), and what ails it."""
+    """Decode to `uint8[H, W, 3]`, the photo's upright (width, height), and what ails it."""
     format_name = _supported_format(data)
     note = None
     try:
@@ -218,8 +240,8 @@ def _decode(
                 note = TRUNCATED_NOTE
             _match_transparent_colour(image, bit_depth=data[24])
         orientation = _orientation(image)
-        square = _squashed(_as_rgb(image), settings.image_size)
-        return np.array(_upright(square, orientation)), _upright_size(size, orientation), note
+        small = resize(_as_rgb(image), settings.image_size)
+        return np.array(_upright(small, orientation)), _upright_size(size, orientation), note
     except RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
@@ -311,7 +333,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn the small square rather than the photo: squashing and turning commute."""
+    """Turn the small image rather than the photo: resizing and turning commute."""
     method = TRANSPOSE_BY_ORIENTATION.get(orientation)
     return image if method is None else image.transpose(method)
 
@@ -379,3 +401,11 @@ def _squashed(image: Image.Image, image_size: int) -> Image.Image:
     if image.size == (image_size, image_size):
         return image
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+
+
+def _fitted(image: Image.Image, longer_side: int) -> Image.Image:
+    scale = longer_side / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(round(side * scale), 1) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)

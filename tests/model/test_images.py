@@ -27,7 +27,7 @@ from PIL import ExifTags, Image
 
 from batchcap.contracts import ErrorType, LoadedImage, Rejection
 from batchcap.model import formats, images
-from batchcap.model.images import LoadSettings, load_image
+from batchcap.model.images import LoadSettings, encode_webp, load_image, load_thumbnail
 
 RED, GREEN, BLUE, WHITE, BLACK = (
     (255, 0, 0),
@@ -935,3 +935,49 @@ def test_jpeg_under_four_times_the_size_is_decoded_whole(tmp_path, photos_folder
     np.testing.assert_array_equal(
         load_image(tmp_path / "a.jpg", LoadSettings(224)).pixels, np.asarray(whole)
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "small"),
+    [
+        ((640, 480), (200, 150)),
+        ((480, 640), (150, 200)),
+        ((9000, 3), (200, 1)),
+        ((20, 10), (20, 10)),
+    ],
+)
+def test_thumbnail_keeps_the_aspect_ratio_and_enlarges_nothing(tmp_path, size, small):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", size, "red").save(path)
+    loaded = load_thumbnail(path, LoadSettings(200))
+    assert loaded.pixels.shape == (*reversed(small), 3)
+    assert (loaded.width, loaded.height) == size
+    shown = Image.open(io.BytesIO(encode_webp(loaded.pixels, 80)))
+    assert (shown.format, shown.size) == ("WEBP", small)
+    assert np.abs(np.asarray(shown).astype(int) - RED).max() < 10
+
+
+def test_thumbnail_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (640, 480)).save(path, exif=exif)
+    loaded = load_thumbnail(path, LoadSettings(200))
+    assert loaded.pixels.shape == (200, 150, 3)
+    assert (loaded.width, loaded.height) == (480, 640)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_thumbnail_of_a_cut_file_is_refused_like_its_photo(tmp_path, name):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(SAMPLES[name][: len(SAMPLES[name]) // 2])
+    photo, thumbnail = (load(path, LoadSettings(64)) for load in (load_image, load_thumbnail))
+    assert type(photo.pixels) is type(thumbnail.pixels)
+    if isinstance(photo.pixels, Rejection):
+        assert photo.pixels == thumbnail.pixels
+
+
+def test_thumbnail_of_a_bomb_is_refused(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(SAMPLES["PNG"])
+    assert_rejected(load_thumbnail(path, LoadSettings(200, max_pixels=100)), ErrorType.TOO_LARGE)
