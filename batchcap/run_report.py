@@ -104,12 +104,18 @@ def write_summary(path: Path, summary: RunSummary) -> None:
         replace_text(path, json.dumps(summary.as_json(), indent=2, ensure_ascii=False) + "\n")
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """What `write_summary` wrote; empty where that is not there or damaged."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def read_rate(path: Path) -> float | None:
     """Images a second of the last run that captioned some, from its summary."""
-    try:
-        rate = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    rate: Any = read_summary(path).get("images_per_second")
     return float(rate) if type(rate) in (int, float) and 0 < rate < FASTEST else None
 
 
