@@ -121,6 +121,7 @@ def render_page(
         digest=digest,
         seed=settings.seed,
         made_with=made_with(digest.metadata),
+        attention=digest.metadata.get("batchcap.attention", ""),
         last_run=last_run(read_summary(Layout(settings.captions).summary)),
         histogram=histogram(digest.confidences),
         scores={METRIC_NAMES.get(key, key): f"{value:.1f}" for key, value in scores.items()},
@@ -176,15 +177,15 @@ def _decoding(text: str) -> str:
 def last_run(summary: Mapping[str, Any]) -> dict[str, str]:
     """What the run's own summary says of it; empty without one."""
     stages = summary.get("stage_seconds")
+    stages = stages.items() if isinstance(stages, dict) else ()
     said = {
         "Outcome": str(summary.get("outcome", "")),
         "Started": _moment(summary.get("started_at")),
         "Ended": _moment(summary.get("ended_at")),
         "Captioning": _with_unit(summary.get("seconds"), "s"),
         "Rate": _with_unit(summary.get("images_per_second"), "photos a second"),
+        "All threads": ", ".join(f"{stage} {_with_unit(s, 's')}" for stage, s in stages),
     }
-    for stage, seconds in stages.items() if isinstance(stages, dict) else ():
-        said[f"{stage}, all threads"] = _with_unit(seconds, "s")
     return {name: value for name, value in said.items() if value}
 
 

@@ -153,7 +153,7 @@ def _number(value: float | None, digits: int) -> float | None:
 def _looks(
     attention: list[dict[str, float] | None] | None, words: int, grid: tuple[int, int]
 ) -> list[list[float]]:
-    """Per word: centre (row, column), strongest cell (row, column), its weight, entropy in nats.
+    """Per word: centre (row, column), strongest cell (row, column), its weight.
 
     Empty where one is missing or lies outside the grid.
     """
@@ -163,7 +163,7 @@ def _looks(
         numbers = [value for value in values if value is not None]
         if len(numbers) != 6 or not _inside(numbers[:2], grid) or not _inside(numbers[2:4], grid):
             return []
-        looks.append(numbers)
+        looks.append(numbers[:5])
     return looks if len(looks) == words else []
 
 

@@ -62,8 +62,8 @@ def make_thumbnails(wanted: list[Wanted]) -> Iterator[Thumbnail | str]:
     load = partial(load_thumbnail, settings=LoadSettings(LONGER_SIDE, accept_truncated=True))
     groups = [wanted[n : n + PHOTOS_PER_READ] for n in range(0, len(wanted), PHOTOS_PER_READ)]
     with (
+        ThreadPoolExecutor(core_count()) as pool,  # outside, so as not to wait for readers to go on
         readers(load, min(core_count(), len(groups)), TIMEOUT_S) as read,
-        ThreadPoolExecutor(core_count()) as pool,
         progress("reading photos", len(wanted), "photo") as bar,
     ):
         for group in pool.map(partial(_read_group, read), groups):

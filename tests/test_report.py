@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from rows import LOOK, METADATA, captioned_row, failed_row
 
 from batchcap.contracts import InputError, OutputError, UsageError
@@ -278,11 +278,15 @@ def test_what_made_the_captions_is_told() -> None:
 def test_the_last_run_is_told_where_its_summary_lies_beside(
     tmp_path: Path, write: Callable[..., Path]
 ) -> None:
-    summary = {"outcome": "done", "images_per_second": 12.34, "stage_seconds": {"load": 1}}
+    summary = {
+        "outcome": "done",
+        "images_per_second": 12.34,
+        "stage_seconds": {"load": 1, "write": 0.5},
+    }
     (tmp_path / "captions.summary.json").write_text(json.dumps(summary))
     text = write([captioned_row(0)]).read_text(encoding="utf-8")
     assert "12.3 photos a second" in text
-    assert "<dt>load, all threads</dt><dd><bdi>1.0 s</bdi></dd>" in text
+    assert "<dt>All threads</dt><dd><bdi>load 1.0 s, write 0.5 s</bdi></dd>" in text
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"stage_seconds": 3, "outcome": "\\ud800"}'])
@@ -624,7 +628,8 @@ def test_cards_and_photos_are_made_as_they_come_near(
         (tmp_path / name).symlink_to("a.png")
     rows = [captioned_row(name, sha256=sha256) for name in link]
     page = look_at(write(rows, images=tmp_path), viewport={"width": 390, "height": 700})
-    page.wait_for_function("document.querySelector('.photo img').src.startsWith('data:')")
+    photos = page.locator(".photo img")
+    expect(photos.first).to_have_attribute("src", re.compile("^data:"))
     cards = page.locator(".card").count()
     assert cards < 200
     assert page.locator(".photo img[src]").count() < cards
@@ -632,9 +637,7 @@ def test_cards_and_photos_are_made_as_they_come_near(
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
         page.wait_for_timeout(50)
     assert page.locator(".card").count() == 400
-    page.wait_for_function(
-        "[...document.querySelectorAll('.photo img')].at(-1).src.startsWith('data:')"
-    )
+    expect(photos.last).to_have_attribute("src", re.compile("^data:"))
 
 
 CONTRASTS = """(selectors) => {

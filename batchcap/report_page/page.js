@@ -195,12 +195,13 @@ function about(card) {
   const made = element("div", "about");
   if (card.scores) {
     const scores = Object.entries(card.scores).filter(([, value]) => value !== null);
-    const text = scores.map(([name, value]) => `${page.metrics[name]} ${value.toFixed(1)}`);
+    const text = scores.map(([name, value]) => `${page.metrics[name]}\u00a0${value.toFixed(1)}`);
     made.append(element("p", "scores", text.join(" · ")));
   }
   if (card.references?.length) {
     const references = element("details", "references");
-    references.append(element("summary", "", `${card.references.length} references`));
+    const count = card.references.length;
+    references.append(element("summary", "", count === 1 ? "1 reference" : `${count} references`));
     const list = element("ul");
     list.lang = "zh-Hans";
     for (const reference of card.references) {
