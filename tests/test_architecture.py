@@ -11,7 +11,15 @@ PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory"},
-    {"metrics", "settings", "locking", "row_files", "loading", "records"},
+    {
+        "evaluation.metrics",
+        "evaluation.bootstrap",
+        "settings",
+        "locking",
+        "row_files",
+        "loading",
+        "records",
+    },
     {"logs", "row_index"},
     {"progress", "output"},
     {"model.config", "model.text", "model.formats", "model.attention", "model.runtime"},
@@ -49,9 +57,9 @@ HOMES = {
         "row_files",
         "row_index",
         "caption_files",
-        "evaluation_files",
+        "evaluation.per_image",
     },
-    "pycocoevalcap": {"metrics"},
+    "pycocoevalcap": {"evaluation.metrics"},
     "safetensors": {"model.captioner", "trainer"},
     "tensorflow": {
         "model.backbones",
