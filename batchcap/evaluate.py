@@ -10,7 +10,12 @@ from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.caption_files import GeneratedCaption, read_captions
 from batchcap.contracts import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
-from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
+from batchcap.evaluation.doubts import (
+    counted,
+    doubts_about_ids,
+    doubts_about_scores,
+    doubts_about_words,
+)
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import METRICS, Scores, overall_of, score_captions, signature
 from batchcap.evaluation.per_image import write_evaluation
@@ -133,7 +138,8 @@ def _references(
 ) -> dict[int, Reference]:
     """References of the images that are compared, by place; those without words are left out."""
     if alone := len(ours.keys() ^ theirs.keys()):
-        evaluation.doubt([f"{alone} images have one of the two captions only, left out"])
+        images = counted(alone, "image")
+        evaluation.doubt([f"{images} with one of the two captions only, left out"])
     references: dict[int, Reference] = {}
     wordless = 0
     for place in sorted(ours.keys() & theirs.keys()):
@@ -147,7 +153,7 @@ def _references(
         if reference.texts:
             references[place] = reference
     if wordless:
-        evaluation.doubt([f"{wordless} references have no word, left out"])
+        evaluation.doubt([f"{counted(wordless, 'reference')} without a word, left out"])
     if not references:
         raise InputError(
             f"no image of {evaluation.captions} has both a caption and a reference with words in "

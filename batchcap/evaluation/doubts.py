@@ -34,8 +34,12 @@ def doubts_about_ids(
 
 
 def _several(image_ids: list[str], noun: str) -> str:
-    plural = "" if len(image_ids) == 1 else "s"
-    return f"{len(image_ids)} {noun}{plural} ({printable(image_ids[0])!r}, for one)"
+    return f"{counted(len(image_ids), noun)} ({printable(image_ids[0])!r}, for one)"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 caption`, `2 captions`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def doubts_about_words(
@@ -49,7 +53,7 @@ def doubts_about_words(
         references: the texts of each caption's image.
     """
     if empty := sum(not caption for caption in words):
-        yield f"{empty} captions have no word, and score 0"
+        yield f"{counted(empty, 'caption')} without a word, scored 0"
     if all(len(texts) == 1 for texts in references):
         yield (
             "one reference an image: scores are lower and less certain than with several, and "
