@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -202,9 +201,17 @@ def _write_jsonl(settings: ExportSettings) -> str:
     rows, captions = 0, 0
     with _writing(settings.out) as file:
         for table in read_rows(settings.captions):
-            file.writelines(_json(_json_value(row)) + "\n" for row in table.to_pylist())
+            file.writelines(_json(_json_value(row)) + "\n" for row in _with_times_as_text(table))
             rows, captions = rows + len(table), captions + table["caption"].drop_null().length()
     return _rows_said(settings.out, rows, captions)
+
+
+def _with_times_as_text(table: Any) -> Iterator[dict[str, Any]]:
+    """Rows with ISO 8601 for times, of which pyarrow would import pandas to make objects."""
+    place = table.schema.get_field_index("created_at")
+    texts = table["created_at"].cast("string")
+    for row in table.set_column(place, "created_at", texts).to_pylist():
+        yield row | {"created_at": row["created_at"].replace(" ", "T")}
 
 
 def _write_csv(settings: ExportSettings) -> str:
@@ -303,7 +310,7 @@ def _json_value(value: Any) -> Any:
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_json_value(item) for item in value]
-    return value.isoformat(timespec="microseconds") if isinstance(value, datetime) else value
+    return value
 
 
 def _cell(value: Any) -> Any:
