@@ -61,6 +61,9 @@ def _check_out(settings: ExportSettings) -> None:
         raise UsageError(f"OUT is a file, and {out} is a folder: name a file in it")
     if captions.is_dir() and out.parent.resolve() == captions.resolve():
         raise UsageError(f"{captions} is the folder of a run: choose an OUT outside of it")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        # A rename would put a file in the place of the link, or of /dev/null.
+        raise UsageError(f"OUT is replaced by a new file, and {out} is none: name a plain file")
     for path in (out, _mapping_beside(out)):
         if path.exists() and captions.exists() and path.samefile(captions):
             raise UsageError(f"{path} would be written over CAPTIONS: choose another OUT")

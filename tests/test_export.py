@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -530,3 +531,16 @@ def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
         export(folder, "captions/part-000000.parquet", ExportFormat.CSV)
     with pytest.raises(UsageError, match="name a file in it"):
         export(part, "../captions", ExportFormat.CSV)
+
+
+@pytest.mark.parametrize("form", ExportFormat)
+def test_links_and_devices_are_not_replaced(form: ExportFormat, captions: Path) -> None:
+    """`export captions.parquet /dev/full` by root once left a plain file there."""
+    pipe, link = captions.with_name("pipe"), captions.with_name("link")
+    os.mkfifo(pipe)
+    link.symlink_to("elsewhere.json")
+    for out in (pipe, link):
+        with pytest.raises(UsageError, match="name a plain file"):
+            export(captions, out.name, form)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
