@@ -10,12 +10,7 @@ from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.caption_files import GeneratedCaption, read_captions
 from batchcap.contracts import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
-from batchcap.evaluation.doubts import (
-    counted,
-    doubts_about_ids,
-    doubts_about_scores,
-    doubts_about_words,
-)
+from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import METRICS, Scores, overall_of, score_captions, signature
 from batchcap.evaluation.per_image import write_evaluation
@@ -23,7 +18,7 @@ from batchcap.evaluation.result import Difference, Evaluation, Score
 from batchcap.evaluation.tokenisation import Profile, profile_of
 from batchcap.evaluation.traits import FIFTHS, Calibration, calibrate, traits_of
 from batchcap.matching import match
-from batchcap.records import printable
+from batchcap.records import counted, printable
 from batchcap.settings import EvaluateSettings
 
 ByPlace = dict[int, GeneratedCaption]  # by the place of their image in the references

@@ -21,7 +21,7 @@ from batchcap.caption_files import detect_format, read_captions, read_rows
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.matching import LEAST_HASH, coco_number, hashed_number, stem
-from batchcap.records import printable
+from batchcap.records import counted, printable
 from batchcap.row_files import saying_where
 from batchcap.settings import ExportFormat, ExportSettings
 
@@ -90,7 +90,9 @@ def _write_coco(settings: ExportSettings) -> str:
         with _writing(mapping) as file:
             _write_array(file, map(_coco_image, names, numbers))
             file.write("\n")
-        said += f"\n{_count(hashed, 'id')} made of names by a hash: {mapping} tells all photos' ids"
+        said += (
+            f"\n{counted(hashed, 'id')} made of names by a hash: {mapping} tells all photos' ids"
+        )
     results = [
         {"image_id": number, "caption": caption.caption}
         for number, caption in zip(numbers, captions, strict=True)
@@ -100,7 +102,7 @@ def _write_coco(settings: ExportSettings) -> str:
         _write_array(file, results)
         file.write("\n")
     left_out = Counter({NO_CAPTION: len(captions) - len(results)})
-    return _said(settings.out, _count(len(results), "caption"), left_out) + said
+    return _said(settings.out, counted(len(results), "caption"), left_out) + said
 
 
 def _write_references(settings: ExportSettings) -> str:
@@ -137,7 +139,7 @@ def _write_references(settings: ExportSettings) -> str:
             ),
         )
         file.write("}\n")
-    written = f"{_count(len(captions), 'caption')} of {_count(len(images), 'photo')}"
+    written = f"{counted(len(captions), 'caption')} of {counted(len(images), 'photo')}"
     return _said(settings.out, written) + _clashes_said(clashing)
 
 
@@ -161,7 +163,7 @@ def _clashes_said(clashing: int) -> str:
     if not clashing:
         return ""
     return (
-        f"\n{_count(clashing, 'photo')} shared their numbers with others: their ids are hashes of "
+        f"\n{counted(clashing, 'photo')} shared their numbers with others: their ids are hashes of "
         "their whole names"
     )
 
@@ -195,7 +197,7 @@ def _write_ai_challenger(settings: ExportSettings) -> str:
         _write_array(file, results)
         file.write("\n")
     left_out = Counter({NO_CAPTION: len(captions) - len(results)})
-    return _said(settings.out, _count(len(results), "caption"), left_out)
+    return _said(settings.out, counted(len(results), "caption"), left_out)
 
 
 def _write_jsonl(settings: ExportSettings) -> str:
@@ -259,7 +261,7 @@ def _write_imagefolder(settings: ExportSettings) -> str:
                 f"no photo of {settings.captions} is in {out.parent}: put {FOLDER_METADATA} into "
                 "INPUT of the run, beside the photos"
             )
-    return _said(out, _count(written, "caption"), left_out)
+    return _said(out, counted(written, "caption"), left_out)
 
 
 def _name_below(folder: Path, image_id: str) -> str | None:
@@ -329,17 +331,13 @@ def _shortest(value: float) -> float | None:
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _said(out: Path, written: str, left_out: Counter[str] | None = None) -> str:
     reasons = [f"{count} {reason}" for reason, count in (left_out or {}).items() if count]
     return f"wrote {out}: {written}" + (f"; left out {', '.join(reasons)}" if reasons else "")
 
 
 def _rows_said(out: Path, rows: int, captions: int) -> str:
-    return _said(out, f"{_count(rows, 'row')}, {_count(captions, 'caption')}")
+    return _said(out, f"{counted(rows, 'row')}, {counted(captions, 'caption')}")
 
 
 EXPORTERS: dict[ExportFormat, Callable[[ExportSettings], str]] = {

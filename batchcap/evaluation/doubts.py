@@ -7,7 +7,7 @@ from batchcap.annotations import AnnotatedImage
 from batchcap.caption_files import GeneratedCaption
 from batchcap.evaluation.tokenisation import HAN
 from batchcap.matching import Match
-from batchcap.records import printable
+from batchcap.records import counted, printable
 
 # Shares of letters that are Chinese characters, in captions and in references.
 MOST_HAN_DIFFERENCE = 0.5
@@ -35,11 +35,6 @@ def doubts_about_ids(
 
 def _several(image_ids: list[str], noun: str) -> str:
     return f"{counted(len(image_ids), noun)} ({printable(image_ids[0])!r}, for one)"
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 caption`, `2 captions`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def doubts_about_words(
