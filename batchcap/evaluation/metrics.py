@@ -5,7 +5,6 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from batchcap.contracts import UsageError
 
 Words = Sequence[str]
+Texts = dict[int, list[str]]  # of each image, words with spaces between
 Array = npt.NDArray[np.float64]
 
 LONGEST_NGRAM = 4
@@ -55,43 +55,56 @@ def score_captions(hypotheses: Sequence[Words], references: Sequence[Sequence[Wo
     Raises:
         UsageError: pycocoevalcap is not installed.
     """
-    try:
-        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise UsageError(
-            "caption metrics need pycocoevalcap: pip install 'batchcap[evaluate]'"
-        ) from error
     found = {image: [" ".join(words)] for image, words in enumerate(hypotheses)}
     expected = {
         image: [" ".join(words) for words in captions] for image, captions in enumerate(references)
     }
-    scorer = BleuScorer(n=LONGEST_NGRAM)
-    for image in found:
-        scorer += (found[image][0], expected[image])
-    bleu, bleu_per_image = scorer.compute_score(option="closest")
-    with contextlib.redirect_stdout(io.StringIO()):  # they print
-        rouge_l, rouge_l_per_image = Rouge().compute_score(expected, found)
-        cider_d, cider_d_per_image = Cider().compute_score(expected, found)
-    per_image = [np.array(scores) for scores in (*bleu_per_image, rouge_l_per_image)]
-    per_image.append(np.array(cider_d_per_image))
+    try:
+        bleu, bleu_per_image, counts = _bleu(expected, found)
+        rouge_l, rouge_l_per_image, cider_d, cider_d_per_image = _rouge_l_and_cider_d(
+            expected, found
+        )
+    except ImportError as error:
+        raise UsageError(
+            "caption metrics need pycocoevalcap: pip install 'batchcap[evaluate]'"
+        ) from error
+    per_image = [*map(np.array, bleu_per_image), rouge_l_per_image, cider_d_per_image]
     overall = zip(METRICS, (*bleu, rouge_l, cider_d), strict=True)
     return Scores(
         {name: 100 * float(value) for name, value in overall},
         {name: 100 * scores for name, scores in zip(METRICS, per_image, strict=True)},
-        np.column_stack([_bleu_counts(scorer.ctest), per_image[-2], per_image[-1]]),
+        np.column_stack([counts, rouge_l_per_image, cider_d_per_image]),
     )
 
 
-def _bleu_counts(comparisons: Sequence[dict[str, Any]]) -> Array:
-    """`float64[n, 11]`: 1, length, closest reference length, n-grams, n-grams that are right."""
-    rows = []
-    for comparison in comparisons:
+def _bleu(expected: Texts, found: Texts) -> tuple[list[float], list[list[float]], Array]:
+    """By length of n-gram: of all images, of each; and `float64[n, 11]`, what these come from.
+
+    The columns: 1, words, words of the closest reference, n-grams, n-grams that are right.
+    """
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=LONGEST_NGRAM)
+    for image, texts in expected.items():
+        scorer += (found[image][0], texts)
+    overall, per_image = scorer.compute_score(option="closest")
+    counts = []
+    for comparison in scorer.ctest:
         length = comparison["testlen"]
         closest = min((abs(reference - length), reference) for reference in comparison["reflen"])
-        rows.append([1, length, closest[1], *comparison["guess"], *comparison["correct"]])
-    return np.array(rows, np.float64)
+        counts.append([1, length, closest[1], *comparison["guess"], *comparison["correct"]])
+    return overall, per_image, np.array(counts, np.float64)
+
+
+def _rouge_l_and_cider_d(expected: Texts, found: Texts) -> tuple[float, Array, float, Array]:
+    """Of all images, and `float64[n]`, of each."""
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    with contextlib.redirect_stdout(io.StringIO()):  # they print
+        rouge_l, rouge_l_per_image = Rouge().compute_score(expected, found)
+        cider_d, cider_d_per_image = Cider().compute_score(expected, found)
+    return rouge_l, rouge_l_per_image, cider_d, np.array(cider_d_per_image)
 
 
 def overall_of(sums: Array) -> Array:
