@@ -1,5 +1,6 @@
 """Files that are whole or not there. Knows no formats."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
     A crash leaves `path` as it was, and at most the hidden file.
 
     Raises:
-        OSError: the folder is missing, read-only or full.
+        OSError: the folder is missing, read-only or full, or `path` is a pipe or a device.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no plain file, which could be replaced")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         yield temporary

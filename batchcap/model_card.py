@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from batchcap.contracts import ModelError
+from batchcap.evaluation.metrics import METRIC_NAMES, METRICS
 from batchcap.model.config import (
     CARD_FILE,
     METRICS_FILE,
@@ -59,22 +60,13 @@ Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 - Not for decisions about people.
 """
 
-METRIC_NAMES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
-}
-
 
 def write_card(
     path: Path, config: ModelConfig, settings: TrainSettings, metrics: dict[str, Any]
 ) -> None:
     """Write the card, from the same numbers as `metrics.json`."""
     results = metrics["validation"]
-    rows = [f"| {name} | {results[key]:.1f} |" for key, name in METRIC_NAMES.items()]
+    rows = [f"| {METRIC_NAMES[key]} | {results[key]:.1f} |" for key in METRICS]
     decoder = config.decoder
     text = CARD.format(
         backbone=config.backbone.name,
@@ -158,7 +150,7 @@ def _word_count(config: ModelConfig) -> str:
 def _describe_metrics(path: Path) -> dict[str, str]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        values = [f"{name} {metrics['validation'][key]:.1f}" for key, name in METRIC_NAMES.items()]
+        values = [f"{METRIC_NAMES[key]} {metrics['validation'][key]:.1f}" for key in METRICS]
         return {"validation": ", ".join(values), "signature": str(metrics["signature"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path} is damaged ({error}): copy the model again") from error

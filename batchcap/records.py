@@ -38,7 +38,7 @@ class Problems:
         count = len(self._reports)
         shown = "\n".join(f"  {printable(report)}" for report in self._reports[:SHOWN_PROBLEMS])
         raise InputError(
-            f"{self.path} has {count} wrong {'entry' if count == 1 else 'entries'}; "
+            f"{self.path} has {counted(count, 'wrong entry', 'wrong entries')}; "
             f"correct or remove {'it' if count == 1 else 'them'}:\n{shown}"
         )
 
@@ -46,6 +46,11 @@ class Problems:
 def printable(name: str) -> str:
     """A text of others without the control characters that a terminal would obey."""
     return "".join(char if char.isprintable() else "?" for char in name)
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """`1 caption`, `2 captions`; `nouns` is the plural, unless it is `noun` with an s."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def shown(value: object) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from batchcap.caption_files import read_rows
 from batchcap.contracts import InputError, OutputError, UsageError
-from batchcap.evaluation_files import read_evaluation
+from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import replace_text
 from batchcap.model.config import DecodeSettings
 from batchcap.output import Layout

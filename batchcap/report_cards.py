@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.caption_files import metadata_of
-from batchcap.evaluation_files import METRICS
+from batchcap.evaluation.per_image import METRICS
 from batchcap.row_files import Row
 
 GRID = (7, 7)  # of rows that don't tell

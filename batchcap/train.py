@@ -12,8 +12,9 @@ import keras
 import numpy as np
 
 from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.evaluation.metrics import score_captions, signature
+from batchcap.evaluation.tokenisation import profile_of
 from batchcap.history import CURVES_FILE, HISTORY_FILE
-from batchcap.metrics import score_captions, signature
 from batchcap.model.backbones import build_backbone, weights_digest
 from batchcap.model.captioner import Captioner, round_weights, save_captioner
 from batchcap.model.config import (
@@ -28,7 +29,7 @@ from batchcap.model.network import build_decoder, log_frequencies
 from batchcap.model.runtime import start_tensorflow
 from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
-from batchcap.settings import TrainSettings
+from batchcap.settings import Tokens, TrainSettings
 from batchcap.trainer import Trainer
 from batchcap.training_data import (
     Example,
@@ -161,7 +162,7 @@ def _write_model(settings: TrainSettings, trainer: Trainer, judge: Judge) -> Pat
     metrics = {
         "validation": judge.results(),
         "decoding": "greedy",
-        "signature": signature(judge.references),
+        "signature": signature(profile_of(Tokens.WORDS).described, judge.references),
         "best_epoch": record.best_epoch,
         "epochs": len(record.history),
         "seconds": sum(row["seconds"] for row in record.history),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.metrics import score_captions
+from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.loss import loss_function
@@ -43,7 +43,7 @@ class Judge:
         scores = score_captions(
             [segment(join_words(words)) for words in hypotheses], self.references
         )
-        return {"val_loss": loss / count, "val_accuracy": correct / count} | scores
+        return {"val_loss": loss / count, "val_accuracy": correct / count} | scores.overall
 
     def samples(self) -> list[str]:
         """Captions of the first validation photo, at rising temperatures."""

@@ -55,6 +55,14 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch) 
         assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As root, writing to /dev/full made a plain file of it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        replace_text(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.touch()

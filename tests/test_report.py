@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from rows import LOOK, METADATA, captioned_row, failed_row
 
 from batchcap.contracts import InputError, OutputError, UsageError
-from batchcap.evaluation_files import write_evaluation
+from batchcap.evaluation.per_image import write_evaluation
 from batchcap.report import histogram, json_for_html, last_run, made_with, write_report
 from batchcap.report_cards import SHOWN_FAILURES, digest_rows, grid_of
 from batchcap.row_files import Row, table_of, write_rows

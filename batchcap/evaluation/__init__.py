@@ -1,0 +1,1 @@
+"""Captions to scores. Knows no photos and no models."""

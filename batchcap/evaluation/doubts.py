@@ -1,0 +1,80 @@
+"""What makes scores other than they seem: each as a sentence for the user."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from batchcap.annotations import AnnotatedImage
+from batchcap.caption_files import GeneratedCaption
+from batchcap.evaluation.tokenisation import HAN
+from batchcap.matching import Match
+from batchcap.records import counted, printable
+
+# Shares of letters that are Chinese characters, in captions and in references.
+MOST_HAN_DIFFERENCE = 0.5
+LEAST_CIDER_D = 1.0
+
+
+def doubts_about_ids(
+    name: str,
+    generated: Sequence[GeneratedCaption],
+    annotated: Sequence[AnnotatedImage],
+    matched: Match,
+) -> Iterator[str]:
+    """Captions of `name` and references that are not of the same images, photos that failed."""
+    ours, theirs = ({pair[side] for pair in matched.pairs} for side in (0, 1))
+    alone = [one.image_id for i, one in enumerate(generated) if i not in ours]
+    if alone:
+        yield f"{name}: {_several(alone, 'caption')} without references, left out"
+    alone = [image.image_id for i, image in enumerate(annotated) if i not in theirs]
+    if alone:
+        yield f"{name}: {_several(alone, 'image')} of the references without a caption, left out"
+    failed = [generated[i].image_id for i, _ in matched.pairs if generated[i].caption is None]
+    if failed:
+        yield f"{name}: {_several(failed, 'photo')} that could not be read, left out"
+
+
+def _several(image_ids: list[str], noun: str) -> str:
+    return f"{counted(len(image_ids), noun)} ({printable(image_ids[0])!r}, for one)"
+
+
+def doubts_about_words(
+    captions: Sequence[str], words: Sequence[list[str]], references: Sequence[Sequence[str]]
+) -> Iterator[str]:
+    """Captions without words, too few references, another language.
+
+    Args:
+        captions: the texts.
+        words: of each caption.
+        references: the texts of each caption's image.
+    """
+    if empty := sum(not caption for caption in words):
+        yield f"{counted(empty, 'caption')} without a word, scored 0"
+    if all(len(texts) == 1 for texts in references):
+        yield (
+            "one reference an image: scores are lower and less certain than with several, and "
+            "compare with others of one reference only"
+        )
+    ours = _han_share(captions)
+    theirs = _han_share(text for texts in references for text in texts)
+    if abs(ours - theirs) > MOST_HAN_DIFFERENCE:
+        yield (
+            f"{100 * ours:.0f} % of the letters in captions are Chinese, of those in references "
+            f"{100 * theirs:.0f} %: they are in different languages"
+        )
+
+
+def _han_share(texts: Iterable[str]) -> float:
+    text = "".join(texts)
+    letters = len(re.findall(r"[^\W\d_]", text))
+    return len(re.findall(f"[{HAN}]", text)) / max(letters, 1)
+
+
+def doubts_about_scores(scores: dict[str, float], images: int) -> Iterator[str]:
+    """CIDEr-D that can't be anything else, or that tells of a mistake."""
+    if images == 1:
+        yield "CIDEr-D of a single image is always 0: its weights come from the other images"
+    elif scores["cider_d"] < LEAST_CIDER_D:
+        yield (
+            "captions and references have hardly a word in common: check that they are of the same "
+            "images, and cut into words in the same way"
+        )

@@ -1,0 +1,74 @@
+"""How captions are cut into words to be compared: one profile for each way people do it.
+
+Scores of different profiles don't compare.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from batchcap.annotations import AnnotatedImage
+from batchcap.caption_files import GeneratedCaption
+from batchcap.model.text import segment
+from batchcap.settings import Tokens
+
+HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+CHARACTERS = re.compile(f"[{HAN}]|[^\\W_{HAN}]+")
+
+Words = list[str]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a generated caption and a reference become words, and how to say so in a signature."""
+
+    cut: Callable[[GeneratedCaption], Words]
+    cut_reference: Callable[[str], Words]
+    described: tuple[str, ...]
+
+
+def profile_of(tokens: Tokens, references: Sequence[AnnotatedImage] = ()) -> Profile:
+    """The profile of that name, for references like these."""
+    return PROFILES[tokens](references)
+
+
+def characters(caption: str) -> Words:
+    """Each Chinese character, and other letters and digits as they stand together."""
+    return CHARACTERS.findall(caption)
+
+
+def _words(_references: Sequence[AnnotatedImage] = ()) -> Profile:
+    return Profile(
+        lambda generated: segment(generated.caption or ""),
+        segment,
+        ("tok=words", _jieba(), "hmm=1", "punctuation=dropped"),
+    )
+
+
+def _characters(_references: Sequence[AnnotatedImage]) -> Profile:
+    return Profile(
+        lambda generated: characters(generated.caption or ""),
+        characters,
+        ("tok=char", "punctuation=dropped"),
+    )
+
+
+def _pretokenized(_references: Sequence[AnnotatedImage]) -> Profile:
+    """Words as they were generated, where the file has them."""
+    return Profile(
+        lambda generated: " ".join(generated.tokens or [generated.caption or ""]).split(),
+        str.split,
+        ("tok=pretokenized",),
+    )
+
+
+PROFILES: dict[Tokens, Callable[[Sequence[AnnotatedImage]], Profile]] = {
+    Tokens.WORDS: _words,
+    Tokens.CHAR: _characters,
+    Tokens.PRETOKENIZED: _pretokenized,
+}
+
+
+def _jieba() -> str:
+    return f"jieba={version('jieba')}"
