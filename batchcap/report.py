@@ -19,17 +19,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchcap.caption_files import read_rows
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.contracts import InputError, UsageError
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import replace_text
 from batchcap.model.config import DecodeSettings
 from batchcap.output import Layout
-from batchcap.records import printable
+from batchcap.records import counted, printable
 from batchcap.report_cards import Digest, digest_rows, grid_of
 from batchcap.row_files import saying_where
 from batchcap.run_report import read_summary
 from batchcap.settings import ReportSettings
-from batchcap.thumbnails import CHANGED, MISSING, Thumbnail, Wanted, make_thumbnails, photo_path
+from batchcap.thumbnails import (
+    CHANGED,
+    MISSING,
+    Thumbnail,
+    Wanted,
+    make_thumbnails,
+    photo_path,
+    photos_folder,
+)
 
 PAGE = Path(__file__).parent / "report_page"
 BARS = 20  # of the histogram, each 5 % wide
@@ -49,21 +57,22 @@ def write_report(settings: ReportSettings) -> str:
     """Write the page, whole or not at all; returns a line that says what it shows.
 
     Raises:
-        UsageError: there is no such file, or OUT is one that is read.
+        UsageError: there is no such file or INPUT, or OUT is one that is read or no plain file.
         InputError: captions or evaluation are damaged or of something else.
         OutputError: the page can't be written.
     """
     _check_out(settings)
+    folder = photos_folder(settings.images) if settings.images else None
     evaluation = read_evaluation(settings.evaluation) if settings.evaluation else ([], "", {})
     evaluated = {row["image_id"]: row for row in evaluation[0]}
     digest = digest_rows(
         read_rows(settings.captions), settings.sample, settings.seed, evaluated=evaluated
     )
-    if settings.evaluation and not any("scores" in shown.card for shown in digest.shown):
+    if settings.evaluation and not digest.scored:
         raise InputError(
             f"{settings.evaluation} has scores of none of these captions: evaluate them again"
         )
-    problems = _add_photos(digest, settings.images)
+    problems = _add_photos(digest, folder)
     text = render_page(digest, settings, evaluation[1], evaluation[2])
     with saying_where(settings.out):
         replace_text(settings.out, text.encode("utf-8", "replace").decode())  # lone surrogates
@@ -71,20 +80,25 @@ def write_report(settings: ReportSettings) -> str:
 
 
 def _check_out(settings: ReportSettings) -> None:
-    out = settings.out
+    captions, out = settings.captions, settings.out
     if out.is_dir():
-        raise OutputError(f"{out} is a directory: name an .html file")
-    for read in (settings.captions, settings.evaluation):
+        raise UsageError(f"OUT is a file, and {out} is a folder: name a file in it")
+    if captions.is_dir() and out.parent.resolve() == captions.resolve():
+        raise UsageError(f"{captions} is the folder of a run: choose an OUT outside of it")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        # A rename would put a file in the place of the link, or of /dev/null.
+        raise UsageError(f"OUT is replaced by a new file, and {out} is none: name a plain file")
+    for read in (captions, settings.evaluation):
         if read is not None and out.exists() and read.exists() and out.samefile(read):
-            raise UsageError(f"OUT would replace {read}, which is read: choose another name")
+            raise UsageError(f"OUT would be written over {read}: choose another OUT")
 
 
-def _add_photos(digest: Digest, images: Path | None) -> list[str]:
-    """Put photos into the cards; returns why others have none."""
-    if images is None:
+def _add_photos(digest: Digest, folder: str | None) -> list[str]:
+    """Put photos of the INPUT at `folder` into the cards; returns why others have none."""
+    if folder is None:
         return []
     captioned = [shown for shown in digest.shown if not shown.card["failed"]]
-    wanted = [Wanted(photo_path(images, each.card["id"]), each.sha256) for each in captioned]
+    wanted = [Wanted(photo_path(folder, each.card["id"]), each.sha256) for each in captioned]
     problems = []
     for shown, photo in zip(captioned, make_thumbnails(wanted), strict=True):
         if isinstance(photo, Thumbnail):
@@ -126,6 +140,7 @@ def render_page(
         histogram=histogram(digest.confidences),
         scores={METRIC_NAMES.get(key, key): f"{value:.1f}" for key, value in scores.items()},
         signature=signature,
+        scored=counted(digest.scored, "caption"),
         has_evaluation=settings.evaluation is not None,
         style=style,
         script=script,

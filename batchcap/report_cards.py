@@ -5,6 +5,7 @@ Of a million rows only the drawn ones are held, their attention as one byte a ce
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,11 +37,13 @@ class Shown:
 class Digest:
     """What all rows say together, and the drawn ones in the order of the file.
 
-    `failures` are the first photos of each reason with their messages. `confidences` are the
-    geometric means of the words' probabilities, one a caption.
+    `failures` are the first photos of each reason with their messages, `scored` the captions that
+    an evaluation is of, `confidences` the geometric means of the words' probabilities, one a
+    caption.
     """
 
     photos: int = 0
+    scored: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     failures: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     confidences: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -87,7 +90,7 @@ def digest_rows(
     for table in groups:
         digest.metadata |= metadata_of(table)
         digest.photos += len(table)
-        _count_failures(digest, table)
+        _count(digest, table, evaluated)
         means = table["mean_logprob"].drop_null().to_numpy().astype(float)
         confidences.append(np.exp(means.clip(max=0)))
         draw.add(table)
@@ -97,11 +100,11 @@ def digest_rows(
     return digest
 
 
-def _count_failures(digest: Digest, table: Any) -> None:
-    names = ("image_id", "status", "error_type", "error_message")
-    for image_id, status, reason, message in zip(
-        *(table[name].to_pylist() for name in names), strict=True
-    ):
+def _count(digest: Digest, table: Any, evaluated: Mapping[str, Row]) -> None:
+    names = ("image_id", "status", "caption", "error_type", "error_message")
+    columns = (table[name].to_pylist() for name in names)
+    for image_id, status, caption, reason, message in zip(*columns, strict=True):
+        digest.scored += _is_of(evaluated.get(image_id), caption)
         if status == "failed":
             digest.failed[reason or ""] += 1
             first = digest.failures.setdefault(reason or "", [])
@@ -111,10 +114,8 @@ def _count_failures(digest: Digest, table: Any) -> None:
 
 def grid_of(metadata: Mapping[str, str]) -> tuple[int, int]:
     """Rows and columns of the grid of attention, from the metadata of rows."""
-    rows, _, columns = metadata.get("batchcap.grid", "").partition("x")
-    if rows.isdecimal() and columns.isdecimal() and 0 < int(rows) * int(columns) < 128**2:
-        return int(rows), int(columns)
-    return GRID
+    told = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", metadata.get("batchcap.grid", ""))
+    return (int(told[1]), int(told[2])) if told else GRID
 
 
 def _shown(row: Row, grid: tuple[int, int], evaluated: Mapping[str, Row]) -> Shown:
@@ -133,11 +134,15 @@ def _shown(row: Row, grid: tuple[int, int], evaluated: Mapping[str, Row]) -> Sho
         "message": row["error_message"],
     }
     scored = evaluated.get(row["image_id"])
-    # An evaluation of other captions says nothing of these.
-    if scored is not None and (scored["caption"] or "") == (row["caption"] or ""):
+    if scored is not None and _is_of(scored, row["caption"]):
         card["scores"] = {name: _number(scored[name], 1) for name in METRICS}
         card["references"] = scored["references"] or []
     return Shown(card, row["sha256"])
+
+
+def _is_of(scored: Row | None, caption: str | None) -> bool:
+    """Whether an evaluation is of this caption: that of another one says nothing of it."""
+    return scored is not None and (scored["caption"] or "") == (caption or "")
 
 
 def _exp(logarithm: float | None) -> float | None:

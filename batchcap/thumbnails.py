@@ -42,15 +42,19 @@ class Wanted:
     sha256: str | None
 
 
-def photo_path(images: Path, image_id: str) -> str:
-    """Where the photo of a row is, for `images` the INPUT of its run (surrogateescape str).
+def photos_folder(images: Path) -> str:
+    """Where the photos of a run's INPUT lie: a list's lines start at its folder.
 
     Raises:
         UsageError: there is no such INPUT.
     """
     if not images.exists():
         raise UsageError(f"There is no {images}; --images is the INPUT of the run, check the path.")
-    folder = images if images.is_dir() else images.parent  # a list's lines start at its folder
+    return str(images if images.is_dir() else images.parent)
+
+
+def photo_path(folder: str, image_id: str) -> str:
+    """Where the photo of a row is (surrogateescape str); ids of lists may lead anywhere."""
     return posixpath.join(folder, path_of_image_id(image_id))
 
 

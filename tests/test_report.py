@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from rows import LOOK, METADATA, captioned_row, failed_row
 
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.contracts import InputError, UsageError
 from batchcap.evaluation.per_image import write_evaluation
 from batchcap.report import histogram, json_for_html, last_run, made_with, write_report
 from batchcap.report_cards import SHOWN_FAILURES, digest_rows, grid_of
@@ -201,15 +201,28 @@ def test_images_that_are_not_there_are_a_wrong_use(
 def test_the_page_may_not_replace_what_it_is_made_of(
     tmp_path: Path, write: Callable[..., Path]
 ) -> None:
-    write([captioned_row(0)])
-    (tmp_path / "page.html").unlink()
-    os.link(tmp_path / "captions.parquet", tmp_path / "page.html")
-    with pytest.raises(UsageError, match="which is read"):
+    page = write([captioned_row(0)])
+    page.unlink()
+    os.link(tmp_path / "captions.parquet", page)
+    with pytest.raises(UsageError, match="written over"):
         write([])
-    (tmp_path / "page.html").unlink()
-    (tmp_path / "page.html").mkdir()
-    with pytest.raises(OutputError, match="is a directory"):
+
+
+def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[..., Path]) -> None:
+    page = write([captioned_row(0)])
+    page.rename(tmp_path / "other.html")
+    page.symlink_to("other.html")
+    with pytest.raises(UsageError, match="name a plain file"):
         write([])
+    page.unlink()
+    page.mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        write([])
+
+
+def test_a_page_is_no_file_of_a_run_s_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="the folder of a run"):
+        write([], captions=tmp_path)
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(
@@ -250,7 +263,7 @@ def test_the_policy_names_the_style_and_the_script_that_are_there(
     assert policy
     assert "unsafe" not in policy[1]
     for kind in ("style", "script"):
-        block = re.search(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        block = re.search(f'<{kind}(?: type="module")?>(.*?)</{kind}>', text, re.DOTALL)
         assert block
         digest = base64.b64encode(hashlib.sha256(block[1].encode()).digest()).decode()
         named = re.search(f"{kind}-src '([^']+)'", policy[1].replace("&#39;", "'"))
@@ -312,7 +325,7 @@ def test_bars_are_as_high_as_their_counts() -> None:
 
 @pytest.mark.parametrize(
     ("told", "grid"),
-    [("4x6", (4, 6)), ("7x7", (7, 7)), ("", (7, 7)), ("0x3", (7, 7)), ("-1x3", (7, 7))],
+    [("4x6", (4, 6)), ("7x7", (7, 7)), ("", (7, 7)), ("0x3", (7, 7)), ("9" * 5000 + "x3", (7, 7))],
 )
 def test_the_grid_is_the_file_s_or_that_of_the_shipped_model(
     told: str, grid: tuple[int, int]
@@ -371,7 +384,7 @@ def test_scores_and_references_stand_with_the_captions_that_they_are_of(
     assert not any("scores" in cards[n] for n in "bc")
     text = page.read_text(encoding="utf-8")
     assert "<dt>CIDEr-D</dt><dd>81.3</dd>" in text
-    assert "signature|of|all" in text
+    assert "Scores of 1 caption: <bdi>signature|of|all</bdi>" in text
 
 
 def test_an_evaluation_of_other_captions_is_refused(

@@ -1,6 +1,4 @@
 // The gallery of a report: cards are made as they come near the view, and all texts are set as text.
-"use strict";
-
 const AT_A_TIME = 60;
 const page = JSON.parse(document.getElementById("data").textContent);
 const [gridRows, gridColumns] = page.grid;
@@ -195,7 +193,7 @@ function about(card) {
   const made = element("div", "about");
   if (card.scores) {
     const scores = Object.entries(card.scores).filter(([, value]) => value !== null);
-    const text = scores.map(([name, value]) => `${page.metrics[name]}\u00a0${value.toFixed(1)}`);
+    const text = scores.map(([name, value]) => `${page.metrics[name] ?? name}\u00a0${value.toFixed(1)}`);
     made.append(element("p", "scores", text.join(" · ")));
   }
   if (card.references?.length) {
