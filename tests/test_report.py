@@ -467,6 +467,16 @@ def test_cards_are_sorted_by_confidence_name_and_score(
     }
 
 
+def test_scores_and_references_are_on_the_card(
+    tmp_path: Path, write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    scored = evaluation(tmp_path / "s.parquet", ["a"], ["一只photo"], [5.0])
+    page = look_at(write([captioned_row("a")], evaluation=scored))
+    assert page.locator(".scores").inner_text().split("\n") == ["BLEU-4 5.0", "CIDEr-D 5.0"]
+    page.locator("summary", has_text="1 reference").click()
+    assert page.locator(".references li").inner_text() == "人写的a"
+
+
 def test_orders_by_score_are_there_with_scores_only(
     write: Callable[..., Path], look_at: Callable[..., Page]
 ) -> None:

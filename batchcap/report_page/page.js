@@ -192,9 +192,12 @@ function aboutCaption(card) {
 function about(card) {
   const made = element("div", "about");
   if (card.scores) {
-    const scores = Object.entries(card.scores).filter(([, value]) => value !== null);
-    const text = scores.map(([name, value]) => `${page.metrics[name] ?? name}\u00a0${value.toFixed(1)}`);
-    made.append(element("p", "scores", text.join(" · ")));
+    const scores = element("p", "scores");
+    for (const [name, value] of Object.entries(card.scores)) {
+      if (value === null) continue;
+      scores.append(element("span", "", `${page.metrics[name] ?? name} ${value.toFixed(1)}`), " ");
+    }
+    made.append(scores);
   }
   if (card.references?.length) {
     const references = element("details", "references");
