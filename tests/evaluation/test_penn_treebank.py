@@ -16,24 +16,6 @@ CASES = [line.split("\t") for line in GOLDEN.read_text(encoding="utf-8").splitli
 JAR = Path(next(iter(pycocoevalcap.__path__))) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
 # Of pycocoevalcap's PTBTokenizer.
 DROPPED = ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."]
-    "''",
-    "'",
-    "``",
-    "`",
-    "-LRB-",
-    "-RRB-",
-    "-LCB-",
-    "-RCB-",
-    ".",
-    "?",
-    "!",
-    ",",
-    ":",
-    "-",
-    "--",
-    "...",
-    ";",
-]
 
 
 def test_words_are_those_of_the_real_tokenizer() -> None:
