@@ -11,6 +11,7 @@ from batchcap.caption_files import GeneratedCaption, read_captions
 from batchcap.contracts import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
 from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
+from batchcap.evaluation.meteor import SIGNATURE as METEOR_SIGNATURE
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import METRICS, Scores, overall_of, score_captions, signature
 from batchcap.evaluation.per_image import write_evaluation
@@ -82,6 +83,8 @@ def _compare(
     references = _references(evaluation, annotated, ours, theirs, profile)
     evaluation.images = len(references)
     evaluation.signature = signature(profile.described, [one.words for one in references.values()])
+    if settings.meteor:
+        evaluation.signature += f"|{METEOR_SIGNATURE}"
     scored = _score(ours, references, profile, settings)
     evaluation.scores = _with_intervals(scored.scores, settings)
     if settings.against is not None:

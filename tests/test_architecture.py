@@ -11,7 +11,7 @@ PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory"},
-    {"evaluation.metrics", "evaluation.bootstrap"},
+    {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
     {"settings", "locking", "row_files", "loading", "records"},
     {"logs", "row_index"},
     {"progress", "output"},

@@ -18,11 +18,14 @@ from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
     CaptionSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ReportSettings,
     RunSettings,
     TrainSettings,
 )
 
-VERBS = ("run", "train", "caption", "bench", "model")
+VERBS = ("run", "train", "evaluate", "export", "report", "caption", "bench", "model")
 
 
 def invoke(*arguments: object, **environment: str) -> Any:
@@ -52,6 +55,9 @@ def test_version_is_the_package_s() -> None:
     [
         ("run", RunSettings),
         ("train", TrainSettings),
+        ("evaluate", EvaluateSettings),
+        ("export", ExportSettings),
+        ("report", ReportSettings),
         ("caption", CaptionSettings),
         ("bench", BenchSettings),
     ],

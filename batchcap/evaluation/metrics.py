@@ -24,7 +24,7 @@ METRIC_NAMES = {
     "bleu_4": "BLEU-4",
     "rouge_l": "ROUGE-L",
     "cider_d": "CIDEr-D",
-    "meteor": "METEOR",
+    "meteor": "METEOR (en)",
 }
 # coco-caption's, which keep BLEU of nothing at 0.
 TINY, SMALL = 1e-15, 1e-9

@@ -10,7 +10,8 @@ from importlib.metadata import version
 
 from batchcap.annotations import AnnotatedImage
 from batchcap.caption_files import GeneratedCaption
-from batchcap.model.text import segment
+from batchcap.evaluation.penn_treebank import ptb_words
+from batchcap.model.text import segment, segment_all
 from batchcap.settings import Tokens
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -63,8 +64,27 @@ def _pretokenized(_references: Sequence[AnnotatedImage]) -> Profile:
     )
 
 
+def _ai_challenger(references: Sequence[AnnotatedImage]) -> Profile:
+    """As the kit of AI Challenger 2017 does: punctuation in full width counts as words.
+
+    Its references have been cut by others, with spaces; those that were not are cut like captions.
+    """
+    texts = [caption for image in references for caption in image.captions]
+    are_cut = sum(" " in caption for caption in texts) > len(texts) / 2
+    return Profile(
+        lambda generated: _ai_challenger_words(generated.caption or ""),
+        ptb_words if are_cut else _ai_challenger_words,
+        ("tok=ai-challenger", _jieba(), "hmm=1", f"refs_cut={'given' if are_cut else 'jieba'}"),
+    )
+
+
+def _ai_challenger_words(caption: str) -> Words:
+    return ptb_words(" ".join(segment_all(caption.strip().replace("。", ""))))
+
+
 PROFILES: dict[Tokens, Callable[[Sequence[AnnotatedImage]], Profile]] = {
     Tokens.WORDS: _words,
+    Tokens.AI_CHALLENGER: _ai_challenger,
     Tokens.CHAR: _characters,
     Tokens.PRETOKENIZED: _pretokenized,
 }

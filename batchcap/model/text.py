@@ -33,8 +33,12 @@ MIRRORED = str.maketrans("左右", "右左")
 
 def segment(text: str) -> list[str]:
     """Cut a caption into words by jieba's exact mode; punctuation and whitespace are dropped."""
-    words = (_strip_punctuation(word) for word in _tokenizer().cut(text))
-    return [word for word in words if word]
+    return [word for word in map(_strip_punctuation, segment_all(text)) if word]
+
+
+def segment_all(text: str) -> list[str]:
+    """Cut a caption by jieba's exact mode, and keep all that is in it."""
+    return list(_tokenizer().cut(text))
 
 
 def join_words(words: Iterable[str]) -> str:

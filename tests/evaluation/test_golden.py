@@ -1,0 +1,56 @@
+"""Scores that pycocoevalcap and AI Challenger's own kit gave; how is told in scores.json.
+
+The kit's samples are looked for in the folder BATCHCAP_AI_CHALLENGER: its
+Evaluation/caption_eval/data.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchcap.evaluate import evaluate_captions
+from batchcap.settings import EvaluateSettings, Tokens
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "scores.json").read_text("utf-8"))
+
+
+def scores(captions: Path, references: Path, tokens: Tokens) -> dict[str, float]:
+    settings = EvaluateSettings(
+        captions=captions, references=references, tokens=tokens, resamples=100
+    )
+    return {
+        metric: score.value / 100 for metric, score in evaluate_captions(settings).scores.items()
+    }
+
+
+def as_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"), [(Tokens.WORDS, "words"), (Tokens.AI_CHALLENGER, "ai_challenger")]
+)
+def test_scores_are_what_the_original_programs_gave(
+    tmp_path: Path, tokens: Tokens, name: str
+) -> None:
+    captions = as_json(tmp_path / "results.json", GOLDEN["results"])
+    references = as_json(tmp_path / "references.json", GOLDEN["references"])
+    assert scores(captions, references, tokens) == pytest.approx(GOLDEN[name], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", GOLDEN["ai_challenger_samples"])
+def test_the_kit_s_own_samples_score_what_the_kit_gave(name: str) -> None:
+    folder = Path(os.environ.get("BATCHCAP_AI_CHALLENGER", ""))
+    if not (folder / name).is_file():
+        pytest.skip("set BATCHCAP_AI_CHALLENGER to the folder of the kit's samples")
+    sample = GOLDEN["ai_challenger_samples"][name]
+    content = (folder / name).read_bytes().replace(b"\r\n", b"\n").rstrip(b"\n")
+    if hashlib.sha256(content).hexdigest() != sample["sha256"]:
+        pytest.skip(f"{name} is another sample than the one that was scored")
+    found = scores(folder / name, folder / "id_to_words.json", Tokens.AI_CHALLENGER)
+    assert found == pytest.approx(sample["scores"], abs=1e-9)

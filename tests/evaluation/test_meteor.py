@@ -1,0 +1,51 @@
+"""By the real Java program."""
+
+import shutil
+
+import pytest
+from pycocoevalcap.meteor.meteor import Meteor
+
+from batchcap.contracts import UsageError
+from batchcap.evaluation.meteor import with_meteor
+from batchcap.evaluation.metrics import Scores, score_captions
+
+HYPOTHESES = [["一只", "狗", "在", "草地"], ["人", "|||"], []]
+REFERENCES = [
+    [["一只", "狗", "在", "草地", "上"], ["狗"]],
+    [["一个", "人"], ["两个", "人"]],
+    [["鱼"]],
+]
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
+
+
+def scored() -> Scores:
+    return with_meteor(score_captions(HYPOTHESES, REFERENCES), HYPOTHESES, REFERENCES)
+
+
+@needs_java
+def test_meteor_is_pycocoevalcap_s_own() -> None:
+    overall, per_image = Meteor().compute_score(
+        {i: [" ".join(words) for words in texts] for i, texts in enumerate(REFERENCES)},
+        {i: [" ".join(words)] for i, words in enumerate(HYPOTHESES)},
+    )
+    scores = scored()
+    assert scores.overall["meteor"] == pytest.approx(100 * overall, abs=1e-9)
+    assert scores.per_image["meteor"] == pytest.approx([100 * one for one in per_image], abs=1e-9)
+
+
+@needs_java
+def test_a_language_whose_numbers_have_a_comma_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pycocoevalcap's own driver hangs there."""
+    expected = scored().overall
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert scored().overall == expected
+
+
+def test_without_java_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="needs a Java runtime"):
+        scored()
