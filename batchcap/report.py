@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from batchcap.caption_files import read_rows
 from batchcap.contracts import InputError, UsageError
+from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import replace_text
 from batchcap.model.config import DecodeSettings
@@ -41,16 +42,6 @@ from batchcap.thumbnails import (
 
 PAGE = Path(__file__).parent / "report_page"
 BARS = 20  # of the histogram, each 5 % wide
-
-METRIC_NAMES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
-    "meteor": "METEOR",
-}
 
 
 def write_report(settings: ReportSettings) -> str:
