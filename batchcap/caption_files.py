@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchcap.annotations import caption_problem, clean
-from batchcap.contracts import InputError
+from batchcap.contracts import InputError, UsageError
 from batchcap.output import Layout
 from batchcap.records import (
     Problems,
@@ -78,6 +78,24 @@ def row_paths(path: Path) -> list[Path]:
     if not paths:
         raise InputError(f"{path} has no rows: name an output of batchcap run")
     return paths
+
+
+def check_out(out: Path, captions: Path, *others: Path | None) -> None:
+    """See that `out` can be written, and over none of the captions and others it is made of.
+
+    Raises:
+        UsageError: it is a folder, a link or a device, in the folder of a run, or one of these.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: name a file in it")
+    if captions.is_dir() and out.parent.resolve() == captions.resolve():
+        raise UsageError(f"{captions} is the folder of a run: name a file outside of it, not {out}")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        # A rename would put a file in the place of the link, or of /dev/null.
+        raise UsageError(f"{out} is no plain file, and would be replaced by one: name another")
+    for read in (captions, *others):
+        if read is not None and out.exists() and read.exists() and out.samefile(read):
+            raise UsageError(f"{out} would be written over {read}: name another file")
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchcap.annotations import AnnotatedImage, read_annotations
-from batchcap.caption_files import GeneratedCaption, read_captions
+from batchcap.caption_files import GeneratedCaption, check_out, read_captions
 from batchcap.contracts import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
 from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
@@ -51,6 +51,8 @@ def evaluate_captions(settings: EvaluateSettings) -> Evaluation:
         InputError: a file is wrong, or no image is in both.
         OutputError: the scores of each image can't be written.
     """
+    if settings.per_image is not None:
+        check_out(settings.per_image, settings.captions, settings.references, settings.against)
     generated = read_captions(settings.captions)
     annotated = read_annotations(settings.references) if settings.references else []
     profile = profile_of(settings.tokens, annotated)

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from batchcap.annotations import read_annotations
-from batchcap.caption_files import detect_format, read_captions, read_rows
+from batchcap.caption_files import check_out, detect_format, read_captions, read_rows
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.matching import LEAST_HASH, coco_number, hashed_number, stem
@@ -49,24 +49,11 @@ def export_captions(settings: ExportSettings) -> str:
         InputError: the captions are damaged, or the format can't tell their photos apart.
         OutputError: the folder is missing, read-only or full; what OUT was is unchanged.
     """
-    _check_out(settings)
+    for out in (settings.out, _mapping_beside(settings.out)):
+        check_out(out, settings.captions)
     if settings.references:
         return _write_references(settings)
     return EXPORTERS[settings.format](settings)
-
-
-def _check_out(settings: ExportSettings) -> None:
-    captions, out = settings.captions, settings.out
-    if out.is_dir():
-        raise UsageError(f"OUT is a file, and {out} is a folder: name a file in it")
-    if captions.is_dir() and out.parent.resolve() == captions.resolve():
-        raise UsageError(f"{captions} is the folder of a run: choose an OUT outside of it")
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        # A rename would put a file in the place of the link, or of /dev/null.
-        raise UsageError(f"OUT is replaced by a new file, and {out} is none: name a plain file")
-    for path in (out, _mapping_beside(out)):
-        if path.exists() and captions.exists() and path.samefile(captions):
-            raise UsageError(f"{path} would be written over CAPTIONS: choose another OUT")
 
 
 def _check_captions(settings: ExportSettings) -> None:

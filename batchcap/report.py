@@ -18,19 +18,15 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from batchcap.caption_files import read_rows
-from batchcap.contracts import InputError, UsageError
+from batchcap.caption_files import check_out, read_rows
+from batchcap.contracts import InputError
 from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import replace_text
 from batchcap.model.config import DecodeSettings
 from batchcap.output import Layout
-from batchcap.records import counted, printable
-from batchcap.report_cards import Digest, digest_rows, grid_of
-from batchcap.row_files import saying_where
-from batchcap.run_report import read_summary
-from batchcap.settings import ReportSettings
-from batchcap.thumbnails import (
+from batchcap.page.cards import Digest, digest_rows, grid_of
+from batchcap.page.thumbnails import (
     CHANGED,
     MISSING,
     Thumbnail,
@@ -39,8 +35,12 @@ from batchcap.thumbnails import (
     photo_path,
     photos_folder,
 )
+from batchcap.records import counted, printable
+from batchcap.row_files import saying_where
+from batchcap.run_report import read_summary
+from batchcap.settings import ReportSettings
 
-PAGE = Path(__file__).parent / "report_page"
+PAGE = Path(__file__).parent / "page"
 BARS = 20  # of the histogram, each 5 % wide
 
 
@@ -52,7 +52,7 @@ def write_report(settings: ReportSettings) -> str:
         InputError: captions or evaluation are damaged or of something else.
         OutputError: the page can't be written.
     """
-    _check_out(settings)
+    check_out(settings.out, settings.captions, settings.evaluation)
     folder = photos_folder(settings.images) if settings.images else None
     evaluation = read_evaluation(settings.evaluation) if settings.evaluation else ([], "", {})
     evaluated = {row["image_id"]: row for row in evaluation[0]}
@@ -68,20 +68,6 @@ def write_report(settings: ReportSettings) -> str:
     with saying_where(settings.out):
         replace_text(settings.out, text.encode("utf-8", "replace").decode())  # lone surrogates
     return _told(settings, digest, problems)
-
-
-def _check_out(settings: ReportSettings) -> None:
-    captions, out = settings.captions, settings.out
-    if out.is_dir():
-        raise UsageError(f"OUT is a file, and {out} is a folder: name a file in it")
-    if captions.is_dir() and out.parent.resolve() == captions.resolve():
-        raise UsageError(f"{captions} is the folder of a run: choose an OUT outside of it")
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        # A rename would put a file in the place of the link, or of /dev/null.
-        raise UsageError(f"OUT is replaced by a new file, and {out} is none: name a plain file")
-    for read in (captions, settings.evaluation):
-        if read is not None and out.exists() and read.exists() and out.samefile(read):
-            raise UsageError(f"OUT would be written over {read}: choose another OUT")
 
 
 def _add_photos(digest: Digest, folder: str | None) -> list[str]:

@@ -518,7 +518,7 @@ def test_captions_are_never_written_over(captions: Path) -> None:
     results = export(captions, "results.json", ExportFormat.COCO)
     mapping = results.rename(captions.with_name("results.images.json"))
     for source, name in [(captions, captions.name), (mapping, mapping.name), (mapping, "results")]:
-        with pytest.raises(UsageError, match="written over CAPTIONS"):
+        with pytest.raises(UsageError, match="written over"):
             export(source, name, ExportFormat.COCO)
 
 
@@ -527,7 +527,7 @@ def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
     folder.mkdir()
     part = folder / "part-000000.parquet"
     write_rows(part, [table_of([captioned_row()])], METADATA)
-    with pytest.raises(UsageError, match="OUT outside of it"):
+    with pytest.raises(UsageError, match="the folder of a run"):
         export(folder, "captions/part-000000.parquet", ExportFormat.CSV)
     with pytest.raises(UsageError, match="name a file in it"):
         export(part, "../captions", ExportFormat.CSV)
@@ -540,7 +540,7 @@ def test_links_and_devices_are_not_replaced(form: ExportFormat, captions: Path) 
     os.mkfifo(pipe)
     link.symlink_to("elsewhere.json")
     for out in (pipe, link):
-        with pytest.raises(UsageError, match="name a plain file"):
+        with pytest.raises(UsageError, match="no plain file"):
             export(captions, out.name, form)
     assert pipe.is_fifo()
     assert link.is_symlink()

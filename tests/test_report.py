@@ -23,8 +23,8 @@ from rows import LOOK, METADATA, captioned_row, failed_row
 
 from batchcap.contracts import InputError, UsageError
 from batchcap.evaluation.per_image import write_evaluation
+from batchcap.page.cards import SHOWN_FAILURES, digest_rows, grid_of
 from batchcap.report import histogram, json_for_html, last_run, made_with, write_report
-from batchcap.report_cards import SHOWN_FAILURES, digest_rows, grid_of
 from batchcap.row_files import Row, table_of, write_rows
 from batchcap.settings import ReportSettings
 
@@ -212,7 +212,7 @@ def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[...,
     page = write([captioned_row(0)])
     page.rename(tmp_path / "other.html")
     page.symlink_to("other.html")
-    with pytest.raises(UsageError, match="name a plain file"):
+    with pytest.raises(UsageError, match="no plain file"):
         write([])
     page.unlink()
     page.mkdir()
