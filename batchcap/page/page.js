@@ -25,8 +25,6 @@ function percent(share) {
   return `${share >= 0.1 ? (100 * share).toFixed(0) : Number((100 * share).toPrecision(2))} %`;
 }
 
-// Which cards, and in which order
-
 const byName = (one, other) => (one.id < other.id ? -1 : one.id > other.id ? 1 : 0);
 
 // Cards without a number come last.
@@ -96,8 +94,6 @@ const nearView = new IntersectionObserver(
   },
   { rootMargin: "800px" },
 );
-
-// One card
 
 function cardElement(card) {
   const made = element("article", "card");
@@ -219,8 +215,6 @@ function about(card) {
   return made;
 }
 
-// Where the model looked for a word: one word of the page at a time
-
 const map = element("canvas", "map");
 const peak = element("div", "peak");
 const centre = element("div", "centre");
@@ -286,8 +280,6 @@ function drawMap(bytes, index) {
   }
   context.putImageData(image, 0, 0);
 }
-
-// What the user does
 
 const wordAt = (event) => event.target.closest(".word");
 
