@@ -83,11 +83,11 @@ def _compare(
         others = read_captions(settings.against)
         theirs = _by_place(evaluation, evaluation.against, others, annotated)
     references = _references(evaluation, annotated, ours, theirs, profile)
+    scored = _score(ours, references, profile, settings)
     evaluation.images = len(references)
     evaluation.signature = signature(profile.described, [one.words for one in references.values()])
     if settings.meteor:
         evaluation.signature += f"|{METEOR_SIGNATURE}"
-    scored = _score(ours, references, profile, settings)
     evaluation.scores = _with_intervals(scored.scores, settings)
     if settings.against is not None:
         against = _score(theirs, references, profile, settings)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import duckdb
@@ -185,6 +186,20 @@ def test_what_needs_references_asks_for_them(good: Path, flag: str) -> None:
     result = invoke(good, flag, "x.parquet")
     assert isinstance(result.exception, UsageError)
     assert f"{flag} compares with references" in str(result.exception)
+
+
+def test_without_the_metrics_it_says_how_to_get_them(
+    good: Path, references: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signature asked for their version first, which was a failure without a word of advice."""
+
+    def no_such_package(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu_scorer", None)
+    monkeypatch.setattr("batchcap.evaluation.metrics.version", no_such_package)
+    with pytest.raises(UsageError, match=r"pip install 'batchcap\[evaluate\]'"):
+        evaluate_captions(EvaluateSettings(captions=good, references=references))
 
 
 def test_evaluating_loads_no_tensorflow(good: Path, references: Path) -> None:
