@@ -1,4 +1,4 @@
-"""Photos to a grid of features: ImageNet CNNs of keras.applications and how each wants its input.
+"""Photos to a grid of features, by CNNs trained on ImageNet.
 
 A backbone is frozen: it is run, never trained, here.
 """
@@ -15,8 +15,35 @@ import tensorflow as tf
 
 from batchcap.contracts import ModelError, Precision
 from batchcap.model.config import BackboneConfig
+from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
 
-BACKBONES: dict[str, Callable[..., keras.Model]] = {"mobilenet": keras.applications.MobileNet}
+Shape = tuple[int, int, int]
+Weights = str | None
+
+
+def _of_keras(application: Callable[..., keras.Model]) -> Callable[[Weights, Shape], keras.Model]:
+    return lambda weights, shape: application(weights=weights, include_top=False, input_shape=shape)
+
+
+def _lite(name: str) -> Callable[[Weights, Shape], keras.Model]:
+    def build(weights: Weights, shape: Shape) -> keras.Model:
+        if weights == "imagenet":
+            raise ValueError("they are made by jobs/convert_efficientnet_lite.py")
+        backbone = build_efficientnet_lite(name, shape)
+        if weights is not None:
+            backbone.load_weights(weights)
+        return backbone
+
+    return build
+
+
+BACKBONES = {
+    "mobilenet": _of_keras(keras.applications.MobileNet),
+    "mobilenet-v2": _of_keras(keras.applications.MobileNetV2),
+    "efficientnet-b0": _of_keras(keras.applications.EfficientNetB0),
+    "efficientnet-v2-b0": _of_keras(keras.applications.EfficientNetV2B0),
+    **{name: _lite(name) for name in WIDTH_AND_DEPTH},
+}
 
 
 def build_backbone(
@@ -37,9 +64,7 @@ def build_backbone(
     shape = (config.image_size, config.image_size, 3)
     try:
         with _computing_in(precision):
-            backbone = BACKBONES[config.name](
-                weights=weights and str(weights), include_top=False, input_shape=shape
-            )
+            backbone = BACKBONES[config.name](weights and str(weights), shape)
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
