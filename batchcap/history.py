@@ -14,7 +14,8 @@ CURVES_FILE = "history.png"
 def write_history(history: list[dict[str, float]], folder: Path) -> None:
     """Epoch by epoch results as `history.csv` and, drawn, `history.png`."""
     with replacing(folder / HISTORY_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
+        columns = dict.fromkeys(name for row in history for name in row)
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(history)
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -23,10 +24,15 @@ def write_history(history: list[dict[str, float]], folder: Path) -> None:
         "share of words right": ("accuracy", "val_accuracy"),
         "validation metrics x100": ("cider_d", "bleu_4", "rouge_l"),
     }
-    epochs = [row["epoch"] for row in history]
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
-            axes.plot(epochs, [row[name] for row in history], marker=".", label=name)
+            rows = [row for row in history if name in row]  # phases measure different things
+            axes.plot(
+                [row["epoch"] for row in rows],
+                [row[name] for row in rows],
+                marker=".",
+                label=name,
+            )
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -44,7 +44,7 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-class Tokens(StrEnum):
+class TokenKind(StrEnum):
     """How captions are cut into words to be compared."""
 
     WORDS = "words"
@@ -61,6 +61,13 @@ class ExportFormat(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     IMAGEFOLDER = "imagefolder"
+
+
+class Objective(StrEnum):
+    """What training raises."""
+
+    LIKELIHOOD = "likelihood"
+    CIDER = "cider"
 
 
 class Monitor(StrEnum):
@@ -222,8 +229,8 @@ class EvaluateSettings:
 
     captions: Path
     references: Path | None = None
-    tokens: Tokens = _option(
-        Tokens.WORDS,
+    tokens: TokenKind = _option(
+        TokenKind.WORDS,
         "What is compared: words as jieba cuts them without punctuation, as AI Challenger 2017 "
         "had it, characters, or what stands between spaces.",
     )
@@ -339,6 +346,16 @@ class TrainSettings:
         "Momentum of the moving average of the weights that is kept; 0 for none.",
         least=0,
         most=1,
+    )
+    objective: Objective = _option(
+        Objective.LIKELIHOOD,
+        "What training raises: the likelihood of the captions, or after that their CIDEr-D "
+        "(self-critical training).",
+    )
+    cider_epochs: int = _option(8, "Epochs of self-critical training at most.", least=1)
+    cider_learning_rate: float = _option(5e-5, "Its learning rate.", least=0)
+    cider_samples: int = _option(
+        5, "Captions drawn of each photo, and compared with each other, in its steps.", least=2
     )
     seed: int = _option(
         1, "Seed of the weights, the order, the flips and the dropout.", least=0, most=2**32 - 1

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,15 +25,17 @@ from batchcap.model.config import (
     DecoderConfig,
     ModelConfig,
 )
-from batchcap.model.network import build_decoder, log_frequencies
+from batchcap.model.network import CaptionDecoder, build_decoder, log_frequencies
 from batchcap.model.runtime import start_tensorflow
 from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
-from batchcap.settings import Tokens, TrainSettings
+from batchcap.objectives import Likelihood, Phase, SelfCritical
+from batchcap.settings import Objective, TokenKind, TrainSettings
 from batchcap.trainer import Trainer
 from batchcap.training_data import (
     Example,
     Features,
+    Tokens,
     TrainingBatches,
     extract_all,
     load_examples,
@@ -85,14 +87,23 @@ def train_captioner(settings: TrainSettings) -> Path:
     )
     judge = Judge(captioner, validation, Features(cache, validation, mirrored=False))
     run = _run_digest(settings, backbone, training, validation)
-    trainer = Trainer(settings, captioner, batches, work_folder, run)
     log.info(
         "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
         *(start_tensorflow(), len(training), len(captions), len(validation), len(vocabulary)),
         sum(variable.numpy().size for variable in decoder.trainable_variables) / 1e6,
     )
-    trainer.run(judge)
+    trainer: Trainer | None = None
+    for phase in _phases(settings, decoder, tokens):
+        trainer = Trainer(settings, phase, captioner, batches, work_folder, run, trainer)
+        trainer.run(judge)
+    assert trainer is not None
     return _write_model(settings, trainer, judge)
+
+
+def _phases(settings: TrainSettings, decoder: CaptionDecoder, tokens: Tokens) -> Iterator[Phase]:
+    yield Likelihood(settings, decoder)
+    if settings.objective is Objective.CIDER:
+        yield SelfCritical(settings, decoder, tokens)
 
 
 def _make_work_folder(out: Path) -> Path:
@@ -162,7 +173,7 @@ def _write_model(settings: TrainSettings, trainer: Trainer, judge: Judge) -> Pat
     metrics = {
         "validation": judge.results(),
         "decoding": "greedy",
-        "signature": signature(profile_of(Tokens.WORDS).described, judge.references),
+        "signature": signature(profile_of(TokenKind.WORDS).described, judge.references),
         "best_epoch": record.best_epoch,
         "epochs": len(record.history),
         "seconds": sum(row["seconds"] for row in record.history),

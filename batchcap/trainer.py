@@ -1,4 +1,4 @@
-"""Steps, epochs and checkpoints of one training, which goes on after a kill exactly where it was.
+"""Steps, epochs and checkpoints of a training, which goes on after a kill exactly where it was.
 
 Work in progress lives in a folder of its own, hidden beside the model to be: `.NAME.training`.
 """
@@ -22,13 +22,12 @@ from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.history import write_history
 from batchcap.model.captioner import Captioner, Weights
-from batchcap.model.loss import loss_function
+from batchcap.objectives import Phase
 from batchcap.progress import progress
-from batchcap.settings import Decay, Monitor, TrainSettings
+from batchcap.settings import Monitor, TrainSettings
 from batchcap.training_data import TrainingBatches
 from batchcap.validation import Judge
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
 log = logging.getLogger(__name__)
@@ -36,31 +35,45 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """Where training is: all of it but the numbers of the network and the optimizer."""
+    """Where a phase is: all of it but the numbers of the network and the optimizer.
+
+    history: of the phases before, too.
+    """
 
     run: str
     step: int = 0
     best_epoch: int = 0
+    before: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Trainer:
-    """The steps, epochs and checkpoints of one training."""
+    """The steps, epochs and checkpoints of one phase of a training.
+
+    It starts from the best that `previous` has reached, the trainer of the phase before.
+    """
 
     def __init__(
         self,
         settings: TrainSettings,
+        phase: Phase,
         captioner: Captioner,
         batches: TrainingBatches,
         folder: Path,
         run: str,
+        previous: "Trainer | None" = None,
     ) -> None:
-        self.settings, self.captioner, self.batches = settings, captioner, batches
+        self.settings, self.phase, self.captioner, self.batches = (
+            settings,
+            phase,
+            captioner,
+            batches,
+        )
         self.decoder = captioner.decoder
         self.steps_per_epoch = settings.steps_per_epoch or batches.steps_per_pass
         self.optimizer = keras.optimizers.Adam(
-            self._learning_rate(),
+            phase.learning_rate(self.steps_per_epoch),
             use_ema=settings.ema_momentum > 0,
             ema_momentum=settings.ema_momentum,
         )
@@ -69,10 +82,16 @@ class Trainer:
         self.folder = folder
         self.record = Record(run)
         self.best: Weights = {}
-        self._step = self._compile_step()
+        if previous is not None:
+            history = list(previous.record.history)
+            self.record = Record(run, 0, previous.record.best_epoch, len(history), history)
+            self.best = previous.best
+            for variable in self.decoder.trainable_variables:
+                variable.assign(self.best[variable.path])
+        self._step = phase.compile_step(self.optimizer, self.sums)
 
     def run(self, judge: Judge) -> None:
-        """Train to the last epoch, or until `patience` epochs brought nothing better.
+        """Train to the phase's last epoch, or until `patience` epochs brought nothing better.
 
         Raises:
             UsageError: the folder holds another training.
@@ -90,7 +109,8 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, started: float, bar: Any) -> None:
         saved = time.monotonic()
-        for features, captions in self._batches(self.record.step, epoch * self.steps_per_epoch):
+        stop = (epoch - self.record.before) * self.steps_per_epoch
+        for features, captions in self._batches(self.record.step, stop):
             self._step(features, captions)
             self.record.step += 1
             bar.update(1)
@@ -112,13 +132,13 @@ class Trainer:
         return iter(steps.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2))
 
     def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
-        loss, correct, count = self.sums.numpy()
-        if not np.isfinite(loss):
+        sums = self.sums.numpy()
+        if not np.isfinite(sums[0]):
             raise InputError(
-                f"the loss is no number any more in epoch {epoch}: lower --learning-rate"
+                f"the loss is no number any more in epoch {epoch}: lower the learning rate"
             )
         self.sums.assign(tf.zeros(3))
-        row = {"epoch": epoch, "loss": loss / count, "accuracy": correct / count}
+        row = {"epoch": epoch, **self.phase.measured(sums)}
         with self._averaged_weights():
             row |= judge.results()
             samples = judge.samples()
@@ -129,10 +149,11 @@ class Trainer:
         row["seconds"] = time.monotonic() - started
         self.record.history.append({name: float(value) for name, value in row.items()})
         self.record.seconds = 0.0
+        told = ", ".join(f"{name} {value:.3f}" for name, value in self.phase.measured(sums).items())
         log.info(
-            "epoch %d: %.0f s, loss %.3f, accuracy %.3f; validation loss %.3f, accuracy %.3f, "
-            "BLEU-4 %.1f, CIDEr-D %.1f%s",
-            *(epoch, row["seconds"], row["loss"], row["accuracy"], row["val_loss"]),
+            "epoch %d: %.0f s, %s; validation: loss %.3f, accuracy %.3f, BLEU-4 %.1f, "
+            "CIDEr-D %.1f%s",
+            *(epoch, row["seconds"], told, row["val_loss"]),
             *(row["val_accuracy"], row["bleu_4"], row["cider_d"]),
             " (best)" if self.record.best_epoch == epoch else "",
         )
@@ -154,35 +175,14 @@ class Trainer:
         return row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else -row["val_loss"]
 
     def _finished(self) -> bool:
-        done = len(self.record.history)
-        no_better = done - self.record.best_epoch >= self.settings.patience
-        return done >= self.settings.epochs or (done > 0 and no_better)
+        done = len(self.record.history) - self.record.before
+        best = self.record.best_epoch - self.record.before
+        no_better = done - max(best, 0) >= self.settings.patience
+        return done >= self.phase.epochs or (done > 0 and no_better)
 
-    def _learning_rate(self) -> Any:
-        peak, warmup = self.settings.learning_rate, self.settings.warmup_steps
-        if self.settings.decay is Decay.CONSTANT and not warmup:
-            return peak
-        steps = self.settings.epochs * self.steps_per_epoch
-        return keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else peak,
-            decay_steps=max(steps - warmup, 1),
-            alpha=0.0 if self.settings.decay is Decay.COSINE else 1.0,
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-
-    def _compile_step(self) -> Any:
-        loss = loss_function(self.decoder, self.settings.label_smoothing)
-        variables = self.decoder.trainable_variables
-
-        @tf.function(reduce_retracing=True)
-        def step(features: Any, captions: Any) -> None:
-            with tf.GradientTape() as tape:
-                mean, sums = loss(features, captions, training=True)
-            self.optimizer.apply(tape.gradient(mean, variables), variables)
-            self.sums.assign_add(sums)
-
-        return step
+    @property
+    def _checkpoint_file(self) -> Path:
+        return self.folder / f"{self.phase.name}.safetensors"
 
     def _state(self) -> dict[str, Any]:
         variables = {
@@ -196,12 +196,12 @@ class Trainer:
         """Save everything; a crash at any moment leaves the last checkpoint whole."""
         arrays = {name: np.asarray(variable) for name, variable in self._state().items()}
         arrays |= {f"best/{name}": value for name, value in self.best.items()}
-        path = self.folder / CHECKPOINT_FILE
+        path = self._checkpoint_file
         with replacing(path) as temporary:
             save_file(arrays, temporary, metadata={"record": json.dumps(asdict(self.record))})
 
     def _restore(self) -> None:
-        path = self.folder / CHECKPOINT_FILE
+        path = self._checkpoint_file
         if not path.exists():
             return
         with self._open_checkpoint(path) as saved:

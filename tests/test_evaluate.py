@@ -17,7 +17,7 @@ from batchcap.contracts import InputError, UsageError
 from batchcap.evaluate import evaluate_captions
 from batchcap.evaluation.per_image import METRICS, SCHEMA, read_evaluation
 from batchcap.row_files import table_of, write_rows
-from batchcap.settings import EvaluateSettings, Tokens
+from batchcap.settings import EvaluateSettings, TokenKind
 
 REFERENCES = {
     "dogs.jpg": ["两只狗在草地上奔跑。", "草地上有两只狗"],
@@ -162,8 +162,8 @@ def test_without_references_captions_are_described(good: Path) -> None:
     assert "BLEU" not in result.output
 
 
-@pytest.mark.parametrize("tokens", Tokens)
-def test_every_profile_scores(good: Path, references: Path, tokens: Tokens) -> None:
+@pytest.mark.parametrize("tokens", TokenKind)
+def test_every_profile_scores(good: Path, references: Path, tokens: TokenKind) -> None:
     told = json.loads(invoke(good, references, "--tokens", tokens, "--json").stdout)
     assert told["signature"].startswith(f"tok={tokens}|")
 

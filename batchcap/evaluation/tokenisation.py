@@ -12,7 +12,7 @@ from batchcap.annotations import AnnotatedImage
 from batchcap.caption_files import GeneratedCaption
 from batchcap.evaluation.penn_treebank import ptb_words
 from batchcap.model.text import segment, segment_all
-from batchcap.settings import Tokens
+from batchcap.settings import TokenKind
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 CHARACTERS = re.compile(f"[{HAN}]|[^\\W_{HAN}]+")
@@ -29,7 +29,7 @@ class Profile:
     described: tuple[str, ...]
 
 
-def profile_of(tokens: Tokens, references: Sequence[AnnotatedImage] = ()) -> Profile:
+def profile_of(tokens: TokenKind, references: Sequence[AnnotatedImage] = ()) -> Profile:
     """The profile of that name, for references like these."""
     return PROFILES[tokens](references)
 
@@ -82,11 +82,11 @@ def _ai_challenger_words(caption: str) -> Words:
     return ptb_words(" ".join(segment_all(caption.strip().replace("。", ""))))
 
 
-PROFILES: dict[Tokens, Callable[[Sequence[AnnotatedImage]], Profile]] = {
-    Tokens.WORDS: _words,
-    Tokens.AI_CHALLENGER: _ai_challenger,
-    Tokens.CHAR: _characters,
-    Tokens.PRETOKENIZED: _pretokenized,
+PROFILES: dict[TokenKind, Callable[[Sequence[AnnotatedImage]], Profile]] = {
+    TokenKind.WORDS: _words,
+    TokenKind.AI_CHALLENGER: _ai_challenger,
+    TokenKind.CHAR: _characters,
+    TokenKind.PRETOKENIZED: _pretokenized,
 }
 
 

@@ -64,7 +64,7 @@ def build_backbone(
     shape = (config.image_size, config.image_size, 3)
     try:
         with _computing_in(precision):
-            backbone = BACKBONES[config.name](weights and str(weights), shape)
+            backbone = BACKBONES[config.name](None if weights is None else str(weights), shape)
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from batchcap.evaluate import evaluate_captions
-from batchcap.settings import EvaluateSettings, Tokens
+from batchcap.settings import EvaluateSettings, TokenKind
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "scores.json").read_text("utf-8"))
 
 
-def scores(captions: Path, references: Path, tokens: Tokens) -> dict[str, float]:
+def scores(captions: Path, references: Path, tokens: TokenKind) -> dict[str, float]:
     settings = EvaluateSettings(
         captions=captions, references=references, tokens=tokens, resamples=100
     )
@@ -33,10 +33,10 @@ def as_json(path: Path, value: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "name"), [(Tokens.WORDS, "words"), (Tokens.AI_CHALLENGER, "ai_challenger")]
+    ("tokens", "name"), [(TokenKind.WORDS, "words"), (TokenKind.AI_CHALLENGER, "ai_challenger")]
 )
 def test_scores_are_what_the_original_programs_gave(
-    tmp_path: Path, tokens: Tokens, name: str
+    tmp_path: Path, tokens: TokenKind, name: str
 ) -> None:
     captions = as_json(tmp_path / "results.json", GOLDEN["results"])
     references = as_json(tmp_path / "references.json", GOLDEN["references"])
@@ -52,5 +52,5 @@ def test_the_kit_s_own_samples_score_what_the_kit_gave(name: str) -> None:
     content = (folder / name).read_bytes().replace(b"\r\n", b"\n").rstrip(b"\n")
     if hashlib.sha256(content).hexdigest() != sample["sha256"]:
         pytest.skip(f"{name} is another sample than the one that was scored")
-    found = scores(folder / name, folder / "id_to_words.json", Tokens.AI_CHALLENGER)
+    found = scores(folder / name, folder / "id_to_words.json", TokenKind.AI_CHALLENGER)
     assert found == pytest.approx(sample["scores"], abs=1e-9)

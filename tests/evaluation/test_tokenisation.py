@@ -2,15 +2,15 @@ import pytest
 
 from batchcap.caption_files import GeneratedCaption
 from batchcap.evaluation.tokenisation import characters, profile_of
-from batchcap.settings import Tokens
+from batchcap.settings import TokenKind
 
 
-def cut(tokens: Tokens, caption: str, words: tuple[str, ...] | None = None) -> list[str]:
+def cut(tokens: TokenKind, caption: str, words: tuple[str, ...] | None = None) -> list[str]:
     return profile_of(tokens).cut(GeneratedCaption("a", caption, words))
 
 
 def test_words_are_jieba_s_without_punctuation() -> None:
-    assert cut(Tokens.WORDS, "一只狗，在草地上。") == ["一只", "狗", "在", "草地", "上"]
+    assert cut(TokenKind.WORDS, "一只狗，在草地上。") == ["一只", "狗", "在", "草地", "上"]
 
 
 @pytest.mark.parametrize(
@@ -27,21 +27,21 @@ def test_characters_are_chinese_ones_each_and_others_together(
     caption: str, expected: list[str]
 ) -> None:
     assert characters(caption) == expected
-    assert cut(Tokens.CHAR, caption) == expected
+    assert cut(TokenKind.CHAR, caption) == expected
 
 
 def test_pretokenized_words_are_the_model_s_or_stand_between_spaces() -> None:
-    assert cut(Tokens.PRETOKENIZED, "一只狗。", ("一只", "狗。")) == ["一只", "狗。"]
-    assert cut(Tokens.PRETOKENIZED, "一只 狗 。") == ["一只", "狗", "。"]
-    assert profile_of(Tokens.PRETOKENIZED).cut_reference("一只 狗 。") == ["一只", "狗", "。"]
+    assert cut(TokenKind.PRETOKENIZED, "一只狗。", ("一只", "狗。")) == ["一只", "狗。"]
+    assert cut(TokenKind.PRETOKENIZED, "一只 狗 。") == ["一只", "狗", "。"]
+    assert profile_of(TokenKind.PRETOKENIZED).cut_reference("一只 狗 。") == ["一只", "狗", "。"]
 
 
-@pytest.mark.parametrize("tokens", Tokens)
-def test_a_failed_photo_has_no_words(tokens: Tokens) -> None:
+@pytest.mark.parametrize("tokens", TokenKind)
+def test_a_failed_photo_has_no_words(tokens: TokenKind) -> None:
     assert profile_of(tokens).cut(GeneratedCaption("a", None)) == []
 
 
 def test_profiles_say_what_they_are() -> None:
-    described = [profile_of(tokens).described for tokens in Tokens]
-    assert [first.removeprefix("tok=") for first, *_ in described] == list(Tokens)
-    assert "jieba=0.42.1" in profile_of(Tokens.WORDS).described
+    described = [profile_of(tokens).described for tokens in TokenKind]
+    assert [first.removeprefix("tok=") for first, *_ in described] == list(TokenKind)
+    assert "jieba=0.42.1" in profile_of(TokenKind.WORDS).described

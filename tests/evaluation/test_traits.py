@@ -4,9 +4,9 @@ import pytest
 from batchcap.caption_files import GeneratedCaption
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.evaluation.traits import calibrate, traits_of
-from batchcap.settings import Tokens
+from batchcap.settings import TokenKind
 
-WORDS = profile_of(Tokens.WORDS)
+WORDS = profile_of(TokenKind.WORDS)
 
 
 def caption(text: str | None, finished: bool | None = True) -> GeneratedCaption:

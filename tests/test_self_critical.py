@@ -1,0 +1,63 @@
+"""Rewards against pycocoevalcap's, gradients against arithmetic."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocoevalcap.cider.cider import Cider
+
+from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.self_critical import CiderD, advantages, as_captions
+
+LONGEST = 7
+
+
+def rows(captions: list[list[int]]) -> np.ndarray:
+    """`int32[n, T + 1]`."""
+    table = np.full((len(captions), LONGEST + 2), PADDING_ID, np.int32)
+    for row, words in zip(table, captions, strict=True):
+        row[: len(words) + 1] = [START_ID, *words]
+    return table
+
+
+CAPTIONS = st.lists(st.integers(4, 9), min_size=1, max_size=LONGEST).map(lambda c: [*c, END_ID])
+IMAGES = st.lists(
+    st.tuples(CAPTIONS, st.lists(CAPTIONS, min_size=2, max_size=2)), min_size=2, max_size=5
+)
+
+
+@given(IMAGES)
+@settings(deadline=None, max_examples=60)
+def test_rewards_are_pycocoevalcap_s_cider_d_of_words_and_end(
+    images: list[tuple[list[int], list[list[int]]]],
+) -> None:
+    references = np.stack([rows(texts) for _, texts in images])
+    captions = np.stack([rows([caption]) for caption, _ in images])
+    expected = {
+        i: [" ".join(map(str, text)) for text in texts] for i, (_, texts) in enumerate(images)
+    }
+    found = {i: [" ".join(map(str, caption))] for i, (caption, _) in enumerate(images)}
+    _, scores = Cider().compute_score(expected, found)
+    assert CiderD(references)(captions, references)[:, 0] == pytest.approx(scores, abs=1e-5)
+
+
+def test_references_that_an_image_lacks_count_nothing() -> None:
+    references = np.stack([rows([[4, 5, END_ID], []]), rows([[6, 7, END_ID], [6, END_ID]])])
+    reward = CiderD(references)
+    alone = reward(references[:1, :1], references[:1, :1])
+    assert reward(references[:1, :1], references[:1]) == pytest.approx(alone)
+
+
+def test_a_caption_gains_by_what_it_is_better_than_the_others() -> None:
+    gains = advantages(np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 5.0]], np.float32))
+    assert gains.tolist() == [[1.5, -1.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_drawn_words_become_captions_that_end_where_end_was_reached() -> None:
+    words = np.array([[4, 5, 0], [6, 7, 8], [0, 0, 0]], np.int32)
+    captions = as_captions(words, np.array([2, 3, 0]), np.array([True, False, True]))
+    assert captions.tolist() == [
+        [START_ID, 4, 5, END_ID],
+        [START_ID, 6, 7, 8],
+        [START_ID, END_ID, 0, 0],
+    ]
