@@ -16,7 +16,7 @@ from batchcap.model.config import (
     read_config,
 )
 from batchcap.model.text import SPECIAL_WORDS
-from batchcap.settings import TrainSettings
+from batchcap.settings import Objective, TrainSettings
 
 CARD = """\
 # Model card
@@ -50,6 +50,7 @@ Signature: `{signature}`
 
 Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
 features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
+{objective}
 Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 
 ## Limits
@@ -96,12 +97,22 @@ def write_card(
         label_smoothing=settings.label_smoothing,
         flip="yes" if settings.flip else "no",
         seed=settings.seed,
+        objective=_objective(settings),
         minutes=metrics["seconds"] / 60,
         backbone_weights="imagenet (ILSVRC 2012, for research)"
         if settings.backbone_weights == "imagenet"
         else Path(settings.backbone_weights).name,
     )
     path.write_text(text, encoding="utf-8")
+
+
+def _objective(settings: TrainSettings) -> str:
+    if settings.objective is Objective.LIKELIHOOD:
+        return "Objective: likelihood."
+    return (
+        "Objective: likelihood, then CIDEr-D (self-critical training, rate "
+        f"{settings.cider_learning_rate:g}, {settings.cider_samples} captions drawn of each photo)."
+    )
 
 
 def read_card(directory: Path) -> str:
