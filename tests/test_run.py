@@ -149,7 +149,7 @@ def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, An
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
     assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
     assert metadata["batchcap.precision"] == "float32"
-    assert metadata["batchcap.grid"] == "7x7"
+    assert metadata["batchcap.grid"] == "8x8"
 
 
 def test_no_path_of_the_machine_is_in_the_file(mixed_run: tuple[Path, Any]) -> None:
@@ -209,7 +209,7 @@ def test_attention_is_kept_as_asked(
     assert (row["attention_map"] is not None) == has_map
     if has_map:
         maps = np.array(row["attention_map"])
-        assert maps.shape == (len(row["tokens"]), 49)
+        assert maps.shape == (len(row["tokens"]), 64)
         assert maps.sum(axis=1) == pytest.approx(1, abs=1e-4)
         assert row["attention"][0]["peak"] == pytest.approx(maps[0].max(), abs=1e-6)
 

@@ -31,7 +31,7 @@ from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary, join_words
-from batchcap.settings import Decay, TrainSettings
+from batchcap.settings import Decay, Objective, TrainSettings
 from batchcap.train import train_captioner
 
 COLOURS = {
@@ -115,7 +115,10 @@ def trained(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def history_of(model: Path) -> list[dict[str, float]]:
     with (model / "history.csv").open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def test_it_learns_to_name_colours(trained: Path, squares: Path) -> None:
@@ -165,8 +168,7 @@ def test_history_has_a_row_an_epoch_and_a_picture(trained: Path) -> None:
         assert curves.size[0] > 600
 
 
-def start_training(squares: Path, out: Path) -> subprocess.Popen[str]:
-    wanted = settings_for(squares, out)
+def start_training(wanted: TrainSettings) -> subprocess.Popen[str]:
     asked = {field: getattr(wanted, field.name) for field in fields(wanted)}
     arguments = [
         f"--{field.name.replace('_', '-')}={value}"
@@ -181,15 +183,15 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     trained: Path, squares: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "model"
-    first = start_training(squares, out)
-    checkpoint = tmp_path / ".model.training" / "checkpoint.safetensors"
+    first = start_training(settings_for(squares, out))
+    checkpoint = tmp_path / ".model.training" / "likelihood.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert not out.exists()
-    second = start_training(squares, out)
+    second = start_training(settings_for(squares, out))
     _, log = second.communicate(timeout=300)
     assert second.returncode == 0, log
     assert "going on from" in log
@@ -198,12 +200,56 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
             assert resumed[name] == pytest.approx(uninterrupted[name], rel=1e-3)
 
 
+def self_critical(squares: Path, out: Path) -> TrainSettings:
+    return replace(
+        settings_for(squares, out),
+        epochs=6,
+        objective=Objective.CIDER,
+        cider_epochs=6,
+        cider_learning_rate=1e-3,
+        cider_samples=3,
+    )
+
+
+def test_self_critical_training_goes_on_from_the_best_epoch_and_raises_its_reward(
+    squares: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    history = history_of(train_captioner(self_critical(squares, out)))
+    assert [row["epoch"] for row in history] == list(range(1, 13))
+    assert all(("loss" in row) == (row["epoch"] <= 6) for row in history)
+    rewards = [row["reward"] for row in history if "reward" in row]
+    assert rewards[-1] > rewards[0] + 20
+    assert history[-1]["finished"] > 0.9
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["validation"]["cider_d"] >= max(row["cider_d"] for row in history[:6])
+    assert "self-critical" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_self_critical_training_that_is_killed_goes_on_as_if_nothing_had_happened(
+    squares: Path, tmp_path: Path
+) -> None:
+    whole = history_of(train_captioner(self_critical(squares, tmp_path / "whole")))
+    wanted = self_critical(squares, tmp_path / "model")
+    first = start_training(wanted)
+    checkpoint = tmp_path / ".model.training" / "cider.safetensors"
+    while not checkpoint.exists() and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    second = start_training(wanted)
+    _, log = second.communicate(timeout=300)
+    assert second.returncode == 0, log
+    for resumed, uninterrupted in zip(history_of(wanted.out), whole, strict=True):
+        assert resumed["val_loss"] == pytest.approx(uninterrupted["val_loss"], rel=1e-3)
+
+
 def test_another_training_is_not_mixed_into_an_unfinished_one(
     squares: Path, tmp_path: Path
 ) -> None:
     settings = settings_for(squares, tmp_path / "model")
-    process = start_training(squares, settings.out)
-    checkpoint = tmp_path / ".model.training" / "checkpoint.safetensors"
+    process = start_training(settings)
+    checkpoint = tmp_path / ".model.training" / "likelihood.safetensors"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.05)
     process.kill()
@@ -214,7 +260,7 @@ def test_another_training_is_not_mixed_into_an_unfinished_one(
         with pytest.raises(UsageError, match=r"other settings or data"):
             train_captioner(replace(settings, **changed))
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"checkpoint.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"likelihood.safetensors is damaged"):
         train_captioner(settings)
 
 

@@ -8,12 +8,21 @@ from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import build_efficientnet_lite
 
 RANGE = (-127 / 128, 1.0)
-# Of Google's networks without the last convolution and the classifier; multiply-adds in millions.
+# Side, weights, and multiply-adds in millions, without the last convolution and the classifier.
 SIZES = {
     "efficientnet-lite0": (224, 2_998_304, 363.8),
     "efficientnet-lite1": (240, 3_774_624, 572.7),
     "efficientnet-lite2": (260, 4_413_488, 822.0),
 }
+
+
+# Google's table has the weights of the whole, with the last convolution and the classifier.
+PUBLISHED_MILLIONS = {
+    "efficientnet-lite0": 4.652,
+    "efficientnet-lite1": 5.417,
+    "efficientnet-lite2": 6.092,
+}
+HEAD_CHANNELS, CLASSES = 1280, 1000
 
 
 def multiply_adds(network: keras.Model) -> int:
@@ -33,6 +42,9 @@ def test_sizes_are_those_of_the_published_networks(name: str) -> None:
     side, weights, millions = SIZES[name]
     network = build_efficientnet_lite(name, (side, side, 3))
     assert network.count_params() == weights
+    trainable = sum(variable.numpy().size for variable in network.trainable_variables)
+    head = HEAD_CHANNELS * (network.output_shape[-1] + 2) + (HEAD_CHANNELS + 1) * CLASSES
+    assert (trainable + head) / 1e6 == pytest.approx(PUBLISHED_MILLIONS[name], abs=5e-3)
     assert multiply_adds(network) / 1e6 == pytest.approx(millions, abs=0.05)
     assert network.output_shape[1:3] == (-(-side // 32), -(-side // 32))
 
