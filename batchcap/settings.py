@@ -332,6 +332,7 @@ class TrainSettings:
         0.1, "Probability spread over all words in the training loss.", least=0, most=0.99
     )
     flip: bool = _option(True, "Train on mirrored photos too.")
+    crops: int = _option(0, "Train on this many random parts of each photo too.", least=0)
     batch_size: int = _option(32, "Photos in a training step.", least=1)
     captions_per_image: int = _option(
         0, "Captions of a photo in a training step; 0 for all it has.", least=0

@@ -42,6 +42,7 @@ from batchcap.training_data import (
     token_table,
 )
 from batchcap.validation import Judge
+from batchcap.views import training_views
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ def train_captioner(settings: TrainSettings) -> Path:
     backbone_config = BackboneConfig(settings.backbone, settings.image_size, settings.input_range)
     backbone = build_backbone(backbone_config, settings.backbone_weights)
     round_weights(backbone.variables)  # the features trained on are those the model will see
-    cache, training = extract_all(training, backbone, backbone_config, mirrored=settings.flip)
-    cache, validation = extract_all(validation, backbone, backbone_config, mirrored=False)
+    views = training_views(settings.flip, settings.crops)
+    cache, training = extract_all(training, backbone, backbone_config, views)
+    cache, validation = extract_all(validation, backbone, backbone_config)
 
     captions = [words for example in training for words in example.captions]
     vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
@@ -82,10 +84,8 @@ def train_captioner(settings: TrainSettings) -> Path:
     decoder.output_logits.bias.assign(log_frequencies(counts))
     captioner = Captioner(config, vocabulary, backbone, decoder)
 
-    batches = TrainingBatches(
-        Features(cache, training, settings.flip), tokens, vocabulary, settings
-    )
-    judge = Judge(captioner, validation, Features(cache, validation, mirrored=False))
+    batches = TrainingBatches(Features(cache, training, views), tokens, vocabulary, settings)
+    judge = Judge(captioner, validation, Features(cache, validation))
     run = _run_digest(settings, backbone, training, validation)
     log.info(
         "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",

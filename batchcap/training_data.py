@@ -1,4 +1,4 @@
-"""Annotated photos to training batches: splits, token tables, cached features, mirrored views.
+"""Annotated photos to training batches: splits, token tables, cached features.
 
 Which batch a step gets follows from the seed and the step's number alone, so that training goes on
 after a kill exactly where it was.
@@ -28,6 +28,7 @@ from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirror
 from batchcap.progress import progress
 from batchcap.records import printable
 from batchcap.settings import TrainSettings
+from batchcap.views import PLAIN, View, seen
 
 EXTRACTION_BATCH = 32
 
@@ -137,29 +138,27 @@ def token_table(examples: Sequence[Example], vocabulary: Vocabulary, max_length:
 
 
 class Features:
-    """Cached backbone features of examples, by row: `plain` and, if asked for, `mirrored` views."""
+    """Cached backbone features of examples: `places`, `int64[views, examples]`, are their rows."""
 
-    def __init__(self, cache: FeatureCache, examples: Sequence[Example], mirrored: bool) -> None:
+    def __init__(
+        self, cache: FeatureCache, examples: Sequence[Example], views: Sequence[View] = (PLAIN,)
+    ) -> None:
         self.rows = cache.rows()
-        self.plain = self._rows_of(cache, examples, mirrored=False)
-        self.mirrored = self._rows_of(cache, examples, mirrored=True) if mirrored else self.plain
+        self.mirrored = np.array([view.mirrored for view in views])
+        self.places = np.array(
+            [[cache.row_of[view.key(example.sha256)] for example in examples] for view in views]
+        )
 
     def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`float32[n, G, D]` of row numbers `int64[n]`."""
         return self.rows[rows].astype(np.float32)
-
-    @staticmethod
-    def _rows_of(
-        cache: FeatureCache, examples: Sequence[Example], mirrored: bool
-    ) -> npt.NDArray[np.int64]:
-        return np.array([cache.row_of[_key(example.sha256, mirrored)] for example in examples])
 
 
 def extract_all(
     examples: Sequence[Example],
     backbone: keras.Model,
     config: BackboneConfig,
-    mirrored: bool,
+    views: Sequence[View] = (PLAIN,),
     cache_root: Path | None = None,
 ) -> tuple[FeatureCache, list[Example]]:
     """Features of every example in the cache of this backbone, extracted where not there yet.
@@ -174,8 +173,8 @@ def extract_all(
     rows, columns, channels = backbone.output_shape[1:]
     cache = FeatureCache(root / name, (rows * columns, channels))
     with cache.writing():
-        views = (False, True) if mirrored else (False,)
-        missing = [e for e in examples if any(_key(e.sha256, v) not in cache.row_of for v in views)]
+        views = [v for v in views if any(v.key(e.sha256) not in cache.row_of for e in examples)]
+        missing = [e for e in examples if any(v.key(e.sha256) not in cache.row_of for v in views)]
         log.info(
             "features: %d photos in the cache, %d to extract",
             len(examples) - len(missing),
@@ -192,7 +191,7 @@ def _extract(
     cache: FeatureCache,
     backbone: keras.Model,
     config: BackboneConfig,
-    views: Sequence[bool],
+    views: Sequence[View],
 ) -> Iterator[str]:
     """Extract and cache; yield the ids of those that are no photos."""
 
@@ -216,14 +215,11 @@ def _extract(
                 else:
                     pixels[len(good)] = image.pixels
                     good.append(example)
-            for mirrored in views:
-                features = extract(pixels[:, :, ::-1] if mirrored else pixels).numpy()
-                cache.append([_key(e.sha256, mirrored) for e in good], features[: len(good)])
+            sha256s = [example.sha256 for example in good]
+            for view in views:
+                features = extract(seen(pixels, view, sha256s)).numpy()
+                cache.append([view.key(sha256) for sha256 in sha256s], features[: len(good)])
             bar.update(len(batch))
-
-
-def _key(sha256: str, mirrored: bool) -> str:
-    return f"{sha256}-mirrored" if mirrored else sha256
 
 
 class TrainingBatches:
@@ -238,7 +234,7 @@ class TrainingBatches:
     ) -> None:
         self.features, self.captions = features, captions
         self.mirrored_ids = mirrored_ids(vocabulary)
-        self.flip, self.seed = settings.flip, settings.seed
+        self.seed = settings.seed
         self.batch_size = min(settings.batch_size, len(captions))
         self.steps_per_pass = len(captions) // self.batch_size
         most = captions.shape[1]
@@ -250,11 +246,11 @@ class TrainingBatches:
         order = np.random.default_rng((self.seed, number)).permutation(len(self.captions))
         chosen = order[index * self.batch_size :][: self.batch_size]
         draws = np.random.default_rng((self.seed, number, 1 + index))
-        mirrored = (draws.random(self.batch_size) < 0.5) & self.flip
+        views = draws.integers(len(self.features.places), size=self.batch_size)
+        mirrored = self.features.mirrored[views]
         captions = self._draw_captions(self.captions[chosen], draws)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
-        rows = np.where(mirrored, self.features.mirrored[chosen], self.features.plain[chosen])
-        return self.features[rows], trim(captions)
+        return self.features[self.features.places[views, chosen]], trim(captions)
 
     def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:
         if self.captions_per_image == captions.shape[1]:

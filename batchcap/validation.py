@@ -55,7 +55,7 @@ class Judge:
         ]
 
     def _features(self, start: int) -> npt.NDArray[np.float32]:
-        features = self.features[self.features.plain[start : start + BATCH]]
+        features = self.features[self.features.places[0, start : start + BATCH]]
         return np.pad(features, ((0, BATCH - len(features)), (0, 0), (0, 0)))
 
     def _captions(self, features: npt.NDArray[np.float32], temperature: float) -> list[list[str]]:

@@ -27,6 +27,7 @@ from batchcap.training_data import (
     token_table,
     trim,
 )
+from batchcap.views import seen, training_views
 
 PHOTOS = 10
 VOCABULARY = Vocabulary((*SPECIAL_WORDS, "左边", "右边", "狗", "草地", *map(str, range(PHOTOS))))
@@ -58,7 +59,7 @@ def ids(examples: list[Example]) -> list[str]:
 def example(*captions: str, image_id: str = "1.jpg", path: Path = Path("1.jpg")) -> Example:
     """A photo with captions whose words are parted by spaces."""
     cut = tuple(tuple(caption.split()) for caption in captions)
-    return Example(image_id, path, sha256=image_id, captions=cut)
+    return Example(image_id, path, sha256=image_id.encode().hex(), captions=cut)
 
 
 def test_annotations_tell_the_split(tmp_path):
@@ -167,11 +168,16 @@ def test_trimmed_captions_are_as_long_as_the_longest(longest):
     np.testing.assert_array_equal(trim(captions), captions[:, :, : longest + 1])
 
 
+VIEWS = training_views(flip=True, crops=2)
+
+
 class NumberedFeatures:
     """Stands for `Features`: the features of a photo are its number, mirrored ones are negative."""
 
-    plain = np.arange(1, PHOTOS + 1)
-    mirrored = -plain
+    def __init__(self, flip: bool) -> None:
+        numbers = np.arange(1, PHOTOS + 1)
+        self.places = np.stack([numbers, -numbers]) if flip else numbers[None]
+        self.mirrored = np.array([False, True])
 
     def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return rows[:, None, None].astype(np.float32)
@@ -180,7 +186,7 @@ class NumberedFeatures:
 def batches_of(captions: Tokens, **settings: Any) -> TrainingBatches:
     nowhere = Path()
     asked = TrainSettings(annotations=nowhere, images=nowhere, out=nowhere, **settings)
-    return TrainingBatches(NumberedFeatures(), captions, VOCABULARY, asked)
+    return TrainingBatches(NumberedFeatures(asked.flip), captions, VOCABULARY, asked)
 
 
 def one_caption_each() -> Tokens:
@@ -302,37 +308,39 @@ def photos(tmp_path: Path) -> list[Example]:
 
 
 def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
-    cache, good = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
+    cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos
-    features = Features(cache, good, mirrored=True)
+    features = Features(cache, good, VIEWS)
     pixels = np.stack([load_image(photo.path, LoadSettings(32)).pixels for photo in photos])
-    for rows, view in ((features.plain, pixels), (features.mirrored, pixels[:, :, ::-1])):
-        expected = extract_features(backbone, BACKBONE, view)
+    sha256s = [photo.sha256 for photo in photos]
+    for rows, view in zip(features.places, VIEWS, strict=True):
+        expected = extract_features(backbone, BACKBONE, seen(pixels, view, sha256s))
         np.testing.assert_allclose(features[rows], expected, rtol=2e-3, atol=1e-3)
 
 
 def test_photos_are_extracted_once(backbone, photos, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    cache, _ = extract_all(photos[:30], backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    cache, _ = extract_all(photos[:30], backbone, BACKBONE, cache_root=tmp_path)
     assert cache.row_count == 30
     assert "0 photos in the cache, 30 to extract" in caplog.text
-    cache, _ = extract_all(photos, backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    cache, _ = extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
     assert cache.row_count == 35
     assert "30 photos in the cache, 5 to extract" in caplog.text
 
 
-def test_mirrored_views_are_added_when_they_are_asked_for(backbone, photos, tmp_path):
-    extract_all(photos, backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
-    cache, _ = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
-    features = Features(cache, photos, mirrored=True)
-    difference = np.abs(features[features.plain] - features[features.mirrored])
-    assert (difference.max(axis=(1, 2)) > 0.1).all()
+def test_views_are_added_when_they_are_asked_for(backbone, photos, tmp_path):
+    extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
+    cache, _ = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
+    features = Features(cache, photos, VIEWS)
+    for view in features.places[1:]:
+        difference = np.abs(features[features.places[0]] - features[view])
+        assert (difference.max(axis=(1, 2)) > 0.03).all()
 
 
 def test_other_weights_have_a_cache_of_their_own(backbone, photos, tmp_path):
-    cache, _ = extract_all(photos[:1], backbone, BACKBONE, mirrored=False, cache_root=tmp_path)
+    cache, _ = extract_all(photos[:1], backbone, BACKBONE, cache_root=tmp_path)
     other, _ = extract_all(
-        photos[:1], build_backbone(BACKBONE, None), BACKBONE, mirrored=False, cache_root=tmp_path
+        photos[:1], build_backbone(BACKBONE, None), BACKBONE, cache_root=tmp_path
     )
     assert other.folder != cache.folder
     assert (cache.row_count, other.row_count) == (1, 1)
@@ -340,8 +348,8 @@ def test_other_weights_have_a_cache_of_their_own(backbone, photos, tmp_path):
 
 def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog):
     photos[3].path.write_bytes(b"no photo")
-    cache, good = extract_all(photos, backbone, BACKBONE, mirrored=True, cache_root=tmp_path)
+    cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos[:3] + photos[4:]
     assert "3.png left out" in caplog.text
-    assert cache.row_count == 2 * len(good)
-    assert len(Features(cache, good, mirrored=True).plain) == len(good)
+    assert cache.row_count == len(VIEWS) * len(good)
+    assert Features(cache, good, VIEWS).places.shape == (len(VIEWS), len(good))

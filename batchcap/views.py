@@ -1,0 +1,64 @@
+"""Ways in which training sees a photo: as it is, mirrored, and parts of it.
+
+A photo has the same few parts in every training, so that features can be kept.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+# As a share of the photo, and the longer side by the shorter one (Szegedy et al. 2015, with parts
+# large enough that captions stay true of them).
+LEAST_AREA = 0.5
+MOST_ELONGATED = 4 / 3
+WHOLE = np.array([0, 0, 1, 1], np.float32)  # top, left, bottom, right
+
+
+class View(NamedTuple):
+    """`crop` numbers the parts from 1; 0 is the whole photo."""
+
+    mirrored: bool = False
+    crop: int = 0
+
+    def key(self, sha256: str) -> str:
+        """The name of its features in the cache."""
+        crop = f"-crop-{self.crop}" if self.crop else ""
+        return f"{sha256}{crop}{'-mirrored' if self.mirrored else ''}"
+
+
+PLAIN = View()
+
+
+def training_views(flip: bool, crops: int) -> tuple[View, ...]:
+    """The whole photo and its parts; with `flip` also its mirror image, and every other part's."""
+    whole = (PLAIN, View(mirrored=True)) if flip else (PLAIN,)
+    return (*whole, *(View(flip and crop % 2 == 1, crop) for crop in range(1, crops + 1)))
+
+
+def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> Any:
+    """A view of photos `uint8[B, S, S, 3]`, the same shape, as numpy's or TensorFlow's.
+
+    There may be fewer `sha256s` than photos, the rest of which only fill the batch.
+    """
+    if view.crop:
+        boxes = np.tile(WHOLE, (len(pixels), 1))
+        boxes[: len(sha256s)] = [_box(sha256, view.crop) for sha256 in sha256s]
+        places = np.arange(len(pixels), dtype=np.int32)
+        cropped = tf.image.crop_and_resize(pixels, boxes, places, pixels.shape[1:3])
+        pixels = tf.cast(tf.round(cropped), tf.uint8)
+    return pixels[:, :, ::-1] if view.mirrored else pixels
+
+
+def _box(sha256: str, crop: int) -> list[float]:
+    """Top, left, bottom and right of a part, 0 to 1, drawn by the photo's SHA-256."""
+    draws = np.random.default_rng((int(sha256, 16), crop))
+    area = draws.uniform(LEAST_AREA, 1)
+    elongation = math.exp(draws.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)
+    height = min(1.0, math.sqrt(area) * elongation)
+    width = min(1.0, math.sqrt(area) / elongation)
+    top, left = draws.uniform(0, 1 - height), draws.uniform(0, 1 - width)
+    return [top, left, top + height, left + width]

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchcap.views import LEAST_AREA, PLAIN, View, _box, seen, training_views
+
+DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
+GRADIENT = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
+
+
+def test_views_are_the_whole_its_mirror_image_and_parts_of_either() -> None:
+    assert training_views(flip=False, crops=0) == (PLAIN,)
+    assert training_views(flip=True, crops=0) == (PLAIN, View(mirrored=True))
+    assert training_views(flip=True, crops=2)[2:] == (View(True, 1), View(False, 2))
+    assert not any(view.mirrored for view in training_views(flip=False, crops=3))
+
+
+def test_each_view_of_a_photo_has_a_key_of_its_own() -> None:
+    views = training_views(flip=True, crops=4)
+    assert len({view.key("ab") for view in views}) == len(views)
+    assert PLAIN.key("ab") == "ab"
+
+
+@given(DIGESTS, st.integers(1, 9))
+def test_a_part_is_large_and_inside_of_the_photo(sha256: str, crop: int) -> None:
+    top, left, bottom, right = _box(sha256, crop)
+    assert 0 <= top < bottom <= 1 + 1e-9
+    assert 0 <= left < right <= 1 + 1e-9
+    assert (bottom - top) * (right - left) > LEAST_AREA * 0.85
+    assert _box(sha256, crop) == [top, left, bottom, right]
+
+
+def test_a_photo_has_other_parts_than_another() -> None:
+    assert _box("00", 1) != _box("01", 1)
+    assert _box("00", 1) != _box("00", 2)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_part_is_what_its_box_shows(mirrored: bool) -> None:
+    """On a photo whose brightness is its column."""
+    pixels = np.stack([GRADIENT, GRADIENT])
+    part = np.asarray(seen(pixels, View(mirrored, 1), ["07", "08"])).astype(int)
+    for photo, sha256 in zip(part, ("07", "08"), strict=True):
+        _, left, _, right = _box(sha256, 1)
+        ends = photo[0, [0, -1], 0]
+        assert ends[:: -1 if mirrored else 1] == pytest.approx([63 * left, 63 * right], abs=1)
+
+
+def test_photos_that_only_fill_the_batch_stay_whole() -> None:
+    part = np.asarray(seen(np.stack([GRADIENT, GRADIENT]), View(False, 1), ["07"]))
+    assert part.shape == (2, 64, 64, 3)
+    assert (part[1] == GRADIENT).all()
