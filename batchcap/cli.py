@@ -235,7 +235,7 @@ def train(**asked: Any) -> None:
     Annotations are Flickr8k-CN text, AI Challenger JSON, COCO captions JSON or JSONL. A training
     that was stopped goes on when the same command is given again.
 
-    Example: batchcap train --config jobs/train-flickr8k.toml --annotations captions.zh.txt
+    Example: batchcap train --config jobs/train-default.toml --annotations captions.zh.txt
     --images ./images --out my-model
     """
     settings = TrainSettings(**asked)
