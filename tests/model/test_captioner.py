@@ -318,10 +318,8 @@ def test_shipped_vocabulary_speaks_chinese(captioner):
     assert {"一个", "狗", "草地"} <= set(captioner.vocabulary.words)
 
 
-def tiny_cnn(
-    weights: None, include_top: bool, input_shape: tuple[int, int, int]
-) -> keras.Sequential:
-    """A backbone that is made in no time. Called as those of keras.applications are."""
+def tiny_cnn(weights: None, input_shape: tuple[int, int, int]) -> keras.Sequential:
+    """A backbone that is made in no time."""
     layer = keras.layers.Conv2D(3, 32, strides=32, name="conv")
     return keras.Sequential([keras.Input(input_shape), layer], name="tiny")
 
