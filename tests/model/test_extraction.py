@@ -66,7 +66,9 @@ def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
     for damaged in (content, content[:1000], b""):
         kept.write_bytes(damaged)
         np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
-        assert kept.stat().st_size == exported.st_size
+        assert kept.read_bytes() != damaged
+        # Nodes are numbered on with each export, and some numbers are longer.
+        assert kept.stat().st_size == pytest.approx(exported.st_size, rel=0.001)
 
 
 def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
