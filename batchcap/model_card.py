@@ -49,7 +49,7 @@ Signature: `{signature}`
 ## Training
 
 Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
-features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, seed {seed}; {minutes:.0f} minutes.
+features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, parts of each photo: {crops}, seed {seed}; {minutes:.0f} minutes.
 {objective}
 Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 
@@ -95,6 +95,7 @@ def write_card(
         input_dropout=settings.input_dropout,
         ema_momentum=settings.ema_momentum,
         label_smoothing=settings.label_smoothing,
+        crops=settings.crops,
         flip="yes" if settings.flip else "no",
         seed=settings.seed,
         objective=_objective(settings),

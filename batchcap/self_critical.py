@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from batchcap.evaluation.metrics import LONGEST_NGRAM, ngrams
 from batchcap.model.decoding import decode, forbidder, sampler
 from batchcap.model.network import CaptionDecoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.training_data import Tokens
 
-Tokens = npt.NDArray[np.int32]
-
-LONGEST_NGRAM = 4
 SIGMA = 6.0
 REPEATED_NGRAM = 3  # of which none is drawn twice in a caption
 
@@ -80,10 +79,7 @@ def _words(row: Tokens) -> list[int]:
 
 
 def _ngrams(words: list[int]) -> list[Counter[tuple[int, ...]]]:
-    return [
-        Counter(zip(*(words[start:] for start in range(n)), strict=False))
-        for n in range(1, LONGEST_NGRAM + 1)
-    ]
+    return [Counter(ngrams(words, n)) for n in range(1, LONGEST_NGRAM + 1)]
 
 
 def _similarity(caption: Vector, reference: Vector) -> float:

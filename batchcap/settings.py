@@ -295,7 +295,7 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `batchcap train` is asked. The defaults are the recipe of the shipped model."""
+    """What `batchcap train` is asked. jobs/train-default.toml is the shipped model's recipe."""
 
     annotations: Path = _option(MISSING, "Captions of the photos.")
     images: Path = _option(MISSING, "Directory of the photos.")

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 class Record:
     """Where a phase is: all of it but the numbers of the network and the optimizer.
 
-    history: of the phases before, too.
+    before: epochs of the phases before.
+    history: of these, too.
     """
 
     run: str
@@ -64,13 +65,8 @@ class Trainer:
         run: str,
         previous: "Trainer | None" = None,
     ) -> None:
-        self.settings, self.phase, self.captioner, self.batches = (
-            settings,
-            phase,
-            captioner,
-            batches,
-        )
-        self.decoder = captioner.decoder
+        self.settings, self.phase, self.batches = settings, phase, batches
+        self.captioner, self.decoder = captioner, captioner.decoder
         self.steps_per_epoch = settings.steps_per_epoch or batches.steps_per_pass
         self.optimizer = keras.optimizers.Adam(
             phase.learning_rate(self.steps_per_epoch),

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -179,17 +178,20 @@ def start_training(wanted: TrainSettings) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def kill_when_there_is(checkpoint: Path, process: subprocess.Popen[str]) -> None:
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     trained: Path, squares: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "model"
     first = start_training(settings_for(squares, out))
     checkpoint = tmp_path / ".model.training" / "likelihood.safetensors"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    kill_when_there_is(checkpoint, first)
     assert not out.exists()
     second = start_training(settings_for(squares, out))
     _, log = second.communicate(timeout=300)
@@ -233,10 +235,7 @@ def test_a_self_critical_training_that_is_killed_goes_on_as_if_nothing_had_happe
     wanted = self_critical(squares, tmp_path / "model")
     first = start_training(wanted)
     checkpoint = tmp_path / ".model.training" / "cider.safetensors"
-    while not checkpoint.exists() and first.poll() is None:
-        time.sleep(0.05)
-    first.kill()
-    first.communicate()
+    kill_when_there_is(checkpoint, first)
     second = start_training(wanted)
     _, log = second.communicate(timeout=300)
     assert second.returncode == 0, log
@@ -250,10 +249,7 @@ def test_another_training_is_not_mixed_into_an_unfinished_one(
     settings = settings_for(squares, tmp_path / "model")
     process = start_training(settings)
     checkpoint = tmp_path / ".model.training" / "likelihood.safetensors"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    kill_when_there_is(checkpoint, process)
     other_weights = tmp_path / "other.weights.h5"
     build_backbone(BackboneConfig(image_size=64), None).save_weights(other_weights)
     for changed in ({"dropout": 0.4}, {"backbone_weights": str(other_weights)}):

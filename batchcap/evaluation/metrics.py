@@ -5,12 +5,14 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from batchcap.contracts import UsageError
 
+Word = TypeVar("Word")
 Words = Sequence[str]
 Texts = dict[int, list[str]]  # of each image, words with spaces between
 Array = npt.NDArray[np.float64]
@@ -119,7 +121,7 @@ def overall_of(sums: Array) -> Array:
     return 100 * np.concatenate([bleu * brevity[..., np.newaxis], means], axis=-1)
 
 
-def ngrams(words: Words, n: int) -> Iterator[tuple[str, ...]]:
+def ngrams(words: Sequence[Word], n: int) -> Iterator[tuple[Word, ...]]:
     """The sequences of n words."""
     return zip(*(words[start:] for start in range(n)), strict=False)
 

@@ -39,7 +39,7 @@ def characters(caption: str) -> Words:
     return CHARACTERS.findall(caption)
 
 
-def _words(_references: Sequence[AnnotatedImage] = ()) -> Profile:
+def _words(_references: Sequence[AnnotatedImage]) -> Profile:
     return Profile(
         lambda generated: segment(generated.caption or ""),
         segment,
