@@ -108,12 +108,18 @@ def write_card(
 
 
 def _objective(settings: TrainSettings) -> str:
-    if settings.objective is Objective.LIKELIHOOD:
-        return "Objective: likelihood."
-    return (
-        "Objective: likelihood, then CIDEr-D (self-critical training, rate "
-        f"{settings.cider_learning_rate:g}, {settings.cider_samples} captions drawn of each photo)."
-    )
+    phases = ["likelihood"]
+    if settings.fine_tune_from:
+        phases.append(
+            f"likelihood with the backbone fine-tuned after {settings.fine_tune_from} (peak rate "
+            f"{settings.fine_tune_learning_rate:g})"
+        )
+    if settings.objective is Objective.CIDER:
+        phases.append(
+            f"CIDEr-D (self-critical training, rate {settings.cider_learning_rate:g}, "
+            f"{settings.cider_samples} captions drawn of each photo)"
+        )
+    return f"Objective: {', then '.join(phases)}."
 
 
 def read_card(directory: Path) -> str:

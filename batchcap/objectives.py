@@ -1,6 +1,6 @@
-"""What training can raise: the phases that a training consists of."""
+"""What training raises: the phases that a training consists of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -8,11 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from batchcap.distribution import joined, share
+from batchcap.model.backbones import extract_features
+from batchcap.model.config import BackboneConfig
 from batchcap.model.loss import loss_function
 from batchcap.model.network import CaptionDecoder
 from batchcap.self_critical import CiderD, advantages, as_captions, draw_function, policy_loss
 from batchcap.settings import Decay, TrainSettings
 from batchcap.training_data import Tokens, trim
+
+# Learns from what a batch shows and says; adds to the sums of an epoch, `float32[3]`.
+Step = Callable[[Any, Any], None]
 
 
 class Phase(Protocol):
@@ -20,56 +26,57 @@ class Phase(Protocol):
 
     name: of its checkpoint.
     epochs: at most.
+    variables: what it trains, of the decoder or of more.
     """
 
     name: str
     epochs: int
+    decoder: CaptionDecoder
+    variables: Sequence[Any]
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
         """A rate, or a schedule of Keras."""
 
-    def compile_step(self, optimizer: keras.Optimizer, sums: Any) -> Callable[[Any, Any], None]:
-        """Make a function of features and captions of a batch that trains the decoder on them.
-
-        It adds to `sums`, `float32[3]`.
-        """
+    def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
+        """Make the function that trains on a batch, of which each replica takes its share."""
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
         """What the sums of an epoch tell, by column of the history."""
 
 
 class Likelihood:
-    """Training by cross entropy."""
+    """Training the decoder by cross entropy."""
 
     name = "likelihood"
 
     def __init__(self, settings: TrainSettings, decoder: CaptionDecoder) -> None:
         self.settings, self.decoder = settings, decoder
         self.epochs = settings.epochs
+        self.variables: Sequence[Any] = decoder.trainable_variables
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
         peak, warmup = self.settings.learning_rate, self.settings.warmup_steps
         if self.settings.decay is Decay.CONSTANT and not warmup:
             return peak
-        steps = self.epochs * steps_per_epoch
-        return keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else peak,
-            decay_steps=max(steps - warmup, 1),
-            alpha=0.0 if self.settings.decay is Decay.COSINE else 1.0,
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
+        lowest = 0.0 if self.settings.decay is Decay.COSINE else 1.0
+        return _warm_cosine(peak, warmup, self.epochs * steps_per_epoch, lowest)
 
-    def compile_step(self, optimizer: keras.Optimizer, sums: Any) -> Callable[[Any, Any], None]:
+    def features(self, seen: Any) -> Any:
+        """Features `float32[B, G, D]` of what a batch shows: here the same."""
+        return seen
+
+    def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
         loss = loss_function(self.decoder, self.settings.label_smoothing)
-        variables = self.decoder.trainable_variables
+
+        def learn(seen: Any, captions: Any) -> None:
+            def share_of_loss() -> tuple[Any, Any]:
+                return loss(self.features(share(seen)), share(captions), training=True)
+
+            sums.assign_add(_descend(optimizer, self.variables, share_of_loss))
 
         @tf.function(reduce_retracing=True)
-        def step(features: Any, captions: Any) -> None:
-            with tf.GradientTape() as tape:
-                mean, counted = loss(features, captions, training=True)
-            optimizer.apply(tape.gradient(mean, variables), variables)
-            sums.assign_add(counted)
+        def step(seen: Any, captions: Any) -> None:
+            strategy.run(learn, (seen, captions))
 
         return step
 
@@ -78,42 +85,99 @@ class Likelihood:
         return {"loss": loss / count, "accuracy": correct / count}
 
 
+class FineTuning(Likelihood):
+    """Training the backbone's trainable weights too, on pixels."""
+
+    name = "fine-tuning"
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        decoder: CaptionDecoder,
+        backbone: keras.Model,
+        config: BackboneConfig,
+    ) -> None:
+        super().__init__(settings, decoder)
+        self.backbone, self.config = backbone, config
+        self.epochs = settings.fine_tune_epochs
+        self.variables = [*decoder.trainable_variables, *backbone.trainable_variables]
+
+    def learning_rate(self, steps_per_epoch: int) -> Any:
+        # Adam's first steps are large whatever the gradients: they would cost what was learned.
+        total = self.epochs * steps_per_epoch
+        return _warm_cosine(self.settings.fine_tune_learning_rate, total // 20, total, 0.0)
+
+    def features(self, seen: Any) -> Any:
+        return extract_features(self.backbone, self.config, seen)
+
+
 class SelfCritical:
-    """Training by the CIDEr-D of drawn captions. Rewards are computed on the host."""
+    """Training the decoder by the CIDEr-D of drawn captions. Rewards are computed on the host."""
 
     name = "cider"
 
     def __init__(self, settings: TrainSettings, decoder: CaptionDecoder, tokens: Tokens) -> None:
         self.settings, self.decoder = settings, decoder
         self.epochs = settings.cider_epochs
+        self.variables = decoder.trainable_variables
         self.reward = CiderD(tokens)
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
         return self.settings.cider_learning_rate
 
-    def compile_step(self, optimizer: keras.Optimizer, sums: Any) -> Callable[[Any, Any], None]:
+    def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
         samples, length = self.settings.cider_samples, self.decoder.config.max_length
-        draw = draw_function(self.decoder, samples)
+        draw_share = draw_function(self.decoder, samples)
         loss = policy_loss(self.decoder)
-        variables = self.decoder.trainable_variables
+
+        @tf.function
+        def draw(*given: Any) -> Any:
+            return strategy.run(lambda *parts: draw_share(*map(share, parts)), given)
+
+        def learn_share(*given: Any) -> None:
+            _descend(optimizer, self.variables, lambda: (loss(*map(share, given)), None))
 
         @tf.function(reduce_retracing=True)
-        def learn(features: Any, captions: Any, gains: Any) -> None:
-            with tf.GradientTape() as tape:
-                mean = loss(features, captions, gains)
-            optimizer.apply(tape.gradient(mean, variables), variables)
+        def learn(*given: Any) -> None:
+            strategy.run(learn_share, given)
 
         def step(features: Any, captions: Any) -> None:
             draws = np.random.default_rng((self.settings.seed, int(optimizer.iterations.numpy())))
             uniforms = draws.random((len(features) * samples, length), np.float32)
-            words, lengths, finished = (one.numpy() for one in draw(features, uniforms))
+            drawn = draw(features, tf.constant(uniforms))
+            words, lengths, finished = (joined(strategy, one).numpy() for one in drawn)
             drawn = as_captions(words, lengths, finished)
             rewards = self.reward(drawn.reshape(-1, samples, length + 1), captions.numpy())
-            learn(features, trim(drawn[:, None])[:, 0], advantages(rewards).ravel())
-            sums.assign_add([rewards.sum(), finished.sum(), rewards.size])
+            gains = advantages(rewards).ravel()
+            learn(features, tf.constant(trim(drawn[:, None])[:, 0]), tf.constant(gains))
+            sums.assign(sums + tf.constant([rewards.sum(), finished.sum(), rewards.size]))
 
         return step
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
         reward, finished, count = sums
         return {"reward": 100 * reward / count, "finished": finished / count}
+
+
+def _descend(
+    optimizer: keras.Optimizer, variables: Sequence[Any], loss: Callable[[], tuple[Any, Any]]
+) -> Any:
+    """One step down the loss, by these variables alone; returns what the loss says beside it."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([variable.value for variable in variables])
+        mean, said = loss()
+    gradients = tape.gradient(mean, [variable.value for variable in variables])
+    # Of a sparse gradient, that of embeddings, Adam squares the summands and not their sum.
+    optimizer.apply([tf.convert_to_tensor(gradient) for gradient in gradients], variables)
+    return said
+
+
+def _warm_cosine(peak: float, warmup_steps: int, steps: int, lowest: float) -> Any:
+    """Up to a peak in a straight line, then down to `lowest` of it along a cosine."""
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup_steps else peak,
+        decay_steps=max(steps - warmup_steps, 1),
+        alpha=lowest,
+        warmup_target=peak if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )

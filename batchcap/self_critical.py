@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from batchcap.distribution import summed_over_replicas
 from batchcap.evaluation.metrics import LONGEST_NGRAM, ngrams
 from batchcap.model.decoding import decode, forbidder, sampler
 from batchcap.model.network import CaptionDecoder
@@ -144,16 +145,16 @@ def policy_loss(decoder: CaptionDecoder) -> Any:
     """The loss whose gradient is that of the expected reward, negative.
 
     Returns:
-        a compiled function of features `float32[B, G, D]`, captions `int32[B * S, T + 1]` and
-        advantages `float32[B * S]` to `float32[]`, the mean of a word.
+        a function of features `float32[B, G, D]`, captions `int32[B * S, T + 1]` and advantages
+        `float32[B * S]` to `float32[]`, the mean of a word of all replicas.
     """
 
-    @tf.function(reduce_retracing=True)
     def loss(features: Any, captions: Any, gains: Any) -> Any:
         inputs, labels = captions[:, :-1], captions[:, 1:]
         logits = decoder(inputs, decoder.keys_values(features, training=True), training=True)
         log_probs = tf.gather(tf.nn.log_softmax(logits), labels, batch_dims=2)
         counted = tf.cast(labels != PADDING_ID, tf.float32)
-        return -tf.reduce_sum(log_probs * counted * gains[:, None]) / tf.reduce_sum(counted)
+        everywhere = summed_over_replicas(tf.reduce_sum(counted))
+        return -tf.reduce_sum(log_probs * counted * gains[:, None]) / everywhere
 
     return loss

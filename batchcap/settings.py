@@ -355,10 +355,19 @@ class TrainSettings:
         "What training raises: the likelihood of the captions, or after that their CIDEr-D "
         "(self-critical training).",
     )
+    fine_tune_from: str = _option(
+        "", "Layer of the backbone after which it is trained too, once the decoder is; '' for none."
+    )
+    fine_tune_epochs: int = _option(6, "Epochs of that at most.", least=1)
+    fine_tune_learning_rate: float = _option(1e-4, "Its peak learning rate.", least=0)
     cider_epochs: int = _option(8, "Epochs of self-critical training at most.", least=1)
     cider_learning_rate: float = _option(5e-5, "Its learning rate.", least=0)
     cider_samples: int = _option(
         5, "Captions drawn of each photo, and compared with each other, in its steps.", least=2
+    )
+    precision: Precision = _option(
+        Precision.AUTO,
+        "What training computes in: float32, which auto is, or bfloat16, faster on newer GPUs.",
     )
     seed: int = _option(
         1, "Seed of the weights, the order, the flips and the dropout.", least=0, most=2**32 - 1
@@ -370,3 +379,7 @@ class TrainSettings:
         low, high = self.input_range
         if not -math.inf < low < high < math.inf:
             raise UsageError(f"--input-range must rise, not go from {low} to {high}")
+        if self.precision is Precision.FLOAT16:
+            raise UsageError(
+                "--precision float16 loses small gradients: train in bfloat16, or float32"
+            )

@@ -6,17 +6,28 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.distribution import training_strategy
 from batchcap.evaluation.metrics import score_captions, signature
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.history import CURVES_FILE, HISTORY_FILE
-from batchcap.model.backbones import build_backbone, weights_digest
-from batchcap.model.captioner import Captioner, round_weights, save_captioner
+from batchcap.model.backbones import (
+    build_backbone,
+    computing_in,
+    extract_features,
+    place_of,
+    train_after,
+    weights_digest,
+)
+from batchcap.model.captioner import Captioner, load_captioner, round_weights, save_captioner
 from batchcap.model.config import (
     CARD_FILE,
     FORMAT_VERSION,
@@ -25,33 +36,41 @@ from batchcap.model.config import (
     DecoderConfig,
     ModelConfig,
 )
-from batchcap.model.network import CaptionDecoder, build_decoder, log_frequencies
-from batchcap.model.runtime import start_tensorflow
+from batchcap.model.network import build_decoder, log_frequencies
+from batchcap.model.runtime import precision_of, start_tensorflow
 from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
-from batchcap.objectives import Likelihood, Phase, SelfCritical
+from batchcap.objectives import FineTuning, Likelihood, Phase, SelfCritical
 from batchcap.settings import Objective, TokenKind, TrainSettings
-from batchcap.trainer import Trainer
+from batchcap.trainer import Record, Trainer
 from batchcap.training_data import (
+    AugmentedPhotos,
+    CachedFeatures,
     Example,
-    Features,
+    Sight,
     Tokens,
     TrainingBatches,
     extract_all,
     load_examples,
+    load_pixels,
     token_table,
 )
-from batchcap.validation import Judge
-from batchcap.views import training_views
+from batchcap.validation import Features, Judge
+from batchcap.views import View, training_views
 
 log = logging.getLogger(__name__)
+
+
+# A phase, with what it learns from and what it is judged by.
+Stage = tuple[Phase, TrainingBatches, Judge]
 
 
 def train_captioner(settings: TrainSettings) -> Path:
     """Train, or go on training, and write the model directory `settings.out`.
 
     Raises:
-        UsageError: the model exists, or its unfinished training had other settings or data.
+        UsageError: the model exists, its unfinished training had other settings or data, or its
+            batches can't be shared by all GPUs.
         InputError: annotations or photos.
         ModelError: the backbone or its weights.
         OutputError: the place of the model can't be written to.
@@ -62,48 +81,99 @@ def train_captioner(settings: TrainSettings) -> Path:
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
     work_folder = _make_work_folder(settings.out)
+    device, strategy = start_tensorflow(), training_strategy()
     backbone_config = BackboneConfig(settings.backbone, settings.image_size, settings.input_range)
     backbone = build_backbone(backbone_config, settings.backbone_weights)
     round_weights(backbone.variables)  # the features trained on are those the model will see
-    views = training_views(settings.flip, settings.crops)
-    cache, training = extract_all(training, backbone, backbone_config, views)
-    cache, validation = extract_all(validation, backbone, backbone_config)
+    if settings.fine_tune_from:
+        place_of(settings.fine_tune_from, backbone)  # says now that there is no such layer
+    _, training = extract_all(training, backbone, backbone_config, _views(settings))
+    _, validation = extract_all(validation, backbone, backbone_config)
 
+    vocabulary = _vocabulary(settings, training)
+    tokens = token_table(training, vocabulary, settings.max_length)
+    config = ModelConfig(
+        FORMAT_VERSION, backbone_config, _decoder_config(settings, vocabulary, backbone)
+    )
+    with strategy.scope(), computing_in(precision_of(settings.precision)):
+        decoder = build_decoder(config.decoder)
+    counts = np.bincount(tokens[:, :, 1:].ravel(), minlength=len(vocabulary))
+    decoder.output_logits.bias.assign(log_frequencies(counts))
+    captioner = Captioner(config, vocabulary, backbone, decoder)
+
+    record = Record(_run_digest(settings, backbone, training, validation))
+    log.info(
+        "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
+        *(
+            f"{strategy.num_replicas_in_sync} x {device}",
+            len(training),
+            sum(len(example.captions) for example in training),
+        ),
+        *(len(validation), len(vocabulary), decoder.count_params() / 1e6),
+    )
+    stages = _stages(settings, captioner, training, validation, tokens, strategy)
+    for phase, batches, judge in stages:
+        trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
+        record = trainer.run(judge)
+    return _write_model(settings, captioner, record, work_folder, len(training), validation)
+
+
+def _stages(
+    settings: TrainSettings,
+    captioner: Captioner,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    tokens: Tokens,
+    strategy: Any,
+) -> Iterator[Stage]:
+    """What is trained one after the other; the features of a stage are made when its time comes."""
+    decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
+
+    def batches(sight: Sight) -> TrainingBatches:
+        return TrainingBatches(sight, tokens, captioner.vocabulary, settings)
+
+    def frozen() -> tuple[TrainingBatches, Judge]:
+        views = _views(settings)
+        extract_all(training, backbone, config, views)
+        cache, _ = extract_all(validation, backbone, config)
+        judge = Judge(captioner, validation, CachedFeatures(cache, validation).whole)
+        return batches(CachedFeatures(cache, training, views)), judge
+
+    yield Likelihood(settings, decoder), *frozen()
+    if settings.fine_tune_from:
+        with strategy.scope():
+            tuned = build_backbone(config, None, precision_of(settings.precision))
+        tuned.set_weights(backbone.get_weights())
+        train_after(settings.fine_tune_from, tuned)
+        sight = AugmentedPhotos(training, config.image_size, settings.flip)
+        judge = Judge(captioner, validation, _features_by(tuned, config, validation))
+        yield FineTuning(settings, decoder, tuned, config), batches(sight), judge
+        backbone.set_weights(tuned.get_weights())
+        round_weights(backbone.variables)
+    if settings.objective is Objective.CIDER:
+        yield SelfCritical(settings, decoder, tokens), *frozen()
+
+
+def _features_by(
+    backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
+) -> Features:
+    """Features of a backbone that is still changing."""
+    extract = tf.function(partial(extract_features, backbone, config), reduce_retracing=True)
+    return lambda start, stop: extract(load_pixels(examples[start:stop], config.image_size))
+
+
+def _views(settings: TrainSettings) -> tuple[View, ...]:
+    return training_views(settings.flip, settings.crops)
+
+
+def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabulary:
     captions = [words for example in training for words in example.captions]
     vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
     if len(vocabulary) == len(SPECIAL_WORDS):
         raise InputError(
             f"no word is {settings.min_count} times in {settings.annotations}: lower --min-count"
         )
-    tokens = token_table(training, vocabulary, settings.max_length)
-    config = ModelConfig(
-        FORMAT_VERSION, backbone_config, _decoder_config(settings, vocabulary, cache.row_shape)
-    )
-    decoder = build_decoder(config.decoder)
-    counts = np.bincount(tokens[:, :, 1:].ravel(), minlength=len(vocabulary))
-    decoder.output_logits.bias.assign(log_frequencies(counts))
-    captioner = Captioner(config, vocabulary, backbone, decoder)
-
-    batches = TrainingBatches(Features(cache, training, views), tokens, vocabulary, settings)
-    judge = Judge(captioner, validation, Features(cache, validation))
-    run = _run_digest(settings, backbone, training, validation)
-    log.info(
-        "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
-        *(start_tensorflow(), len(training), len(captions), len(validation), len(vocabulary)),
-        sum(variable.numpy().size for variable in decoder.trainable_variables) / 1e6,
-    )
-    trainer: Trainer | None = None
-    for phase in _phases(settings, decoder, tokens):
-        trainer = Trainer(settings, phase, captioner, batches, work_folder, run, trainer)
-        trainer.run(judge)
-    assert trainer is not None
-    return _write_model(settings, trainer, judge)
-
-
-def _phases(settings: TrainSettings, decoder: CaptionDecoder, tokens: Tokens) -> Iterator[Phase]:
-    yield Likelihood(settings, decoder)
-    if settings.objective is Objective.CIDER:
-        yield SelfCritical(settings, decoder, tokens)
+    return vocabulary
 
 
 def _make_work_folder(out: Path) -> Path:
@@ -119,12 +189,13 @@ def _make_work_folder(out: Path) -> Path:
 
 
 def _decoder_config(
-    settings: TrainSettings, vocabulary: Vocabulary, grid: tuple[int, int]
+    settings: TrainSettings, vocabulary: Vocabulary, backbone: keras.Model
 ) -> DecoderConfig:
+    rows, columns, channels = backbone.output_shape[1:]
     return DecoderConfig(
         vocabulary_size=len(vocabulary),
-        grid_cells=grid[0],
-        feature_size=grid[1],
+        grid_cells=rows * columns,
+        feature_size=channels,
         max_length=settings.max_length,
         units=settings.units,
         layers=settings.layers,
@@ -161,15 +232,21 @@ def _run_digest(
     return digest.hexdigest()
 
 
-def _write_model(settings: TrainSettings, trainer: Trainer, judge: Judge) -> Path:
-    """The best epoch's weights, rounded as they are stored, judged once more and written."""
-    captioner, record = trainer.captioner, trainer.record
-    unfinished = trainer.folder / "model"
+def _write_model(
+    settings: TrainSettings,
+    captioner: Captioner,
+    record: Record,
+    work_folder: Path,
+    training_photos: int,
+    validation: list[Example],
+) -> Path:
+    """The weights, rounded as they are stored; judged once more as who loads them has them."""
+    unfinished = work_folder / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
-    for variable in captioner.decoder.trainable_variables:
-        variable.assign(trainer.best[variable.path])
-    round_weights(captioner.decoder.trainable_variables)
     save_captioner(captioner, unfinished)
+    stored = load_captioner(unfinished)
+    cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
+    judge = Judge(stored, validation, CachedFeatures(cache, validation).whole)
     metrics = {
         "validation": judge.results(),
         "decoding": "greedy",
@@ -178,18 +255,18 @@ def _write_model(settings: TrainSettings, trainer: Trainer, judge: Judge) -> Pat
         "epochs": len(record.history),
         "seconds": sum(row["seconds"] for row in record.history),
         "seed": settings.seed,
-        "training_photos": len(trainer.batches.captions),
-        "validation_photos": len(judge.examples),
+        "training_photos": training_photos,
+        "validation_photos": len(validation),
     }
     (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_card(unfinished / CARD_FILE, captioner.config, settings, metrics)
     for name in (HISTORY_FILE, CURVES_FILE):
-        shutil.copy(trainer.folder / name, unfinished / name)
+        shutil.copy(work_folder / name, unfinished / name)
     try:
         unfinished.rename(settings.out)
     except OSError as error:
         raise OutputError(
             f"cannot move {unfinished} to {settings.out}: {error.strerror}"
         ) from error
-    shutil.rmtree(trainer.folder)
+    shutil.rmtree(work_folder)
     return settings.out

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from batchcap.contracts import InputError, UsageError
+from batchcap.distribution import sum_variable
 from batchcap.files import replacing
 from batchcap.history import write_history
-from batchcap.model.captioner import Captioner, Weights
+from batchcap.model.captioner import Weights
 from batchcap.objectives import Phase
 from batchcap.progress import progress
 from batchcap.settings import Monitor, TrainSettings
@@ -52,42 +53,48 @@ class Record:
 class Trainer:
     """The steps, epochs and checkpoints of one phase of a training.
 
-    It starts from the best that `previous` has reached, the trainer of the phase before.
+    `previous` is the record of the phase before, whose best weights are those to start from.
+
+    Raises:
+        UsageError: the batches can't be shared by the GPUs.
     """
 
     def __init__(
         self,
         settings: TrainSettings,
         phase: Phase,
-        captioner: Captioner,
         batches: TrainingBatches,
+        strategy: Any,
         folder: Path,
-        run: str,
-        previous: "Trainer | None" = None,
+        previous: Record,
     ) -> None:
+        replicas = strategy.num_replicas_in_sync
+        if batches.batch_size % replicas:
+            raise UsageError(
+                f"--batch-size {batches.batch_size} can't be shared by {replicas} GPUs: choose a "
+                f"multiple of {replicas}"
+            )
         self.settings, self.phase, self.batches = settings, phase, batches
-        self.captioner, self.decoder = captioner, captioner.decoder
         self.steps_per_epoch = settings.steps_per_epoch or batches.steps_per_pass
-        self.optimizer = keras.optimizers.Adam(
-            phase.learning_rate(self.steps_per_epoch),
-            use_ema=settings.ema_momentum > 0,
-            ema_momentum=settings.ema_momentum,
-        )
-        self.optimizer.build(self.decoder.trainable_variables)
-        self.sums = tf.Variable(tf.zeros(3))  # read once an epoch: no round trip inside a step
+        with strategy.scope():
+            self.optimizer = keras.optimizers.Adam(
+                phase.learning_rate(self.steps_per_epoch),
+                use_ema=settings.ema_momentum > 0,
+                ema_momentum=settings.ema_momentum,
+            )
+            self.optimizer.build(phase.variables)
+            self.sums = sum_variable(3)  # read once an epoch: no round trip inside a step
         self.folder = folder
-        self.record = Record(run)
-        self.best: Weights = {}
-        if previous is not None:
-            history = list(previous.record.history)
-            self.record = Record(run, 0, previous.record.best_epoch, len(history), history)
-            self.best = previous.best
-            for variable in self.decoder.trainable_variables:
-                variable.assign(self.best[variable.path])
-        self._step = phase.compile_step(self.optimizer, self.sums)
+        history = list(previous.history)
+        self.record = Record(previous.run, 0, previous.best_epoch, len(history), history)
+        self.best = self._weights()
+        self._step = phase.compile_step(strategy, self.optimizer, self.sums)
 
-    def run(self, judge: Judge) -> None:
+    def run(self, judge: Judge) -> Record:
         """Train to the phase's last epoch, or until `patience` epochs brought nothing better.
+
+        The weights are then those of the best epoch, of this phase or, before any was better in it,
+        those it began with.
 
         Raises:
             UsageError: the folder holds another training.
@@ -102,12 +109,18 @@ class Trainer:
                 self._train_epoch(epoch, started, bar)
             self._close_epoch(epoch, started, judge)
             self._checkpoint()
+        for variable in self.phase.variables:
+            variable.assign(self.best[variable.path])
+        return self.record
+
+    def _weights(self) -> Weights:
+        return {variable.path: variable.numpy() for variable in self.phase.variables}
 
     def _train_epoch(self, epoch: int, started: float, bar: Any) -> None:
         saved = time.monotonic()
         stop = (epoch - self.record.before) * self.steps_per_epoch
-        for features, captions in self._batches(self.record.step, stop):
-            self._step(features, captions)
+        for seen, captions in self._batches(self.record.step, stop):
+            self._step(seen, captions)
             self.record.step += 1
             bar.update(1)
             if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
@@ -116,9 +129,9 @@ class Trainer:
                 saved = time.monotonic()
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any]]:
-        features, captions = self.batches[start]
-        kinds = (tf.float32, tf.int32)
-        shapes = (features.shape, (*captions.shape[:2], None))
+        seen, captions = self.batches[start]
+        kinds = (seen.dtype, captions.dtype)
+        shapes = (seen.shape, (*captions.shape[:2], None))
 
         def batch(step: Any) -> Any:
             arrays = tf.numpy_function(lambda step: self.batches[int(step)], [step], kinds)
@@ -140,7 +153,7 @@ class Trainer:
             samples = judge.samples()
             if self._value(row) > max(map(self._value, self.record.history), default=-np.inf):
                 self.record.best_epoch = epoch
-                self.best = {v.path: v.numpy() for v in self.decoder.trainable_variables}
+                self.best = self._weights()
         row["learning_rate"] = float(self.optimizer.learning_rate.numpy())
         row["seconds"] = time.monotonic() - started
         self.record.history.append({name: float(value) for name, value in row.items()})
@@ -160,7 +173,7 @@ class Trainer:
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """Judge the moving average of the weights, if one is kept; then train on with the last."""
-        variables = self.decoder.trainable_variables
+        variables = self.phase.variables
         last = [variable.numpy() for variable in variables]
         self.optimizer.finalize_variable_values(variables)
         yield
@@ -182,7 +195,8 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         variables = {
-            "decoder": self.decoder.variables,
+            "weights": self.phase.variables,
+            "draws": self.phase.decoder.non_trainable_variables,  # of the dropout
             "optimizer": self.optimizer.variables,
             "sums": [self.sums],
         }
@@ -190,7 +204,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Save everything; a crash at any moment leaves the last checkpoint whole."""
-        arrays = {name: np.asarray(variable) for name, variable in self._state().items()}
+        arrays = {name: np.asarray(variable.numpy()) for name, variable in self._state().items()}
         arrays |= {f"best/{name}": value for name, value in self.best.items()}
         path = self._checkpoint_file
         with replacing(path) as temporary:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirror
 from batchcap.progress import progress
 from batchcap.records import printable
 from batchcap.settings import TrainSettings
-from batchcap.views import PLAIN, View, seen
+from batchcap.views import PLAIN, View, augmented, seen
 
 EXTRACTION_BATCH = 32
 
@@ -137,8 +137,20 @@ def token_table(examples: Sequence[Example], vocabulary: Vocabulary, max_length:
     return table
 
 
-class Features:
-    """Cached backbone features of examples: `places`, `int64[views, examples]`, are their rows."""
+class Sight(Protocol):
+    """What a model is trained on sees of photos."""
+
+    def __call__(
+        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Something drawn of each photo of these numbers, and which of them are mirrored."""
+
+
+class CachedFeatures:
+    """Sees backbone features from the cache, of one view of each photo.
+
+    `places`, `int64[views, examples]`, are their rows.
+    """
 
     def __init__(
         self, cache: FeatureCache, examples: Sequence[Example], views: Sequence[View] = (PLAIN,)
@@ -149,9 +161,50 @@ class Features:
             [[cache.row_of[view.key(example.sha256)] for example in examples] for view in views]
         )
 
-    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """`float32[n, G, D]` of row numbers `int64[n]`."""
+    def __call__(
+        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """`float32[n, G, D]`."""
+        views = draws.integers(len(self.places), size=len(photos))
+        return self._read(self.places[views, photos]), self.mirrored[views]
+
+    def whole(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Features `float32[n, G, D]` of the photos as they are."""
+        return self._read(self.places[0, start:stop])
+
+    def _read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return self.rows[rows].astype(np.float32)
+
+
+class AugmentedPhotos:
+    """Sees photos themselves, in new parts and light each time."""
+
+    def __init__(self, examples: Sequence[Example], side: int, flip: bool) -> None:
+        self.examples, self.side, self.flip = examples, side, flip
+
+    def __call__(
+        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """`uint8[n, S, S, 3]`."""
+        mirrored = self.flip & (draws.random(len(photos)) < 0.5)
+        pixels = load_pixels([self.examples[photo] for photo in photos], self.side)
+        return augmented(pixels, mirrored, draws), mirrored
+
+
+def load_pixels(examples: Sequence[Example], side: int) -> npt.NDArray[np.uint8]:
+    """`uint8[n, S, S, 3]` of photos that could be read before.
+
+    Raises:
+        InputError: one of them can't be read any more.
+    """
+    settings = LoadSettings(side)
+    pixels = np.empty((len(examples), side, side, 3), np.uint8)
+    for row, example in zip(pixels, examples, strict=True):
+        loaded = load_image(example.path, settings).pixels
+        if isinstance(loaded, Rejection):
+            raise InputError(f"{example.path} has changed since the start: {loaded.message}")
+        row[:] = loaded
+    return pixels
 
 
 def extract_all(
@@ -175,11 +228,12 @@ def extract_all(
     with cache.writing():
         views = [v for v in views if any(v.key(e.sha256) not in cache.row_of for e in examples)]
         missing = [e for e in examples if any(v.key(e.sha256) not in cache.row_of for v in views)]
-        log.info(
-            "features: %d photos in the cache, %d to extract",
-            len(examples) - len(missing),
-            len(missing),
-        )
+        if missing:
+            log.info(
+                "features: %d photos in the cache, %d to extract",
+                len(examples) - len(missing),
+                len(missing),
+            )
         rejected = set(_extract(missing, cache, backbone, config, views))
     if len(rejected) == len(examples):
         raise InputError(f"none of {len(examples)} photos can be read, such as {examples[0].path}")
@@ -227,12 +281,12 @@ class TrainingBatches:
 
     def __init__(
         self,
-        features: Features,
+        sight: Sight,
         captions: Tokens,
         vocabulary: Vocabulary,
         settings: TrainSettings,
     ) -> None:
-        self.features, self.captions = features, captions
+        self.sight, self.captions = sight, captions
         self.mirrored_ids = mirrored_ids(vocabulary)
         self.seed = settings.seed
         self.batch_size = min(settings.batch_size, len(captions))
@@ -240,17 +294,16 @@ class TrainingBatches:
         most = captions.shape[1]
         self.captions_per_image = min(settings.captions_per_image or most, most)
 
-    def __getitem__(self, step: int) -> tuple[npt.NDArray[np.float32], Tokens]:
-        """Features `float32[B, G, D]` and captions `int32[B, C, T + 1]` of a step."""
+    def __getitem__(self, step: int) -> tuple[npt.NDArray[Any], Tokens]:
+        """What is seen of B photos in a step, and captions `int32[B, C, T + 1]`."""
         number, index = divmod(step, self.steps_per_pass)
         order = np.random.default_rng((self.seed, number)).permutation(len(self.captions))
         chosen = order[index * self.batch_size :][: self.batch_size]
         draws = np.random.default_rng((self.seed, number, 1 + index))
-        views = draws.integers(len(self.features.places), size=self.batch_size)
-        mirrored = self.features.mirrored[views]
+        seen, mirrored = self.sight(chosen, draws)
         captions = self._draw_captions(self.captions[chosen], draws)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
-        return self.features[self.features.places[views, chosen]], trim(captions)
+        return seen, trim(captions)
 
     def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:
         if self.captions_per_image == captions.shape[1]:

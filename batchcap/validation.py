@@ -1,18 +1,23 @@
 """How good a captioner is on held-out photos, while it is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.loss import loss_function
 from batchcap.model.text import join_words, segment
-from batchcap.training_data import Example, Features, token_table, trim
+from batchcap.training_data import Example, token_table, trim
 
 BATCH = 50
+
+# Features `float32[n, G, D]` of the validation photos from one number to another.
+Features = Callable[[int, int], Any]
 SAMPLE_TEMPERATURES = (0.0, 0.5, 1.0)
 
 
@@ -26,7 +31,8 @@ class Judge:
         limit = captioner.config.decoder.max_length
         self.tokens = token_table(examples, captioner.vocabulary, limit)
         self.references = [example.captions for example in examples]
-        self._loss = loss_function(captioner.decoder, label_smoothing=0.0)
+        loss = loss_function(captioner.decoder, label_smoothing=0.0)
+        self._loss = tf.function(loss, reduce_retracing=True)
 
     def results(self) -> dict[str, float]:
         """`val_loss`, `val_accuracy` of known captions, and metrics (times 100) of greedy ones."""
@@ -55,7 +61,7 @@ class Judge:
         ]
 
     def _features(self, start: int) -> npt.NDArray[np.float32]:
-        features = self.features[self.features.places[0, start : start + BATCH]]
+        features = np.asarray(self.features(start, min(start + BATCH, len(self.examples))))
         return np.pad(features, ((0, BATCH - len(features)), (0, 0), (0, 0)))
 
     def _captions(self, features: npt.NDArray[np.float32], temperature: float) -> list[list[str]]:

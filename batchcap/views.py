@@ -1,6 +1,7 @@
 """Ways in which training sees a photo: as it is, mirrored, and parts of it.
 
-A photo has the same few parts in every training, so that features can be kept.
+Where the backbone is frozen, a photo has the same few parts in every training, so that its features
+can be kept. Where it is trained, parts and light are drawn anew each time.
 """
 
 import math
@@ -15,6 +16,7 @@ import tensorflow as tf
 # large enough that captions stay true of them).
 LEAST_AREA = 0.5
 MOST_ELONGATED = 4 / 3
+MOST_CHANGE = 0.3  # of brightness, contrast and saturation
 WHOLE = np.array([0, 0, 1, 1], np.float32)  # top, left, bottom, right
 
 
@@ -46,16 +48,39 @@ def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> A
     """
     if view.crop:
         boxes = np.tile(WHOLE, (len(pixels), 1))
-        boxes[: len(sha256s)] = [_box(sha256, view.crop) for sha256 in sha256s]
+        boxes[: len(sha256s)] = [part_of(sha256, view.crop) for sha256 in sha256s]
         places = np.arange(len(pixels), dtype=np.int32)
         cropped = tf.image.crop_and_resize(pixels, boxes, places, pixels.shape[1:3])
         pixels = tf.cast(tf.round(cropped), tf.uint8)
     return pixels[:, :, ::-1] if view.mirrored else pixels
 
 
-def _box(sha256: str, crop: int) -> list[float]:
+def augmented(
+    pixels: npt.NDArray[np.uint8], mirrored: npt.NDArray[np.bool_], draws: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    """A random part of each photo of `uint8[B, S, S, 3]`, in random light; some of them mirrored.
+
+    Hues stay, since captions name colours.
+    """
+    boxes = np.array([_box(draws) for _ in pixels], np.float32)
+    seen = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
+    seen = tf.where(mirrored[:, None, None, None], seen[:, :, ::-1], seen)
+    change = draws.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
+    brightness, contrast, saturation = change.astype(np.float32)
+    mean = tf.reduce_mean(seen, axis=(1, 2, 3), keepdims=True)
+    seen = mean + contrast * (seen - mean)
+    grey = tf.reduce_mean(seen, axis=3, keepdims=True)
+    seen = brightness * (grey + saturation * (seen - grey))
+    return tf.cast(tf.round(tf.clip_by_value(seen, 0, 255)), tf.uint8).numpy()
+
+
+def part_of(sha256: str, crop: int) -> list[float]:
     """Top, left, bottom and right of a part, 0 to 1, drawn by the photo's SHA-256."""
-    draws = np.random.default_rng((int(sha256, 16), crop))
+    return _box(np.random.default_rng((int(sha256, 16), crop)))
+
+
+def _box(draws: np.random.Generator) -> list[float]:
+    """Top, left, bottom and right of a random part, 0 to 1."""
     area = draws.uniform(LEAST_AREA, 1)
     elongation = math.exp(draws.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)
     height = min(1.0, math.sqrt(area) * elongation)

@@ -10,7 +10,7 @@ import batchcap
 PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
-    {"contracts", "files", "clock", "stopping", "memory"},
+    {"contracts", "files", "clock", "stopping", "memory", "distribution"},
     {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
     {"settings", "locking", "row_files", "loading", "records"},
     {"logs", "row_index"},
@@ -66,7 +66,10 @@ HOMES = {
         "views",
         "self_critical",
         "objectives",
+        "distribution",
+        "validation",
         "trainer",
+        "train",
     },
 }
 

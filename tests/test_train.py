@@ -16,9 +16,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.contracts import InputError, ModelError, OutputError, Precision, UsageError
 from batchcap.model.backbones import build_backbone
-from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.captioner import Captioner, load_captioner, round_weights
 from batchcap.model.config import (
     FORMAT_VERSION,
     BackboneConfig,
@@ -167,14 +167,17 @@ def test_history_has_a_row_an_epoch_and_a_picture(trained: Path) -> None:
         assert curves.size[0] > 600
 
 
-def start_training(wanted: TrainSettings) -> subprocess.Popen[str]:
+BATCHCAP = "from batchcap.cli import main; main()"
+
+
+def start_training(wanted: TrainSettings, program: str = BATCHCAP) -> subprocess.Popen[str]:
     asked = {field: getattr(wanted, field.name) for field in fields(wanted)}
     arguments = [
         f"--{field.name.replace('_', '-')}={value}"
         for field, value in asked.items()
         if value != field.default
     ]
-    command = [sys.executable, "-c", "from batchcap.cli import main; main()", "train", *arguments]
+    command = [sys.executable, "-c", program, "train", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -241,6 +244,133 @@ def test_a_self_critical_training_that_is_killed_goes_on_as_if_nothing_had_happe
     assert second.returncode == 0, log
     for resumed, uninterrupted in zip(history_of(wanted.out), whole, strict=True):
         assert resumed["val_loss"] == pytest.approx(uninterrupted["val_loss"], rel=1e-3)
+
+
+def fine_tuning(squares: Path, out: Path) -> TrainSettings:
+    return replace(
+        settings_for(squares, out),
+        epochs=4,
+        fine_tune_from="conv_pw_11_relu",
+        fine_tune_epochs=4,
+        fine_tune_learning_rate=1e-3,
+    )
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_captioner(fine_tuning(squares, tmp_path_factory.mktemp("tuned") / "model"))
+
+
+def test_fine_tuning_changes_the_top_of_the_backbone_but_no_statistics(
+    squares: Path, fine_tuned: Path
+) -> None:
+    before = build_backbone(BackboneConfig(image_size=64), squares / "backbone.weights.h5")
+    round_weights(before.variables)
+    after = load_captioner(fine_tuned).backbone
+    changed = {
+        old.path
+        for old, new in zip(before.variables, after.variables, strict=True)
+        if not np.array_equal(old.numpy(), new.numpy())
+    }
+    assert {path.split("/")[0].removesuffix("_bn") for path in changed} == {
+        *("conv_dw_12", "conv_pw_12", "conv_dw_13", "conv_pw_13")
+    }
+    assert not [path for path in changed if "moving" in path]
+
+
+def test_fine_tuning_goes_on_from_the_trained_decoder_and_lowers_its_loss(
+    fine_tuned: Path,
+) -> None:
+    history = history_of(fine_tuned)
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert history[-1]["loss"] < history[3]["loss"]
+    assert "fine-tuned" in (fine_tuned / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_fine_tuning_that_is_killed_goes_on_as_if_nothing_had_happened(
+    squares: Path, fine_tuned: Path, tmp_path: Path
+) -> None:
+    wanted = replace(
+        fine_tuning(squares, tmp_path / "model"), objective=Objective.CIDER, cider_epochs=1
+    )
+    first = start_training(wanted)
+    kill_when_there_is(tmp_path / ".model.training" / "fine-tuning.safetensors", first)
+    second = start_training(wanted)
+    _, log = second.communicate(timeout=300)
+    assert second.returncode == 0, log
+    resumed = history_of(wanted.out)
+    for row, uninterrupted in zip(resumed, history_of(fine_tuned), strict=False):
+        assert row["val_loss"] == pytest.approx(uninterrupted["val_loss"], rel=1e-3)
+    assert "reward" in resumed[8]
+
+
+@pytest.mark.parametrize("layer", ["block_99_add", "conv_pw_13_relu"])
+def test_a_layer_with_nothing_after_it_is_refused_before_work(
+    layer: str, squares: Path, tmp_path: Path
+) -> None:
+    wanted = replace(settings_for(squares, tmp_path / "model"), fine_tune_from=layer)
+    with pytest.raises(ModelError, match=rf"nothing comes after '{layer}'.* such as conv_"):
+        train_captioner(wanted)
+
+
+TWO_DEVICES = """
+import tensorflow as tf
+from batchcap import cli, train
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+train.training_strategy = lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+cli.main()
+"""
+
+
+def test_two_devices_learn_what_one_learns(squares: Path, tmp_path: Path) -> None:
+    wanted = replace(
+        fine_tuning(squares, tmp_path / "one"),
+        dropout=0.0,
+        learning_rate=1e-3,
+        epochs=2,
+        fine_tune_epochs=1,
+        fine_tune_learning_rate=1e-4,
+        objective=Objective.CIDER,
+        cider_epochs=2,
+    )
+    one = history_of(train_captioner(wanted))
+    wanted = replace(wanted, out=tmp_path / "two")
+    _, log = start_training(wanted, TWO_DEVICES).communicate(timeout=300)
+    two = history_of(wanted.out)
+    for here, there in zip(one, two, strict=True):
+        assert there["val_loss"] == pytest.approx(here["val_loss"], rel=1e-3), log
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)
+    assert two[3]["reward"] == pytest.approx(one[3]["reward"], rel=0.02)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(squares: Path, tmp_path: Path) -> None:
+    wanted = replace(settings_for(squares, tmp_path / "model"), batch_size=7)
+    process = start_training(wanted, TWO_DEVICES)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "--batch-size 7 can't be shared by 2 GPUs" in log
+
+
+def test_bfloat16_trains_a_model_of_float32(squares: Path, tmp_path: Path) -> None:
+    wanted = replace(
+        fine_tuning(squares, tmp_path / "model"),
+        epochs=10,
+        fine_tune_epochs=1,
+        precision=Precision.BFLOAT16,
+    )
+    history = history_of(train_captioner(wanted))
+    assert history[9]["val_loss"] < history[0]["val_loss"] / 2
+    metrics = json.loads((wanted.out / "metrics.json").read_text())
+    captioner = load_captioner(wanted.out)
+    assert captioner.decoder.compute_dtype == "float32"
+    best = history[metrics["best_epoch"] - 1]
+    assert metrics["validation"]["val_loss"] == pytest.approx(best["val_loss"], rel=0.05)
+
+
+def test_float16_is_refused(squares: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bfloat16, or float32"):
+        replace(settings_for(squares, tmp_path / "model"), precision=Precision.FLOAT16)
 
 
 def test_another_training_is_not_mixed_into_an_unfinished_one(

@@ -18,12 +18,14 @@ from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID, UNKNOWN_ID, Vocabulary
 from batchcap.settings import TrainSettings
 from batchcap.training_data import (
+    AugmentedPhotos,
+    CachedFeatures,
     Example,
-    Features,
     Tokens,
     TrainingBatches,
     extract_all,
     load_examples,
+    load_pixels,
     token_table,
     trim,
 )
@@ -171,22 +173,16 @@ def test_trimmed_captions_are_as_long_as_the_longest(longest):
 VIEWS = training_views(flip=True, crops=2)
 
 
-class NumberedFeatures:
-    """Stands for `Features`: the features of a photo are its number, mirrored ones are negative."""
-
-    def __init__(self, flip: bool) -> None:
-        numbers = np.arange(1, PHOTOS + 1)
-        self.places = np.stack([numbers, -numbers]) if flip else numbers[None]
-        self.mirrored = np.array([False, True])
-
-    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return rows[:, None, None].astype(np.float32)
-
-
 def batches_of(captions: Tokens, **settings: Any) -> TrainingBatches:
+    """What is seen of a photo is its number from 1, negative if mirrored."""
     nowhere = Path()
     asked = TrainSettings(annotations=nowhere, images=nowhere, out=nowhere, **settings)
-    return TrainingBatches(NumberedFeatures(asked.flip), captions, VOCABULARY, asked)
+
+    def number(photos: Any, draws: np.random.Generator) -> Any:
+        mirrored = asked.flip & (draws.random(len(photos)) < 0.5)
+        return np.where(mirrored, -1 - photos, 1 + photos).astype(np.float32), mirrored
+
+    return TrainingBatches(number, captions, VOCABULARY, asked)
 
 
 def one_caption_each() -> Tokens:
@@ -310,12 +306,29 @@ def photos(tmp_path: Path) -> list[Example]:
 def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
     cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos
-    features = Features(cache, good, VIEWS)
+    features = CachedFeatures(cache, good, VIEWS)
     pixels = np.stack([load_image(photo.path, LoadSettings(32)).pixels for photo in photos])
     sha256s = [photo.sha256 for photo in photos]
     for rows, view in zip(features.places, VIEWS, strict=True):
         expected = extract_features(backbone, BACKBONE, seen(pixels, view, sha256s))
-        np.testing.assert_allclose(features[rows], expected, rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(features.rows[rows], expected, rtol=2e-3, atol=1e-3)
+    np.testing.assert_array_equal(features.whole(3, 5), features.rows[features.places[0, 3:5]])
+
+
+def test_each_view_of_each_photo_is_drawn(backbone, photos, tmp_path):
+    cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
+    features, draws = CachedFeatures(cache, good, VIEWS), np.random.default_rng(0)
+    everything = np.arange(len(good))
+    found: list[set[bytes]] = [set() for _ in good]
+    for _ in range(60):
+        shown, mirrored = features(everything, draws)
+        for photo in everything:
+            (view,) = np.flatnonzero(
+                (features.rows[features.places[:, photo]] == shown[photo]).all(axis=(1, 2))
+            )
+            assert mirrored[photo] == VIEWS[view].mirrored
+            found[photo].add(bytes([view]))
+    assert {len(views) for views in found} == {len(VIEWS)}
 
 
 def test_photos_are_extracted_once(backbone, photos, tmp_path, caplog):
@@ -331,9 +344,9 @@ def test_photos_are_extracted_once(backbone, photos, tmp_path, caplog):
 def test_views_are_added_when_they_are_asked_for(backbone, photos, tmp_path):
     extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
     cache, _ = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
-    features = Features(cache, photos, VIEWS)
+    features = CachedFeatures(cache, photos, VIEWS)
     for view in features.places[1:]:
-        difference = np.abs(features[features.places[0]] - features[view])
+        difference = np.abs(features.rows[features.places[0]] - features.rows[view])
         assert (difference.max(axis=(1, 2)) > 0.03).all()
 
 
@@ -352,4 +365,27 @@ def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog)
     assert good == photos[:3] + photos[4:]
     assert "3.png left out" in caplog.text
     assert cache.row_count == len(VIEWS) * len(good)
-    assert Features(cache, good, VIEWS).places.shape == (len(VIEWS), len(good))
+    assert CachedFeatures(cache, good, VIEWS).places.shape == (len(VIEWS), len(good))
+
+
+def test_augmented_photos_are_drawn_anew_and_mirrored_half_of_the_time(photos):
+    sight, draws = AugmentedPhotos(photos, side=32, flip=True), np.random.default_rng(0)
+    first, mirrored = sight(np.arange(35), draws)
+    second, _ = sight(np.arange(35), draws)
+    assert first.shape == (35, 32, 32, 3)
+    assert first.dtype == np.uint8
+    assert (first != second).any(axis=(1, 2, 3)).all()
+    assert 5 < mirrored.sum() < 30
+    again, _ = sight(np.arange(35), np.random.default_rng(0))
+    np.testing.assert_array_equal(again, first)
+
+
+def test_without_flips_no_augmented_photo_is_mirrored(photos):
+    _, mirrored = AugmentedPhotos(photos, 32, flip=False)(np.arange(35), np.random.default_rng(0))
+    assert not mirrored.any()
+
+
+def test_a_photo_that_was_lost_meanwhile_is_named(photos):
+    photos[2].path.write_bytes(b"no photo")
+    with pytest.raises(InputError, match=r"2\.png has changed since the start"):
+        load_pixels(photos, 32)

@@ -1,7 +1,4 @@
-"""Photos to a grid of features, by CNNs trained on ImageNet.
-
-A backbone is frozen: it is run, never trained, here.
-"""
+"""Photos to a grid of features, by CNNs trained on ImageNet."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -63,7 +60,7 @@ def build_backbone(
         raise ModelError(f"there is no backbone weights file {weights}")
     shape = (config.image_size, config.image_size, 3)
     try:
-        with _computing_in(precision):
+        with computing_in(precision):
             backbone = BACKBONES[config.name](None if weights is None else str(weights), shape)
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -75,8 +72,11 @@ def build_backbone(
 
 
 @contextmanager
-def _computing_in(precision: Precision) -> Iterator[None]:
-    """The models of keras.applications take their precision from a global setting only."""
+def computing_in(precision: Precision) -> Iterator[None]:
+    """Layers made meanwhile compute in a precision; their weights are float32.
+
+    The models of keras.applications take their precision from this global setting only.
+    """
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(
         "float32" if precision is Precision.FLOAT32 else f"mixed_{precision}"
@@ -87,8 +87,33 @@ def _computing_in(precision: Precision) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
+def place_of(layer: str, backbone: keras.Model) -> int:
+    """Where a layer stands in a backbone, from 0.
+
+    Raises:
+        ModelError: nowhere, or at its end.
+    """
+    names = [each.name for each in backbone.layers]
+    if layer not in names[:-1]:
+        raise ModelError(
+            f"nothing comes after {layer!r} in the backbone {backbone.name}: choose one of its "
+            f"layers, such as {', '.join(names[-46:-1:9])}"
+        )
+    return names.index(layer)
+
+
+def train_after(layer: str, backbone: keras.Model) -> None:
+    """Make the weights of the layers after this one trainable, and no others."""
+    backbone.trainable = True
+    for each in backbone.layers[: 1 + place_of(layer, backbone)]:
+        each.trainable = False
+
+
 def feature_grid(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
-    """Features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels."""
+    """Features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels.
+
+    Batch normalisation is by the statistics of ImageNet, in training too.
+    """
     low, high = config.input_range
     images = tf.cast(pixels, tf.float32) * ((high - low) / 255) + low
     return tf.cast(backbone(images, training=False), tf.float32)

@@ -6,6 +6,7 @@ import einops
 import numpy as np
 import tensorflow as tf
 
+from batchcap.distribution import summed_over_replicas
 from batchcap.model.network import BANNED_IDS, CaptionDecoder
 from batchcap.model.text import PADDING_ID, UNKNOWN_ID
 
@@ -17,14 +18,14 @@ def loss_function(decoder: CaptionDecoder, label_smoothing: float) -> Any:
     smoothing (Szegedy et al. 2016, section 7) over the words that can be said.
 
     Returns:
-        a compiled function of features `float32[B, G, D]` and captions `int32[B, C, T + 1]` to the
-        mean loss in nats, `float32[]`, and `float32[3]`: the sum of unsmoothed losses, the number
-        of words predicted right, the number of words.
+        a function of features `float32[B, G, D]` and captions `int32[B, C, T + 1]` to the mean loss
+        in nats, `float32[]`, and `float32[3]`: the sum of unsmoothed losses, the number of words
+        predicted right, the number of words. The mean is over the words of all replicas, so that
+        their losses add up.
     """
     allowed = np.ones(decoder.config.vocabulary_size, np.float32)
     allowed[list(BANNED_IDS)] = 0
 
-    @tf.function(reduce_retracing=True)
     def loss(features: Any, captions: Any, training: bool) -> tuple[Any, Any]:
         captions = einops.rearrange(captions, "b c t -> (b c) t")
         inputs, labels = captions[:, :-1], captions[:, 1:]
@@ -36,10 +37,11 @@ def loss_function(decoder: CaptionDecoder, label_smoothing: float) -> Any:
         nll_sum = tf.reduce_sum(nll * counted)
         right = tf.cast(tf.argmax(logits, -1, tf.int32) == labels, tf.float32)
         sums = tf.stack([nll_sum, tf.reduce_sum(right * counted), count])
-        mean = nll_sum / tf.maximum(count, 1)
+        everywhere = tf.maximum(summed_over_replicas(count), 1)
+        mean = nll_sum / everywhere
         if label_smoothing:
             uniform = -tf.reduce_sum(log_probs * allowed, axis=-1) / allowed.sum()
-            smooth = tf.reduce_sum(uniform * counted) / tf.maximum(count, 1)
+            smooth = tf.reduce_sum(uniform * counted) / everywhere
             mean = (1 - label_smoothing) * mean + label_smoothing * smooth
         return mean, sums
 

@@ -1,0 +1,39 @@
+"""Training on all GPUs of a machine: each learns from its share of a batch, gradients add up."""
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def training_strategy() -> Any:
+    """Several GPUs mirror each other's weights; on one, or on CPUs, nothing is distributed."""
+    gpus = tf.config.list_logical_devices("GPU")
+    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+
+
+def share(batch: Any) -> Any:
+    """A replica's part of a tensor along its first axis, whose length the replicas divide."""
+    replica = tf.distribute.get_replica_context()
+    rows = batch.shape[0] // replica.num_replicas_in_sync
+    start = rows * replica.replica_id_in_sync_group
+    rest = batch.shape.rank - 1
+    return tf.slice(batch, [start, *[0] * rest], [rows, *[-1] * rest])
+
+
+def joined(strategy: Any, shares: Any) -> Any:
+    """A tensor from what each replica has made of its share."""
+    return tf.concat(strategy.experimental_local_results(shares), axis=0)
+
+
+def summed_over_replicas(value: Any) -> Any:
+    """The sum of a tensor of each replica, known to all."""
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def sum_variable(size: int) -> Any:
+    """`float32[size]` zeros: each replica adds to its own, read is their sum."""
+    return tf.Variable(
+        tf.zeros(size),
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
