@@ -129,16 +129,32 @@ class Trainer:
                 saved = time.monotonic()
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any]]:
+        """The batches of some steps, made ahead of them.
+
+        Raises:
+            InputError: a photo can't be read any more.
+        """
         seen, captions = self.batches[start]
         kinds = (seen.dtype, captions.dtype)
         shapes = (seen.shape, (*captions.shape[:2], None))
+        failures: list[InputError] = []
+
+        def make(step: Any) -> Any:
+            try:
+                return self.batches[int(step)]
+            except InputError as error:
+                failures.append(error)
+                raise
 
         def batch(step: Any) -> Any:
-            arrays = tf.numpy_function(lambda step: self.batches[int(step)], [step], kinds)
+            arrays = tf.numpy_function(make, [step], kinds)
             return tuple(tf.ensure_shape(a, s) for a, s in zip(arrays, shapes, strict=True))
 
         steps = tf.data.Dataset.range(start, stop)
-        return iter(steps.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2))
+        try:
+            yield from steps.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2)
+        except tf.errors.OpError as error:
+            raise (failures or [error])[0] from None  # TensorFlow makes a traceback of it
 
     def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
         sums = self.sums.numpy()

@@ -22,12 +22,11 @@ row() {
 }
 
 row base
+row fine-tuned --epochs 3 --fine-tune-from block_14_add --fine-tune-epochs 2
 row no-parts --crops 0
 row no-mirror-images --no-flip
 row no-feature-norm --no-feature-norm
 row no-label-smoothing --label-smoothing 0
 row no-average --ema-momentum 0
-row less-dropout --dropout 0.1 --input-dropout 0.1
 row more-dropout --dropout 0.5 --input-dropout 0.4
-row three-layers --layers 3
-row fine-tuned --epochs 3 --fine-tune-from block_14_add --fine-tune-epochs 2
+row less-dropout --dropout 0.1 --input-dropout 0.1

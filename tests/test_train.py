@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -311,6 +312,19 @@ def test_a_layer_with_nothing_after_it_is_refused_before_work(
     wanted = replace(settings_for(squares, tmp_path / "model"), fine_tune_from=layer)
     with pytest.raises(ModelError, match=rf"nothing comes after '{layer}'.* such as conv_"):
         train_captioner(wanted)
+
+
+def test_a_photo_that_is_lost_before_fine_tuning_is_named(squares: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(squares / "images", tmp_path / "images")
+    wanted = replace(fine_tuning(squares, tmp_path / "model"), images=photos)
+    process = start_training(wanted)
+    while not (tmp_path / ".model.training" / "likelihood.safetensors").exists():
+        time.sleep(0.05)
+    (photos / "005.png").unlink()
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "005.png has changed since the start" in log
+    assert "Traceback" not in log
 
 
 TWO_DEVICES = """
