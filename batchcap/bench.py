@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from batchcap.contracts import InputError
+from batchcap.contracts import ImageRef, InputError
 from batchcap.engines import (
     CaptionedBatch,
     Job,
@@ -26,7 +26,7 @@ from batchcap.engines import (
     load_photos,
     run_locally,
 )
-from batchcap.inputs import ImageRef, list_images
+from batchcap.inputs import list_images
 from batchcap.loading import core_count, readers
 from batchcap.memory import keep_freed_memory, peak_memory_bytes
 from batchcap.model.captioner import load_captioner

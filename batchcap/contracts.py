@@ -3,8 +3,10 @@
 The lowest floor: imports nothing of batchcap, and knows neither files nor models.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +90,53 @@ class Rejection:
 
     error_type: ErrorType
     message: str
+
+
+@dataclass(frozen=True)
+class FileAtHand:
+    """A file out of a shard: its bytes, or why there are none, and what the shard says of it.
+
+    `name` is for people. `size` is in bytes; it and `mtime_ns` are None where they are not known.
+    """
+
+    name: str
+    data: bytes | Rejection = field(repr=False)
+    size: int | None = None
+    mtime_ns: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the bytes; None where there are none."""
+        return None if isinstance(self.data, Rejection) else hashlib.sha256(self.data).hexdigest()
+
+
+# What readers of photos take; a str is a path or a URL.
+ImageFile = str | FileAtHand
+
+
+class ImageRef(NamedTuple):
+    """One photo to caption: its id, and where its bytes are.
+
+    path: what opens it, a path (surrogateescape str) or a URL; out of a shard, where it was there.
+    size, mtime_ns: what a store's listing or a shard says of it; None where it has to be asked.
+    data: of a photo out of a shard, its bytes, or why there are none.
+    """
+
+    image_id: str
+    path: str
+    size: int | None = None
+    mtime_ns: int | None = None
+    data: bytes | Rejection | None = None
+
+    @property
+    def file(self) -> ImageFile:
+        """What a reader of photos takes."""
+        if self.data is None:
+            return self.path
+        return FileAtHand(self.path, self.data, self.size, self.mtime_ns)
 
 
 @dataclass(frozen=True)

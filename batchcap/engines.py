@@ -5,7 +5,7 @@ An engine never raises for one photo: a photo that can't be read is a row that s
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,8 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import LoadedImage, ModelError, Rejection
-from batchcap.inputs import ImageRef
+from batchcap.contracts import ImageFile, ImageRef, LoadedImage, ModelError, Rejection
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 class Job:
     """How photos become rows.
 
-    read: loads the photos of some paths; None loads them in this process.
+    read: loads some photos; None loads them in this process.
     reusable: the caption columns that are there already for a file's SHA-256, or None.
     is_over: once True, no further batch is begun.
     """
@@ -55,7 +54,7 @@ class Job:
     batch_size: int
     attention: AttentionDetail = AttentionDetail.SUMMARY
     run_id: str = ""
-    read: Callable[[list[str]], list[LoadedImage]] | None = None
+    read: Callable[[Sequence[ImageFile]], list[LoadedImage]] | None = None
     reusable: Callable[[str], Row | None] = lambda _sha256: None
     is_over: Callable[[], bool] = lambda: False
 
@@ -95,12 +94,16 @@ def run_locally(refs: Iterable[ImageRef], job: Job) -> Iterator[list[Row]]:
 def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Photo]:
     """Read and decode photos on all cores, in order, about `ahead` before they are taken."""
     settings = LoadSettings(job.captioner.config.backbone.image_size)
-    read = job.read or (lambda paths: [load_image(path, settings) for path in paths])
+    read = job.read or (lambda files: [load_image(file, settings) for file in files])
 
     def load(group: list[ImageRef]) -> list[Photo]:
         with job.captioner.clock.stage("load"):
-            images = read([ref.path for ref in group])
-        return list(map(Photo, group, images))
+            images = read([ref.file for ref in group])
+        return [
+            # Without the bytes, which need not wait for the caption.
+            Photo(ref._replace(data=None), image)
+            for ref, image in zip(group, images, strict=True)
+        ]
 
     groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
     for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):

@@ -1,6 +1,6 @@
-"""Which photos there are: folders and lists of them, their ids and their paths.
+"""Which photos there are: folders, lists and shards of them, here or behind URLs, and their ids.
 
-Names only: no photo is opened here, and whether one can be decoded is not known.
+Only photos out of shards are read here. Whether one can be decoded is not known.
 """
 
 import fnmatch
@@ -10,12 +10,22 @@ import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
-from batchcap.contracts import InputError
+from batchcap.contracts import ImageRef, InputError, UsageError
 from batchcap.records import printable, saying_which
+from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
+from batchcap.shards import (
+    PARQUET_SUFFIX,
+    TAR_SUFFIXES,
+    USUAL_COLUMNS,
+    Columns,
+    Item,
+    read_parquet,
+    read_tar,
+    shards_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,51 +39,86 @@ IMAGE_EXTENSIONS = frozenset(
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 
-# (folder, why it can't be listed)
+# (folder or shard, why it, or the rest of it, can't be listed)
 Unlisted = Callable[[str, str], object]
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """One photo to caption: its id, and the path that opens it (surrogateescape str)."""
+class Entry(NamedTuple):
+    """What a folder holds: its path below the root, with a slash at a folder's end.
 
-    image_id: str
+    `size` and `mtime_ns` as a store's listing tells them.
+    """
+
     path: str
+    size: int | None = None
+    mtime_ns: int | None = None
 
 
-def warn_unlisted(folder: str, reason: str) -> None:
-    """Say that a folder is left out."""
+# (root, folder below it with a slash at its end): its entries
+ListFolder = Callable[[str, str], list[Entry]]
+
+
+def warn_unlisted(name: str, reason: str) -> None:
+    """Say that a folder is left out, or what can't be read of a shard."""
     logger.warning(
-        "The folder %s cannot be listed (%s); its photos are left out.", printable(folder), reason
+        "%s cannot be read, or not all of it (%s); its other photos are left out.",
+        *(printable(name), reason),
     )
 
 
 def list_images(
-    source: str, pattern: str | None = None, unlisted: Unlisted = warn_unlisted
+    source: str,
+    pattern: str | None = None,
+    unlisted: Unlisted = warn_unlisted,
+    columns: Columns = USUAL_COLUMNS,
 ) -> Iterator[ImageRef]:
-    """List the photos of a folder (recursive), of a `.txt` file of paths, or of stdin (`-`).
+    """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
-    A folder is listed by extension, in code-point order of the ids, without dot files and without
-    entering linked folders; a subfolder is read when its turn comes, and `unlisted` is told of one
-    that can't be: its name and why. A list keeps its order and is read line by line; relative lines
-    start at the list's folder. `pattern` decides instead of the extension: an fnmatch pattern, case
-    ignored, matched against the relative path if it holds a `/`, or else against the file name.
+    All but stdin may lie behind a URL. A folder is listed by extension, in code-point order of the
+    ids, with all below it, but without dot files and without entering linked folders; a subfolder
+    is read when its turn comes. A list keeps its order and is read line by line; relative lines
+    start at the list's folder. Shards come in the order of their names, each in its own order: of
+    tars what a folder of the same files would have, of Parquet each row, by `columns`; a path there
+    is as in a list. `unlisted` is told of each subfolder and shard that can't be read. An id may
+    come twice.
 
-    Raises UsageError if there is no such source, InputError if it cannot be read or is neither.
+    `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
+    the relative path if it holds a `/`, or else against the file name.
+
+    Raises UsageError if there is no such source, or a Parquet file has no such column; InputError
+    if it cannot be read or is none of these.
     """
-    is_wanted = _matcher(pattern)
+    source, is_wanted = without_file_scheme(source), _matcher(pattern)
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
         return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
-    path = Path(source)
-    if path.is_dir():
-        return _list_folder(source, is_wanted or _has_image_extension, unlisted)
-    if path.suffix.lower() == ".txt" or not path.exists():
-        with saying_which(path):
-            lines = path.open("rb")
-        return _read_list(lines, source, f"{path.parent}/", is_wanted)
-    raise InputError(f"{source} is neither a folder nor a .txt file of paths; name one of these.")
+    if not is_url(source) and Path(source).is_dir():
+        return _list_folder(source, _local_entries, is_wanted or _has_image_extension, unlisted)
+    name = source.lower()
+    if name.endswith((*TAR_SUFFIXES, PARQUET_SUFFIX)):
+        with saying_which(source):
+            shards = shards_of(source)
+        read = _tar_refs if name.endswith(TAR_SUFFIXES) else _parquet_refs
+        return (ref for shard in shards for ref in read(shard, is_wanted, unlisted, columns))
+    if name.endswith(".txt") or not (is_url(source) or Path(source).exists()):
+        with saying_which(source):
+            lines = open_file(source)
+        return _read_list(lines, source, posixpath.dirname(source) or ".", is_wanted)
+    if is_url(source):
+        return _list_folder(source, _remote_entries, is_wanted or _has_image_extension, unlisted)
+    raise InputError(
+        f"{source} is neither a folder nor a .txt file of paths nor a .tar or .parquet file; name "
+        "one of these."
+    )
+
+
+def can_be_listed_twice(source: str) -> bool:
+    """Whether listing takes little time, so that it may be done once more only to count."""
+    source = without_file_scheme(source)
+    return not (
+        source == "-" or is_url(source) or source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
+    )
 
 
 def image_id_of(path: str) -> str:
@@ -110,46 +155,69 @@ def _has_image_extension(relative: str) -> bool:
 
 
 def _list_folder(
-    root: str, is_wanted: Callable[[str], bool], unlisted: Unlisted
+    root: str, entries: ListFolder, is_wanted: Callable[[str], bool], unlisted: Unlisted
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
-        top = _folder_entries(prefix, "")
+        top = _last_first(entries(prefix, ""))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no {prefix}; check the path.") from error
     except OSError as error:
         raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
     return (
-        ImageRef(image_id_of(relative), prefix + relative)
-        for relative in _walk(prefix, top, unlisted)
-        if is_wanted(relative)
+        ImageRef(image_id_of(path), prefix + path, size, mtime_ns)
+        for path, size, mtime_ns in _walk(prefix, top, entries, unlisted)
+        if is_wanted(path)
     )
 
 
-def _walk(root: str, pending: list[str], unlisted: Unlisted) -> Iterator[str]:
-    """Paths relative to `root` of all that is no folder, from the last of `pending` to the first.
+def _walk(
+    root: str, pending: list[Entry], entries: ListFolder, unlisted: Unlisted
+) -> Iterator[Entry]:
+    """All below `root` that is no folder, from the last of `pending` to the first.
 
     Each folder is sorted by itself: with the slash that its paths go on with, all are in order.
     """
     while pending:
-        path = pending.pop()
-        if not path.endswith("/"):
-            yield path
+        entry = pending.pop()
+        if not entry.path.endswith("/"):
+            yield entry
             continue
         try:
-            pending += _folder_entries(root, path)
+            pending += _last_first(entries(root, entry.path))
         except OSError as error:
-            unlisted(image_id_of(path), str(error.strerror))
+            unlisted(image_id_of(entry.path), str(error.strerror))
 
 
-def _folder_entries(root: str, folder: str) -> list[str]:
-    """Paths relative to `root`, a folder's with a slash at its end; the last in order first."""
+def _last_first(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: image_id_of(entry.path), reverse=True)
+
+
+def _local_entries(root: str, folder: str) -> list[Entry]:
     with os.scandir(root + folder) as entries:
-        paths = [
-            f"{folder}{entry.name}/" if entry.is_dir(follow_symlinks=False) else folder + entry.name
+        return [
+            Entry(
+                f"{folder}{entry.name}/"
+                if entry.is_dir(follow_symlinks=False)
+                else folder + entry.name
+            )
             for entry in entries
             if not entry.name.startswith(".")
             and not (entry.is_symlink() and _leads_to_folder(entry))
         ]
-    return sorted(paths, key=image_id_of, reverse=True)
+
+
+def _remote_entries(root: str, folder: str) -> list[Entry]:
+    told = (file._replace(url=file.url.removeprefix(root)) for file in list_folder(root + folder))
+    return [
+        Entry(file.url, None if file.url.endswith("/") else file.size, file.mtime_ns)
+        for file in told
+        if not _is_hidden(file.url.removeprefix(folder))
+    ]
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in relative.split("/"))
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -160,22 +228,55 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
         return False
 
 
+def _tar_refs(
+    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unlisted, _columns: Columns
+) -> Iterator[ImageRef]:
+    is_photo = is_wanted or _has_image_extension
+    for item in read_tar(shard, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
+        yield _ref_in(shard, item)
+
+
+def _parquet_refs(
+    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unlisted, columns: Columns
+) -> Iterator[ImageRef]:
+    for item in read_parquet(shard, columns, unlisted):
+        name = _normalised(item.name)
+        if is_wanted is not None and not is_wanted(name):
+            continue
+        if item.data is None:
+            path = _located(posixpath.dirname(shard) or ".", _normalised(item.path))
+            yield ImageRef(image_id_of(name), path)
+        else:
+            yield _ref_in(shard, item._replace(name=name))
+
+
+def _ref_in(shard: str, item: Item) -> ImageRef:
+    path = f"{shard}: {item.name}"
+    return ImageRef(image_id_of(item.name), path, item.size, item.mtime_ns, item.data)
+
+
 def _read_list(
     lines: IO[bytes], source: str, base: str, is_wanted: Callable[[str], bool] | None
 ) -> Iterator[ImageRef]:
-    seen: set[str] = set()
     with lines, saying_which(source):
         for number, line in enumerate(lines):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
-            name = _normalised(text)
-            if not text.strip() or name in seen or not (is_wanted is None or is_wanted(name)):
+            if not text.strip():
                 continue
-            seen.add(name)
-            yield ImageRef(image_id_of(name), posixpath.join(base, name))
+            name = _normalised(text)
+            if is_wanted is None or is_wanted(name):
+                yield ImageRef(image_id_of(name), _located(base, name))
+
+
+def _located(base: str, name: str) -> str:
+    return name if is_url(name) else posixpath.join(base, name)
 
 
 def _normalised(line: str) -> str:
     """Without `./` and doubled slashes. `..` stays: behind a link it is another folder."""
+    line = without_file_scheme(line)
+    if is_url(line):
+        return line
     root = "/" if line.startswith("/") else ""
     return root + "/".join(part for part in line.split("/") if part not in ("", "."))

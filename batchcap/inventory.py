@@ -1,39 +1,58 @@
 """Which photos of an input need a row: the listing against the rows that are there."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
-from batchcap.contracts import InputError
-from batchcap.inputs import ImageRef, list_images, warn_unlisted
+import numpy as np
+import numpy.typing as npt
+
+from batchcap.contracts import FileAtHand, ImageRef, InputError
+from batchcap.id_hashes import IdSet, hashes_of, in_share
+from batchcap.inputs import list_images, warn_unlisted
+from batchcap.records import counted, printable
+from batchcap.remote import describe, is_url
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
+from batchcap.shards import Columns
+
+FIRST_CHUNK = 64
+LARGEST_CHUNK = 1 << 16
+STORE_THREADS = 32  # an answer takes a store tens of milliseconds
+
+log = logging.getLogger(__name__)
 
 
 class Inventory:
     """The photos of an input against the rows that are there, counted while they are listed.
 
     taken: how many need a row, or a new one. complete: all of the input has been seen. unlisted:
-    how many folders could not be.
+    how many folders and shards could not be, or not whole. doubled: how many photos of shards have
+    an id that came before, and are left out.
     """
 
     def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
         self.settings, self.index, self.summary = settings, index, summary
-        self.taken = self.unlisted = 0
+        self.taken = self.unlisted = self.doubled = 0
         self.complete = False
+        self._met = IdSet()
 
     def unfinished(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
         """The photos that need a row, or a new one; asks `goes_on` at each photo of the input."""
-        for ref in list_images(self.settings.source, self.settings.glob, self._note_unlisted):
-            if not goes_on():
-                return
-            if self._is_done(ref):
-                continue
-            self.taken += 1
-            yield ref
-            if self.taken == self.settings.limit:
-                return
-        self.complete = not self.unlisted
+        for chunk in chunks(list_images_of(self.settings, self._note_unlisted), goes_on):
+            for ref, row in self._looked_up(chunk):
+                if not goes_on():
+                    return
+                if self._is_done(ref, row):
+                    continue
+                self.taken += 1
+                yield ref
+                if self.taken == self.settings.limit:
+                    return
+        self.complete = goes_on() and not self.unlisted
 
     @property
     def vanished(self) -> int:
@@ -48,13 +67,41 @@ class Inventory:
                 "--allow-empty takes this for a success"
             )
 
-    def _is_done(self, ref: ImageRef) -> bool:
-        row, summary = self.index.find(ref.image_id), self.summary
-        if row is None:
+    def check_whole(self) -> None:
+        """Raises InputError if some of the input was left out, now that the rest has its rows."""
+        told = []
+        if self.unlisted:
+            left_out = counted(self.unlisted, "folder or shard", "folders or shards")
+            told.append(f"{left_out} of {self.settings.source} could not be read, or not whole")
+        if self.doubled:
+            told.append(
+                f"{counted(self.doubled, 'photo')} of {self.settings.source} had ids that came "
+                "before, and no rows"
+            )
+        if told:
+            raise InputError(
+                f"{self.settings.output} is written, but {' and '.join(told)}: see to that, and "
+                "run again"
+            )
+
+    def _looked_up(self, refs: list[ImageRef]) -> Iterator[tuple[ImageRef, int]]:
+        """The photos of this share that have not been met, with their row numbers or -1."""
+        hashes = hashes_of([ref.image_id for ref in refs])
+        mine = in_share(hashes, *self.settings.share)
+        refs, hashes = _chosen(refs, mine), hashes[mine]
+        is_new = self._met.add(hashes)
+        for ref in _chosen(refs, ~is_new):
+            self._note_doubled(ref)
+        refs, rows = _chosen(refs, is_new), self.index.find_all(hashes[is_new])
+        self.index.mark_seen(rows[rows >= 0])
+        return zip(_described(refs, rows >= 0), rows.tolist(), strict=True)
+
+    def _is_done(self, ref: ImageRef, row: int) -> bool:
+        summary = self.summary
+        if row < 0:
             summary.new += 1
             return False
-        self.index.mark_seen(row)
-        known = self.index.compare(row, *_size_and_time(ref.path))
+        known = self._known(ref, row)
         if known is Known.CHANGED:
             summary.changed += 1
             return False
@@ -65,9 +112,79 @@ class Inventory:
         summary.failed_before += known is Known.FAILED
         return True
 
-    def _note_unlisted(self, folder: str, reason: str) -> None:
+    def _known(self, ref: ImageRef, row: int) -> Known:
+        if isinstance(ref.file, FileAtHand):
+            # Its bytes are here, and its time is often that at which the shard was made.
+            size = UNKNOWN if ref.size is None else ref.size
+            return self.index.compare_bytes(row, size, ref.file.sha256)
+        if ref.size is None:
+            return self.index.compare(row, *_size_and_time(ref.path))
+        return self.index.compare(row, ref.size, UNKNOWN if ref.mtime_ns is None else ref.mtime_ns)
+
+    def _note_unlisted(self, name: str, reason: str) -> None:
         self.unlisted += 1
-        warn_unlisted(folder, reason)
+        warn_unlisted(name, reason)
+
+    def _note_doubled(self, ref: ImageRef) -> None:
+        if ref.data is None:  # a list says it twice
+            return
+        self.doubled += 1
+        if self.doubled == 1:
+            log.warning(
+                "%s has the id of a photo before it; such photos are left out", printable(ref.path)
+            )
+
+
+def list_images_of(
+    settings: RunSettings, unlisted: Callable[[str, str], object]
+) -> Iterator[ImageRef]:
+    """The photos of a run's input."""
+    columns = Columns(settings.image_column, settings.id_column)
+    return list_images(settings.source, settings.glob, unlisted, columns)
+
+
+def chunks(refs: Iterable[ImageRef], goes_on: Callable[[], bool]) -> Iterator[list[ImageRef]]:
+    """Photos to be looked up together: few at first, so that work begins soon, then many.
+
+    One whose bytes are at hand ends its chunk, lest they pile up.
+    """
+    chunk: list[ImageRef] = []
+    size = FIRST_CHUNK
+    for ref in refs:
+        if not goes_on():
+            return
+        chunk.append(ref)
+        if len(chunk) == size or ref.data is not None:
+            yield chunk
+            chunk, size = [], min(2 * size, LARGEST_CHUNK)
+    yield chunk
+
+
+def _chosen(refs: list[ImageRef], which: npt.NDArray[np.bool_]) -> list[ImageRef]:
+    return [*compress(refs, which.tolist())]
+
+
+def _described(refs: list[ImageRef], has_row: npt.NDArray[np.bool_]) -> Iterator[ImageRef]:
+    """The same photos; of those to be compared that lie in a store, with what the store says."""
+    is_asked = [
+        known and ref.size is None and ref.data is None and is_url(ref.path)
+        for ref, known in zip(refs, has_row.tolist(), strict=True)
+    ]
+    pool = ThreadPoolExecutor(STORE_THREADS)
+    try:
+        answers = pool.map(_described_by_store, compress(refs, is_asked))
+        for ref, asked in zip(refs, is_asked, strict=True):
+            yield next(answers) if asked else ref
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _described_by_store(ref: ImageRef) -> ImageRef:
+    try:
+        told = describe(ref.path)
+    except OSError:  # for the reader of the photo to meet
+        return ref._replace(size=UNKNOWN)
+    return ref._replace(size=told.size, mtime_ns=told.mtime_ns)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

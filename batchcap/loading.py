@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -20,11 +20,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import BatchcapError, ErrorType, LoadedImage, Rejection
+from batchcap.contracts import (
+    BatchcapError,
+    ErrorType,
+    FileAtHand,
+    ImageFile,
+    LoadedImage,
+    Rejection,
+)
 from batchcap.memory import keep_freed_memory
 from batchcap.stopping import SIGNALS
 
-Load = Callable[[str], LoadedImage]
+Load = Callable[[Any], LoadedImage]  # of an ImageFile
 
 STARTS = 3
 START_S = 60.0  # for a new process, on a machine that is busy
@@ -55,9 +62,9 @@ class _Reader:
         if not self._ready:
             self._ready = self._receive(START_S)
 
-    def load(self, paths: list[str], timeout_s: float) -> list[LoadedImage]:
+    def load(self, files: Sequence[ImageFile], timeout_s: float) -> list[LoadedImage]:
         with _noticing_death(self._process):
-            self._connection.send(paths)
+            self._connection.send(files)
         return self._receive(timeout_s)
 
     def _receive(self, timeout_s: float) -> Any:
@@ -88,7 +95,7 @@ class Readers:
         for _ in range(count):
             self._idle.put(self._start())
 
-    def __call__(self, paths: list[str]) -> list[LoadedImage]:
+    def __call__(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
         """Load photos, whatever their files do.
 
         Where a process dies of several, each is tried once more alone: so the one that did it, and
@@ -102,17 +109,17 @@ class Readers:
         try:
             reader = self._ready(reader)
             try:
-                return reader.load(paths, self._timeout_s)
+                return reader.load(files, self._timeout_s)
             except _DiedError as death:
-                reader = self._replace(reader, f"{death} on one of {paths!r}")
+                reader = self._replace(reader, f"{death} on one of {[*map(str, files)]!r}")
             images = []
-            for path in paths:
+            for file in files:
                 reader = self._ready(reader)
                 try:
-                    images += reader.load([path], self._timeout_s)
+                    images += reader.load([file], self._timeout_s)
                 except _DiedError as death:
-                    reader = self._replace(reader, f"{death} on {path!r} alone")
-                    images.append(_quarantined(path, death))
+                    reader = self._replace(reader, f"{death} on {str(file)!r} alone")
+                    images.append(_quarantined(file, death))
             return images
         finally:
             self._idle.put(reader)
@@ -182,7 +189,7 @@ def _serve(connection: Connection, load: Load) -> None:
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         connection.send(True)
         while True:
-            connection.send([load(path) for path in connection.recv()])
+            connection.send([load(file) for file in connection.recv()])
 
 
 def _be_first_to_go() -> None:
@@ -222,12 +229,14 @@ def _noticing_death(process: BaseProcess) -> Iterator[None]:
         raise _DiedError(_ending(process.exitcode)) from error
 
 
-def _quarantined(path: str, death: _DiedError) -> LoadedImage:
-    """With size and time, by which later runs know the file and leave it alone."""
+def _quarantined(file: ImageFile, death: _DiedError) -> LoadedImage:
+    """With size, time and sum, by which later runs know the file and leave it alone."""
     message = f"The second process to read this file {death}, too; look at it, or remove it."
     rejection = Rejection(ErrorType.QUARANTINED, message)
+    if isinstance(file, FileAtHand):
+        return LoadedImage(rejection, file.size, file.mtime_ns, file.sha256)
     try:
-        status = Path(path).stat()
+        status = Path(file).stat()
     except (OSError, ValueError):
         return LoadedImage(rejection)
     return LoadedImage(rejection, status.st_size, status.st_mtime_ns)

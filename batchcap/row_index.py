@@ -1,18 +1,19 @@
-"""Which images have rows already, and in which files: 41 bytes an image, whatever its name.
+"""Which images have rows already, and in which files: 46 bytes an image, whatever its name.
 
-Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays. Two ids of one hash would have to
-have one size and one modification time as well to be taken for each other.
+Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays.
 """
 
-import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from batchcap.id_hashes import Hashes, hash_of, hashes_of, positions
 
 UNKNOWN = -1  # a size or a time that could not be read
 
@@ -56,27 +57,33 @@ class RowIndex:
     """What the rows of some files say of their images; each image has one row."""
 
     def __init__(self, files: list[Entries]) -> None:
-        all_rows = Entries(*map(np.concatenate, zip(NO_ENTRIES, *files, strict=True)))
-        file = np.repeat(np.arange(len(files), dtype=np.int32), [len(f.hashes) for f in files])
-        order = np.argsort(all_rows.hashes)
-        self._hashes, self._sizes, self._times = (
-            column[order] for column in (all_rows.hashes, all_rows.sizes, all_rows.times)
-        )
-        self._failed, self._file = all_rows.failed[order].astype(np.bool_), file[order]
+        rows = np.cumsum([0, *(len(entries.hashes) for entries in files)])
+        order = np.argsort(np.concatenate([NO_ENTRIES.hashes, *(f.hashes for f in files)]))
+
+        def column(name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
+            """One at a time, since all of them together are large."""
+            parts = [getattr(entries, name) for entries in (NO_ENTRIES, *files)]
+            return np.concatenate(parts)[order].astype(kind, copy=False)
+
+        self._hashes, self._sizes = column("hashes", np.int64), column("sizes", np.int64)
+        self._times, self._sums = column("times", np.int64), column("sums", np.int64)
+        self._failed, self._groups = column("failed", np.bool_), column("groups", np.int32)
+        self._file = (np.searchsorted(rows, order, "right") - 1).astype(np.int32)
         self._seen = np.zeros(len(order), np.bool_)
-        captioned = np.flatnonzero(all_rows.failed == 0)
-        captioned = captioned[np.argsort(all_rows.sums[captioned])]
-        self._sums = all_rows.sums[captioned]
-        self._places = file[captioned], all_rows.groups[captioned].astype(np.int32)
+        captioned = np.flatnonzero(~self._failed).astype(np.uint32)
+        self._by_sum = captioned[np.argsort(self._sums[captioned])]  # captioned rows
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def find(self, image_id: str) -> int | None:
         """The image's row number in the index."""
-        wanted = _hash(image_id)
-        row = int(np.searchsorted(self._hashes, wanted))
-        return row if row < len(self) and self._hashes[row] == wanted else None
+        (row,) = self.find_all(np.array([hash_of(image_id)]))
+        return int(row) if row >= 0 else None
+
+    def find_all(self, hashes: Hashes) -> Hashes:
+        """`int64[N]`: the row numbers of images, by the hashes of their ids; -1 where none is."""
+        return positions(self._hashes, hashes)
 
     def compare(self, row: int, size: int, mtime_ns: int) -> Known:
         """How a file of this size and modification time stands to its row."""
@@ -84,13 +91,19 @@ class RowIndex:
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 
+    def compare_bytes(self, row: int, size: int, sha256: str | None) -> Known:
+        """How a photo of this size and content stands to its row, whatever its time."""
+        if (self._sizes[row], self._sums[row]) != (size, _sum(sha256)):
+            return Known.CHANGED
+        return Known.FAILED if self._failed[row] else Known.DONE
+
     def file_of(self, row: int) -> int:
         """The number of the file that the row is in."""
         return int(self._file[row])
 
-    def mark_seen(self, row: int) -> None:
-        """Remember that the input still has this image."""
-        self._seen[row] = True
+    def mark_seen(self, rows: int | Hashes) -> None:
+        """Remember that the input still has these images."""
+        self._seen[rows] = True
 
     @property
     def vanished(self) -> int:
@@ -106,27 +119,24 @@ class RowIndex:
 
     def places_of(self, sha256: str) -> list[Place]:
         """Where captioned rows may be of a file of these bytes; their own sums decide."""
-        wanted = _sum(sha256)
-        start, end = (np.searchsorted(self._sums, wanted, side) for side in ("left", "right"))
-        files, groups = (column[start:end].tolist() for column in self._places)
-        return list(map(Place, files, groups))
+        wanted, by_sum = _sum(sha256), self._by_sum
+        start = end = bisect_left(by_sum, wanted, key=self._sums.__getitem__)
+        while end < len(by_sum) and self._sums[by_sum[end]] == wanted:
+            end += 1
+        rows = by_sum[start:end]
+        return list(map(Place, self._file[rows].tolist(), self._groups[rows].tolist()))
 
 
 def _columns(group: int, table: pa.Table) -> Entries:
     count = len(table)
     return Entries(
-        hashes=np.fromiter(map(_hash, table["image_id"].to_pylist()), np.int64, count),
+        hashes=hashes_of(table["image_id"].to_pylist()),
         sizes=table["file_size"].fill_null(UNKNOWN).to_numpy(),
         times=table["mtime_ns"].fill_null(UNKNOWN).to_numpy(),
         failed=pc.not_equal(table["status"], "ok").to_numpy().astype(np.int64),
         sums=np.fromiter(map(_sum, table["sha256"].to_pylist()), np.int64, count),
         groups=np.full(count, group),
     )
-
-
-def _hash(image_id: str) -> int:
-    digest = hashlib.blake2b(image_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
 
 
 def _sum(sha256: str | None) -> int:

@@ -18,13 +18,13 @@ from batchcap.clock import StageClock
 from batchcap.contracts import (
     SCHEMA_VERSION,
     BatchcapError,
-    InputError,
+    ImageRef,
     LockedError,
     OtherOutputError,
     OutputError,
 )
-from batchcap.inputs import ImageRef, list_images
-from batchcap.inventory import Inventory
+from batchcap.inputs import can_be_listed_twice
+from batchcap.inventory import Inventory, list_images_of
 from batchcap.loading import core_count, readers
 from batchcap.logs import log_event
 from batchcap.memory import keep_freed_memory
@@ -245,7 +245,8 @@ class _Captioning:
     def _count(self) -> None:
         """How many photos there are, for the bar; apart, so that nothing waits for it."""
         with suppress(BatchcapError):  # for the reader of the rows to meet
-            self.listed = sum(1 for _ in _listed_again(self.settings))
+            listed = sum(1 for _ in _listed_again(self.settings))
+            self.listed = listed // self.settings.share[1] or None
 
     def _check_room(self, least: int) -> None:
         """See that the disk has room for the rows to come, as far as they can be counted soon.
@@ -254,7 +255,7 @@ class _Captioning:
             OutputError: it has not.
         """
         layout, settings = self.folder.layout, self.settings
-        listed = sum(1 for _ in islice(_listed_again(settings), COUNTED_AHEAD))
+        listed = sum(1 for _ in islice(_listed_again(settings), COUNTED_AHEAD)) // settings.share[1]
         rows = max(least, min(listed - len(self.folder.index), settings.limit or listed))
         needed = rows * BYTES_PER_ROW[settings.attention]
         if layout.is_file:  # the parts, and the file that they are joined to
@@ -291,10 +292,10 @@ class _Captioning:
 
 
 def _listed_again(settings: RunSettings) -> Iterator[ImageRef]:
-    """The input once more, in silence; nothing where it can't be read twice."""
-    if settings.source == "-":
+    """The input once more, in silence; nothing where that can't be done, or takes long."""
+    if not can_be_listed_twice(settings.source):
         return iter(())
-    return list_images(settings.source, settings.glob, lambda *_: None)
+    return list_images_of(settings, lambda *_: None)
 
 
 def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
@@ -307,11 +308,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     folder.finish()
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
         raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")
-    if inventory.unlisted:
-        raise InputError(
-            f"{settings.output} is written, but {inventory.unlisted} folders of "
-            f"{settings.source} could not be listed: give access to them, and run again"
-        )
+    inventory.check_whole()
     summary.finish(settings.max_failures)
 
 

@@ -4,6 +4,7 @@ The fields are the command line's flags, in order: their defaults and help texts
 """
 
 import math
+import re
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
 
+MAX_SHARES = 99_999  # of five digits in names
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 
 
@@ -158,6 +160,13 @@ class RunSettings(ModelOptions):
     glob: str | None = _option(
         None, "Take the files that match, whatever their extension; * crosses folders too."
     )
+    image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
+    id_column: str | None = _option(
+        None, "Column of a Parquet INPUT: ids of the photos [their paths]."
+    )
+    shard: str | None = _option(
+        None, "Caption share I of N only, as I/N with I from 0, into a part of OUTPUT of its own."
+    )
     on_existing: OnExisting = _option(
         OnExisting.RESUME,
         "What to do with an OUTPUT that exists: go on with it, replace it, or refuse.",
@@ -189,6 +198,11 @@ class RunSettings(ModelOptions):
             raise UsageError(
                 f"OUTPUT is a .parquet file or a folder without a suffix, not {self.output.name!r}"
             )
+        index, count = self.share
+        if not 0 <= index < count <= MAX_SHARES:
+            raise UsageError(
+                f"--shard is I/N with I from 0 and below N, up to {MAX_SHARES:,}, not {self.shard}"
+            )
         if self.prune and self.limit is not None:
             raise UsageError("--prune needs to see all of INPUT: leave out --limit")
         if self.metrics_file is not None and self.metrics_file.suffix != ".prom":
@@ -196,6 +210,12 @@ class RunSettings(ModelOptions):
                 f"--metrics-file must end in .prom, which node-exporter reads, not "
                 f"{self.metrics_file.name!r}"
             )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the photos to caption, and of how many; (-1, 0) for what is none."""
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard or "0/1")
+        return (int(match[1]), int(match[2])) if match else (-1, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

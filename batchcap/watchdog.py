@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from batchcap.inputs import ImageRef
+from batchcap.contracts import ImageRef
 from batchcap.records import printable
 
 EXIT_CODE = 1

@@ -10,7 +10,9 @@ import batchcap
 PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
-    {"contracts", "files", "clock", "stopping", "memory", "distribution"},
+    {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
+    {"remote"},
+    {"shards"},
     {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
     {"settings", "locking", "row_files", "loading", "records"},
     {"logs", "row_index"},
@@ -38,6 +40,7 @@ FLOORS = [
 
 HOMES = {
     "click": {"cli"},
+    "fsspec": {"remote"},
     "tqdm": {"progress"},
     "jieba": {"model.text"},
     "jinja2": {"report"},
@@ -49,6 +52,7 @@ HOMES = {
         "output",
         "row_files",
         "row_index",
+        "shards",
         "caption_files",
         "evaluation.per_image",
     },

@@ -31,7 +31,14 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from batchcap.contracts import MAX_PIXELS, ErrorType, LoadedImage, Rejection
+from batchcap.contracts import (
+    MAX_PIXELS,
+    ErrorType,
+    FileAtHand,
+    LoadedImage,
+    Rejection,
+    UsageError,
+)
 from batchcap.model.formats import (
     END_CHECKS,
     HEADER_SIZES,
@@ -45,6 +52,7 @@ from batchcap.model.formats import (
     truncated,
     unpacked_png_bytes,
 )
+from batchcap.remote import describe, is_url, read_file
 
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
 READ_ATTEMPTS = 2
@@ -66,6 +74,8 @@ OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
 }
 
 Resize = Callable[[Image.Image, int], Image.Image]
+# A path, a URL (a str), or a file that was read already.
+Source = str | os.PathLike[str] | FileAtHand
 
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
@@ -86,6 +96,8 @@ TRANSPOSE_BY_ORIENTATION = {
 }
 
 
+MISSING_FILE = "There is no such file; it may have been moved or deleted meanwhile."
+CHANGED_FILE = "The file changed while it was read; caption it when it is complete."
 TRUNCATED_NOTE = Rejection(
     ErrorType.TRUNCATED,
     "The file ends before the photo does; what there is of it was captioned.",
@@ -105,22 +117,22 @@ class LoadSettings:
     accept_truncated: bool = False
 
 
-def load_image(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedImage:
+def load_image(source: Source, settings: LoadSettings) -> LoadedImage:
     """Read one file and squash its photo to `settings.image_size` pixels a side (S).
 
     The pixels are `uint8[S, S, 3]`, RGB, contiguous: upright by EXIF, composited on white,
     resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
     frame. Raises nothing for any file; safe to call from several threads and processes.
     """
-    return _load(path, settings, _squashed)
+    return _load(source, settings, _squashed)
 
 
-def load_thumbnail(path: str | os.PathLike[str], settings: LoadSettings) -> LoadedImage:
+def load_thumbnail(source: Source, settings: LoadSettings) -> LoadedImage:
     """`load_image` with the aspect ratio kept: `settings.image_size` is that of the longer side.
 
     The pixels are `uint8[H, W, 3]`; a photo that is smaller keeps its size.
     """
-    return _load(path, settings, _fitted)
+    return _load(source, settings, _fitted)
 
 
 def encode_webp(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
@@ -130,9 +142,11 @@ def encode_webp(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _load(path: str | os.PathLike[str], settings: LoadSettings, resize: Resize) -> LoadedImage:
+def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage:
+    if isinstance(source, FileAtHand) and isinstance(source.data, Rejection):
+        return LoadedImage(source.data, source.size, source.mtime_ns)
     try:
-        data, mtime_ns = _read_file(Path(path))
+        data, mtime_ns = _read(source)
     except RejectionError as error:
         return LoadedImage(error.rejection, error.file_size, error.mtime_ns)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -141,6 +155,34 @@ def _load(path: str | os.PathLike[str], settings: LoadSettings, resize: Resize) 
     except RejectionError as error:
         return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
     return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height, note)
+
+
+def _read(source: Source) -> tuple[bytes, int | None]:
+    """A photo's bytes, and their time where there is one."""
+    if isinstance(source, FileAtHand):
+        assert isinstance(source.data, bytes)
+        return source.data, source.mtime_ns
+    if isinstance(source, str) and is_url(source):
+        return _read_url(source)
+    return _read_file(Path(source))
+
+
+def _read_url(url: str) -> tuple[bytes, int | None]:
+    try:
+        for _ in range(READ_ATTEMPTS):
+            told = describe(url)
+            _check_file_size(told.size)
+            data = read_file(url)
+            if len(data) == told.size:
+                return data, told.mtime_ns
+    except FileNotFoundError as error:
+        raise RejectionError(ErrorType.MISSING, MISSING_FILE) from error
+    except (OSError, UsageError) as error:
+        reason = one_line(getattr(error, "strerror", None) or str(error))
+        raise RejectionError(
+            ErrorType.UNREADABLE, f"The store does not give the file out ({reason})."
+        ) from error
+    raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
 
 def _read_file(path: Path) -> tuple[bytes, int]:
@@ -170,9 +212,7 @@ def _read_file(path: Path) -> tuple[bytes, int]:
         raise RejectionError(
             ErrorType.TOO_LARGE, "The file does not fit into memory.", status
         ) from error
-    raise RejectionError(
-        ErrorType.CHANGED, "The file changed while it was read; caption it when it is complete."
-    )
+    raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
 
 def _read_unless_it_changes(file: IO[bytes]) -> bytes | None:
@@ -199,10 +239,14 @@ def _check_readable_kind(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode), "special file")
         raise RejectionError(ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.", status)
-    if status.st_size > MAX_FILE_BYTES:
+    _check_file_size(status.st_size, status)
+
+
+def _check_file_size(size: int, status: os.stat_result | None = None) -> None:
+    if size > MAX_FILE_BYTES:
         raise RejectionError(
             ErrorType.TOO_LARGE,
-            f"The file has {status.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
+            f"The file has {size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
             status,
         )
 
@@ -210,7 +254,7 @@ def _check_readable_kind(status: os.stat_result) -> None:
 def _missing_message(path: Path) -> str:
     if path.is_symlink():
         return "This is a link to a file that does not exist."
-    return "There is no such file; it may have been moved or deleted meanwhile."
+    return MISSING_FILE
 
 
 def _decode(

@@ -1,0 +1,65 @@
+"""Ids as 64-bit hashes, the same on every machine: sets of many of them, and shares of them.
+
+Ids of one hash are taken for one id. Among 10^8 that befalls a pair once in 3,700 data sets.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.int64]
+
+
+def hash_of(image_id: str) -> int:
+    """The first 64 bits of an id's BLAKE2b, signed."""
+    digest = hashlib.blake2b(image_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def hashes_of(image_ids: Sequence[str]) -> Hashes:
+    """`int64[N]`: the hashes of ids."""
+    return np.fromiter(map(hash_of, image_ids), np.int64, len(image_ids))
+
+
+def in_share(hashes: Hashes, index: int, count: int) -> npt.NDArray[np.bool_]:
+    """`bool[N]`: which ids are in share `index` of `count`; each is in one."""
+    return hashes % count == index
+
+
+def positions(sorted_hashes: Hashes, wanted: Hashes) -> Hashes:
+    """`int64[N]`: where each wanted hash stands among sorted ones; -1 where it does not."""
+    if not len(sorted_hashes):
+        return np.full(len(wanted), -1)
+    # In order, since neighbours are then looked for in the same part of memory.
+    order = np.argsort(wanted)
+    found = np.empty(len(wanted), np.int64)
+    found[order] = np.searchsorted(sorted_hashes, wanted[order])
+    there = sorted_hashes[np.minimum(found, len(sorted_hashes) - 1)] == wanted
+    return np.where(there, found, -1)
+
+
+class IdSet:
+    """A set of ids that grows: 8 bytes an id, up to 24 for the moment in which it grows."""
+
+    def __init__(self) -> None:
+        self._runs: list[Hashes] = []  # sorted, each at least twice as long as the next
+
+    def add(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Add ids; `bool[N]` says which were not there, of equal ones the first."""
+        distinct, first = np.unique(hashes, return_index=True)
+        strangers = np.ones(len(distinct), np.bool_)
+        for run in self._runs:
+            strangers &= positions(run, distinct) < 0
+        self._append(distinct[strangers])
+        is_new = np.zeros(len(hashes), np.bool_)
+        is_new[first[strangers]] = True
+        return is_new
+
+    def _append(self, run: Hashes) -> None:
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")  # merges what is sorted already
+        if len(run):
+            self._runs.append(run)

@@ -1,0 +1,133 @@
+"""Listings against rows: what is new, done, changed, doubled, and whose share it is."""
+
+import logging
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rows import captioned_row, failed_row, sum_of
+from shard_files import write_parquet, write_tar
+
+from batchcap import inventory as inventories
+from batchcap.contracts import ImageRef, InputError
+from batchcap.inventory import Inventory, chunks
+from batchcap.row_files import Row, table_of
+from batchcap.row_index import RowIndex, entries_of
+from batchcap.run_report import RunSummary
+from batchcap.settings import RunSettings
+
+
+def inventory(source: object, *rows: Row, **asked: Any) -> Inventory:
+    settings = RunSettings(source=str(source), output=Path("out.parquet"), **asked)
+    index = RowIndex([entries_of([table_of([*rows])] if rows else [])])
+    return Inventory(settings, index, RunSummary("", "", ""))
+
+
+def unfinished(*arguments: Any, **asked: Any) -> list[str]:
+    return [ref.image_id for ref in inventory(*arguments, **asked).unfinished()]
+
+
+def row_of(image_id: str, data: bytes, **columns: Any) -> Row:
+    content = data.decode()
+    return captioned_row(image_id, content, file_size=len(data), **columns)
+
+
+def test_files_are_known_by_size_and_time(tmp_path):
+    for name in ("done", "changed", "new"):
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+        os.utime(tmp_path / f"{name}.jpg", ns=(0, 5))
+    done = row_of("done.jpg", b"x", mtime_ns=5)
+    changed = row_of("changed.jpg", b"x", mtime_ns=6)
+    found = inventory(tmp_path, done, changed, row_of("gone.jpg", b"x"))
+    assert [ref.image_id for ref in found.unfinished()] == ["changed.jpg", "new.jpg"]
+    assert (found.summary.new, found.summary.changed, found.summary.already_done) == (1, 1, 1)
+    assert (found.complete, found.vanished) == (True, 1)
+
+
+def test_photos_of_shards_are_known_by_their_bytes_whatever_their_time(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", [("done.jpg", b"x"), ("changed.jpg", b"y")])
+    rows = row_of("done.jpg", b"x", mtime_ns=1), row_of("changed.jpg", b"x", mtime_ns=1)
+    assert unfinished(tar, *rows) == ["changed.jpg"]
+    file = write_parquet(tmp_path / "x.parquet", image=[b"x", b"y"], key=["done.jpg", "new.jpg"])
+    assert unfinished(file, *rows, id_column="key") == ["new.jpg"]
+
+
+def test_photos_of_shards_that_failed_are_known_too(tmp_path):
+    write_parquet(tmp_path / "x.parquet", image=[b"x", None], key=["bad", "none"])
+    bad = failed_row("bad", file_size=1, sha256=sum_of("x"))
+    asked = {"id_column": "key"}
+    assert unfinished(tmp_path / "x.parquet", bad, failed_row("none"), **asked) == []
+    asked |= {"retry_failed": True}
+    assert unfinished(tmp_path / "x.parquet", bad, failed_row("none"), **asked) == ["bad", "none"]
+
+
+def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
+    for shard in range(2):
+        members = [(f"{shard}.jpg", b"x"), ("same.jpg", f"{shard}".encode())]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    found = inventory(f"{tmp_path}/*.tar")
+    with caplog.at_level(logging.WARNING):
+        refs = list(found.unfinished())
+    assert [ref.image_id for ref in refs] == ["0.jpg", "same.jpg", "1.jpg"]
+    assert refs[1].data == b"0"
+    assert "1.tar: same.jpg has the id of a photo before it" in caplog.text
+    with pytest.raises(InputError, match=r"1 photo of .* ids that came before"):
+        found.check_whole()
+
+
+def test_a_line_that_a_list_has_twice_is_one_photo(tmp_path):
+    (tmp_path / "list.txt").write_text("b.jpg\na.jpg\nb.jpg\n./b.jpg\n")
+    found = inventory(tmp_path / "list.txt")
+    assert [ref.image_id for ref in found.unfinished()] == ["b.jpg", "a.jpg"]
+    found.check_whole()
+
+
+def test_a_damaged_shard_is_told_once_the_rest_is_done(tmp_path, caplog):
+    tar = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("1.jpg", b"y")])
+    tar.write_bytes(tar.read_bytes()[:1200])
+    found = inventory(tar)
+    assert [ref.image_id for ref in found.unfinished()] == ["0.jpg"]
+    assert not found.complete
+    assert "0.tar cannot be read, or not all of it" in caplog.text
+    with pytest.raises(InputError, match="1 folder or shard of"):
+        found.check_whole()
+
+
+def test_shares_take_each_photo_once(tmp_path):
+    names = [f"{number}.jpg" for number in range(100)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    shares = [unfinished(tmp_path / "list.txt", shard=f"{index}/3") for index in range(3)]
+    assert sorted(chain(*shares)) == sorted(names)
+    assert all(len(share) > 20 for share in shares)
+
+
+def test_chunks_grow_and_end_with_photos_whose_bytes_are_at_hand():
+    refs = [ImageRef(str(number), "") for number in range(1000)]
+    sizes = [len(chunk) for chunk in chunks(refs, lambda: True)]
+    assert sizes == [64, 128, 256, 512, 40]
+    at_hand = [ref._replace(data=b"") for ref in refs[:3]]
+    assert [len(chunk) for chunk in chunks(at_hand + refs[:2], lambda: True)] == [1, 1, 1, 2]
+
+
+def test_a_run_that_is_stopped_has_not_seen_all(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(map(str, range(100))))
+    found = inventory(tmp_path / "list.txt")
+    asked = iter([True] * 70 + [False] * 1000)
+    assert len(list(found.unfinished(lambda: next(asked)))) == 6  # 64 were listed ahead
+    assert not found.complete
+
+
+def test_stores_are_asked_only_of_photos_that_have_rows(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("s3://b/1.jpg\ns3://b/2.jpg\n3.jpg\n")
+    asked: list[str] = []
+
+    def describe(ref: ImageRef) -> ImageRef:
+        asked.append(ref.path)
+        return ref._replace(size=1, mtime_ns=2**60)
+
+    monkeypatch.setattr(inventories, "_described_by_store", describe)
+    done = row_of("s3://b/2.jpg", b"x")
+    assert unfinished(tmp_path / "list.txt", done) == ["s3://b/1.jpg", "3.jpg"]
+    assert asked == ["s3://b/2.jpg"]

@@ -1,0 +1,121 @@
+"""Runs over tars and Parquet files, whose rows are those of the directory of the same photos."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from crashes import OF_THE_RUN, difference
+from shard_files import MTIME, photos_of, write_parquet, write_tar
+
+from batchcap.contracts import InputError
+from batchcap.run import run_captioning
+from batchcap.run_report import RunSummary
+from batchcap.settings import RunSettings
+
+
+def run(source: object, output: Path, **asked: object) -> RunSummary:
+    settings = {"batch_size": 4, **asked}
+    return run_captioning(RunSettings(source=str(source), output=output, **settings))
+
+
+def rows_of(output: Path) -> pa.Table:
+    return pq.read_table(output).sort_by("image_id")
+
+
+def assert_same(rows: pa.Table, others: pa.Table, *but: str) -> None:
+    dropped = [*OF_THE_RUN, *but]
+    assert difference(rows.drop_columns(dropped), others.drop_columns(dropped)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
+    """The five photos and two files that are none, all of one time."""
+    folder = tmp_path_factory.mktemp("photos") / "photos"
+    shutil.copytree(photos_folder, folder, ignore=shutil.ignore_patterns("*.md"))
+    (folder / "cut.jpg").write_bytes((folder / "coffee.jpg").read_bytes()[:5000])
+    (folder / "empty.jpg").touch()
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, (MTIME, MTIME))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    output = tmp_path_factory.mktemp("output") / "captions.parquet"
+    run(folder, output)
+    return rows_of(output)
+
+
+def in_tars(folder: Path, target: Path) -> str:
+    photos = [*photos_of(folder).items()]
+    for number in range(3):
+        write_tar(target / f"photos-{number:06}.tar", photos[number::3])
+    return f"{target}/photos-{{000000..000002}}.tar"
+
+
+def in_bytes(folder: Path, target: Path) -> str:
+    photos = photos_of(folder)
+    image = [{"bytes": data, "path": name} for name, data in photos.items()]
+    return str(write_parquet(target / "photos.parquet", image=image))
+
+
+def in_paths(folder: Path, target: Path) -> str:
+    paths = {name: str(folder / name) for name in photos_of(folder)}
+    return str(write_parquet(target / "paths.parquet", image=[*paths.values()], id=[*paths]))
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "but"),
+    [(in_tars, {}, []), (in_bytes, {}, ["mtime_ns"]), (in_paths, {"id_column": "id"}, [])],
+)
+def test_rows_are_those_of_the_directory(
+    made: Callable[[Path, Path], str],
+    asked: dict[str, str],
+    but: list[str],
+    folder: Path,
+    of_folder: pa.Table,
+    tmp_path: Path,
+) -> None:
+    source = made(folder, tmp_path)
+    run(source, tmp_path / "out.parquet", **asked)
+    assert_same(rows_of(tmp_path / "out.parquet"), of_folder, *but)
+    again = run(source, tmp_path / "out.parquet", **asked)
+    assert (again.already_done, again.captioned) == (7, 0)
+
+
+def test_a_photo_that_changed_in_its_tar_is_captioned_again(folder: Path, tmp_path: Path) -> None:
+    photos = photos_of(folder)
+    tar = write_tar(tmp_path / "x.tar", photos.items())
+    run(tar, tmp_path / "out")
+    photos["coffee.jpg"] = photos["coffee.jpg"] + b"\0"
+    photos["new.jpg"] = photos["rocket.jpg"]
+    write_tar(tar, photos.items())
+    again = run(tar, tmp_path / "out")
+    assert (again.changed, again.new, again.reused, again.captioned) == (1, 1, 1, 1)
+    rows = {row["image_id"]: row for row in rows_of(tmp_path / "out").to_pylist()}
+    assert rows["coffee.jpg"]["sha256"] == hashlib.sha256(photos["coffee.jpg"]).hexdigest()
+    assert len(rows) == 8
+
+
+def test_a_broken_tar_loses_no_good_result(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = in_tars(folder, tmp_path)
+    broken = tmp_path / "photos-000001.tar"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with caplog.at_level(logging.WARNING), pytest.raises(InputError, match="1 folder or shard of"):
+        run(source, tmp_path / "out.parquet")
+    assert "photos-000001.tar cannot be read, or not all of it" in caplog.text
+    done = rows_of(tmp_path / "out.parquet")["image_id"].to_pylist()
+    assert 5 <= len(done) < 7
+    broken.write_bytes(whole)
+    again = run(source, tmp_path / "out.parquet")
+    assert (again.already_done, again.exit_code) == (len(done), 0)
+    assert len(rows_of(tmp_path / "out.parquet")) == 7
