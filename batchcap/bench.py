@@ -27,6 +27,7 @@ from batchcap.engines import (
     run_locally,
 )
 from batchcap.inputs import list_images
+from batchcap.layout import Layout
 from batchcap.loading import core_count, readers
 from batchcap.memory import keep_freed_memory, peak_memory_bytes
 from batchcap.model.captioner import load_captioner
@@ -34,7 +35,7 @@ from batchcap.model.config import read_config
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
 from batchcap.options import decode_settings_of
-from batchcap.output import IDENTITY, Layout, open_captions
+from batchcap.output import IDENTITY, open_captions
 from batchcap.row_files import Row
 from batchcap.settings import BenchSettings, OnExisting
 

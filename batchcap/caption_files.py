@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from batchcap.annotations import caption_problem, clean
 from batchcap.contracts import InputError, UsageError
-from batchcap.output import Layout
+from batchcap.layout import Layout
 from batchcap.records import (
     Problems,
     entries,

@@ -22,6 +22,7 @@ from batchcap import __version__
 from batchcap.contracts import BatchcapError
 from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
+from batchcap.remote import is_url, without_file_scheme
 from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
@@ -29,13 +30,14 @@ from batchcap.settings import (
     EvaluateSettings,
     ExportSettings,
     LogFormat,
+    MergeSettings,
     ReportSettings,
     RunSettings,
     TrainSettings,
 )
 from batchcap.stopping import Stopped, stop_on_signals
 
-CONFIGURABLE_VERBS = ("run", "train", "evaluate", "export", "report", "caption", "bench")
+CONFIGURABLE_VERBS = ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench")
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +181,16 @@ verbose_option = click.option(
 )
 
 
+def _path_or_url(name: str | Path) -> Path | str:
+    """A URL as a str, anything else as a Path."""
+    plain = without_file_scheme(str(name))
+    return plain if is_url(plain) else Path(plain)
+
+
+_captions_or_url_argument = click.argument("captions", metavar="CAPTIONS", type=_path_or_url)
+_output_argument = click.argument("output", metavar="OUTPUT", type=_path_or_url)
+
+
 @click.group(
     context_settings={"auto_envvar_prefix": "BATCHCAP", "help_option_names": ["-h", "--help"]}
 )
@@ -198,15 +210,18 @@ def batchcap() -> None:
 
 @batchcap.command()
 @click.argument("source", metavar="INPUT")
-@click.argument("output", metavar="OUTPUT", type=click.Path(path_type=Path))
+@_output_argument
 @options_of(RunSettings)
 @config_option
 @verbose_option
 def run(**asked: Any) -> None:
     """Caption every photo under INPUT into OUTPUT, going on from the rows that are there.
 
-    INPUT is a directory, searched with all below it, a .txt file with one path a line, or - for
-    such a list on standard input. OUTPUT is a .parquet file, or a folder for a data set of parts.
+    INPUT is a directory, searched with all below it, a .txt file with one path a line, - for such a
+    list on standard input, or tars or Parquet files of photos: a name, a glob, or
+    'photos-{000..999}.tar'. OUTPUT is a .parquet file, or a folder for a data set of parts. Both
+    may be URLs: s3://..., gs://...
+
     Every photo gets one row; one that can't be read gets the reason. After a crash or a signal the
     same command goes on where it was.
 
@@ -223,6 +238,24 @@ def run(**asked: Any) -> None:
     summary = run_captioning(settings)
     click.echo(json.dumps(summary.as_json()) if writes_json() else str(summary))
     sys.exit(summary.exit_code)
+
+
+@batchcap.command()
+@_captions_or_url_argument
+@_output_argument
+@config_option
+@verbose_option
+def merge(**asked: Any) -> None:
+    """Join the shares of CAPTIONS, which `batchcap run --shard` wrote, to OUTPUT.
+
+    CAPTIONS is the OUTPUT of these runs. One data set of many parts is made one of few, too.
+
+    Example: batchcap merge captions/ captions.parquet
+    """
+    settings = MergeSettings(**asked)
+    from batchcap.merge import merge_captions
+
+    click.echo(merge_captions(settings))
 
 
 @batchcap.command()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from glob import escape
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 
 from batchcap.contracts import OtherOutputError, OutputError
 from batchcap.files import remove_temporaries, replace_text, sync
+from batchcap.layout import MANIFEST, PARTS, Layout
 from batchcap.locking import locked
 from batchcap.row_files import (
     WAYS_OUT,
@@ -56,49 +57,10 @@ CAPTION_COLUMNS = (
     *("attention", "attention_map"),
 )
 FIRST_PART = "part-000000.parquet"  # what the output was before
-PARTS = f"part-{'[0-9]' * 6}.parquet"
-MANIFEST = "_manifest.json"
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where an output and what belongs to it lies."""
-
-    output: Path
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is one Parquet file rather than a folder of parts."""
-        return self.output.suffix == ".parquet"
-
-    @property
-    def parts(self) -> Path:
-        """The folder of parts."""
-        return self.output.with_name(f".{self.output.name}.parts") if self.is_file else self.output
-
-    @property
-    def lock(self) -> Path:
-        """The file that a run locks."""
-        if self.is_file:
-            return self.output.with_name(f".{self.output.name}.lock")
-        return self.output / ".lock"
-
-    @property
-    def summary(self) -> Path:
-        """The account of the last run."""
-        if self.is_file:
-            return self.output.with_suffix(".summary.json")
-        return self.output / "_summary.json"
-
-    def row_files(self) -> list[Path]:
-        """The files that hold the rows so far, oldest first."""
-        if self.parts.is_dir():
-            return sorted(self.parts.glob(PARTS))
-        return [self.output] if self.is_file and self.output.exists() else []
 
 
 @dataclass
@@ -159,6 +121,7 @@ class CaptionFolder:
         part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
         table = pa.concat_tables(self._pending)
         write_rows(part.path, [table], self.metadata)
+        self.layout.publish(part.path)
         self._files.append(part)
         self._pending = []
         self._write_manifest(complete=False)
@@ -193,33 +156,23 @@ class CaptionFolder:
         """
         self.commit()
         layout = self.layout
-        if not self._begun and not self._overwrite and self._is_finished():
+        if not self._begun and not self._overwrite and is_whole(layout, self._files):
             return
         self._begin()
         if not layout.is_file:
             self._write_manifest(complete=True)
         else:
-            tables = (table for file in self._files for table in _verified(file.path))
-            write_rows(layout.output, _regrouped(tables), self.metadata)
+            tables = (table for file in self._files for table in verified(file.path))
+            write_rows(layout.output, regrouped(tables), self.metadata)
+            layout.publish(layout.output)
             with saying_where(layout.parts):
                 _remove_folder(layout.parts)
-
-    def _is_finished(self) -> bool:
-        """Whether a run before has made all rows whole, so that nothing is left to be done."""
-        layout = self.layout
-        if layout.is_file:
-            return layout.output.exists() and not layout.parts.is_dir()
-        try:
-            told = json.loads((layout.parts / MANIFEST).read_text(encoding="utf-8"))
-            return bool(told["complete"]) and told["parts"] == self._parts_told()
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def _begin(self) -> None:
         """Make the folder of parts, at the first change and not before."""
         if self._begun:
             return
-        with saying_where(self.layout.parts):
+        with saying_where(self.layout):
             if (self.layout.parts / MANIFEST).exists():
                 self._write_manifest(complete=False)
             if self._overwrite:
@@ -234,6 +187,7 @@ class CaptionFolder:
         else:
             for path in self.layout.row_files():
                 path.unlink()
+                self.layout.publish(path)
 
     def _make_parts(self) -> None:
         """Whole or not at all: where the folder is, the old rows are in it and nowhere else."""
@@ -262,13 +216,14 @@ class CaptionFolder:
             # Row groups keep their numbers, even empty: the index knows rows by them.
             kept = (
                 table.filter(pc.invert(pc.is_in(table["image_id"], dropped)))
-                for table in _verified(file.path)
+                for table in verified(file.path)
             )
             file.rows = write_rows(file.path, kept, self.metadata)
+            self.layout.publish(file.path)
         self._superseded = {}
 
     def _ids_of(self, file: int) -> Iterator[str]:
-        for table in _verified(self._files[file].path):
+        for table in verified(self._files[file].path):
             yield from table["image_id"].to_pylist()
 
     def _read_captions(self, place: Place) -> tuple[pa.Table, dict[str, int]]:
@@ -282,17 +237,36 @@ class CaptionFolder:
     def _write_manifest(self, complete: bool) -> None:
         if self.layout.is_file:
             return
-        manifest = {
-            "complete": complete,
-            "metadata": self.metadata,
-            "rows": sum(file.rows for file in self._files),
-            "parts": self._parts_told(),
-        }
-        with saying_where(self.layout.parts):
-            replace_text(self.layout.parts / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        manifest = self.layout.parts / MANIFEST
+        with saying_where(self.layout):
+            replace_text(manifest, manifest_text(complete, self.metadata, self._files))
+        self.layout.publish(manifest)
 
-    def _parts_told(self) -> list[dict[str, str | int]]:
-        return [{"name": file.path.name, "rows": file.rows} for file in self._files]
+
+def manifest_text(complete: bool, metadata: Mapping[str, str], files: list[RowFile]) -> str:
+    """What a data set says of its parts."""
+    manifest = {
+        "complete": complete,
+        "metadata": dict(metadata),
+        "rows": sum(file.rows for file in files),
+        "parts": _parts_told(files),
+    }
+    return json.dumps(manifest, indent=1) + "\n"
+
+
+def _parts_told(files: list[RowFile]) -> list[dict[str, str | int]]:
+    return [{"name": file.path.name, "rows": file.rows} for file in files]
+
+
+def is_whole(layout: Layout, files: list[RowFile]) -> bool:
+    """Whether a run has made these rows whole, so that nothing is left to be done."""
+    if layout.is_file:
+        return layout.output.exists() and not layout.parts.is_dir()
+    try:
+        told = json.loads((layout.parts / MANIFEST).read_text(encoding="utf-8"))
+        return bool(told["complete"]) and told["parts"] == _parts_told(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager
@@ -313,16 +287,17 @@ def open_captions(
         OtherOutputError: its rows were made by another model or with other settings.
         OutputError: it can't be written, is not of batchcap, or exists where it must not.
     """
-    with saying_where(layout.output):
+    with saying_where(layout):
         if not layout.is_file:
             layout.output.mkdir(exist_ok=True)
         _check_writable(layout.lock.parent)
     with locked(layout.lock):
-        with saying_where(layout.output):
+        with saying_where(layout):
             _remove_leftovers(layout)
+        layout.refresh()
         paths = existing_rows(layout, on_existing)
-        metadata = check_identity(layout.output, paths, identity)
-        files, index = index_of(paths, _set_aside)
+        metadata = check_identity(layout, paths, identity)
+        files, index = index_of(paths, partial(_set_aside, layout))
         yield CaptionFolder(layout, metadata, files, index, on_existing is OnExisting.OVERWRITE)
 
 
@@ -343,20 +318,20 @@ def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
     """
     files = layout.row_files()
     if layout.is_file and layout.output.is_dir():
-        raise OutputError(f"{layout.output} is a directory: name a .parquet file")
+        raise OutputError(f"{layout} is a directory: name a .parquet file")
     if not layout.is_file and not files and layout.output.is_dir():
         others = [path.name for path in layout.output.iterdir() if path.name[0] not in "._"]
         if others:
             raise OutputError(
-                f"{layout.output} has other files ({others[0]}, for one): choose a new folder"
+                f"{layout} has other files ({others[0]}, for one): choose a new folder"
             )
     if on_existing is OnExisting.ERROR and files:
-        raise OutputError(f"{layout.output} exists: choose another OUTPUT, or --on-existing resume")
+        raise OutputError(f"{layout} exists: choose another OUTPUT, or --on-existing resume")
     return [] if on_existing is OnExisting.OVERWRITE else files
 
 
 def check_identity(
-    output: Path, files: Iterable[Path], identity: Mapping[str, str]
+    output: object, files: Iterable[Path], identity: Mapping[str, str]
 ) -> dict[str, str]:
     """See that rows are of the same model and settings as those to come.
 
@@ -407,14 +382,19 @@ def index_of(
     return files, RowIndex(entries)
 
 
-def _verified(path: Path) -> Iterator[pa.Table]:
+def verified(path: Path) -> Iterator[pa.Table]:
+    """The row groups of a file.
+
+    Raises:
+        OutputError: it is damaged, or can't be opened.
+    """
     try:
         yield from read_groups(path)
     except DamagedError as error:
         raise OutputError(f"{error}; run again, which redoes the rows of damaged files") from error
 
 
-def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in row groups of a good size."""
     gathered: list[pa.Table] = []
     for table in tables:
@@ -426,10 +406,11 @@ def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(gathered)
 
 
-def _set_aside(path: Path, error: DamagedError) -> None:
+def _set_aside(layout: Layout, path: Path, error: DamagedError) -> None:
     aside = path.with_name(f".{path.name}.{time.time_ns()}.damaged")
     with saying_where(path):
         path.rename(aside)
+    layout.publish(path)
     log.warning("%s: kept as %s; its photos are captioned again", error, aside.name)
 
 

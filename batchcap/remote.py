@@ -152,17 +152,19 @@ def remove(url: str) -> None:
 def _told(url: str, info: dict[str, Any]) -> RemoteFile:
     if info["type"] == "directory":
         return RemoteFile(f"{url.rstrip('/')}/", 0, None, "")
-    mtime_ns = _mtime_ns(info)
-    mark = info.get("ETag") or info.get("etag") or info.get("generation") or mtime_ns
+    moment = _moment(info)
+    mark = info.get("ETag") or info.get("etag") or info.get("generation") or moment
+    # In whole seconds: a listing may tell more, but no other answer does.
+    mtime_ns = None if moment is None else int(moment) * 10**9
     return RemoteFile(url, int(info["size"] or 0), mtime_ns, f"{info['size']} {mark}")
 
 
-def _mtime_ns(info: dict[str, Any]) -> int | None:
-    """By the names that stores give it: S3's, Google's and files', memory's."""
+def _moment(info: dict[str, Any]) -> float | None:
+    """When the file was written, in Unix time, by the names that S3, Google and others give it."""
     told = info.get("LastModified") or info.get("mtime") or info.get("created")
     if isinstance(told, datetime):
-        return int(told.timestamp()) * 10**9  # more a listing may tell, but no other answer does
-    return round(told * 1e9) if isinstance(told, int | float) else None
+        return told.timestamp()
+    return told if isinstance(told, int | float) else None
 
 
 @contextmanager

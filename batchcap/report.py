@@ -23,8 +23,8 @@ from batchcap.contracts import InputError
 from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import replace_text
+from batchcap.layout import Layout
 from batchcap.model.config import DecodeSettings
-from batchcap.output import Layout
 from batchcap.page.cards import Digest, digest_rows, grid_of
 from batchcap.page.thumbnails import (
     CHANGED,

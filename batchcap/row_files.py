@@ -85,6 +85,17 @@ def read_group(path: Path, group: int) -> pa.Table:
         return file.read_row_group(group)
 
 
+def count_rows(path: Path) -> int:
+    """How many rows a file has.
+
+    Raises:
+        DamagedError: it is not as it was written.
+        OutputError: it can't be opened.
+    """
+    with _noticing_damage(path):
+        return int(pq.read_metadata(path).num_rows)
+
+
 def read_file_metadata(path: Path) -> dict[str, str]:
     """What the file says of itself.
 
@@ -125,7 +136,7 @@ WAYS_OUT = "choose another OUTPUT, or give --on-existing overwrite to replace it
 
 
 @contextmanager
-def saying_where(path: Path) -> Iterator[None]:
+def saying_where(place: object) -> Iterator[None]:
     """Turn what the file system says into what a user can do.
 
     Raises:
@@ -136,5 +147,5 @@ def saying_where(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"cannot write {path}: {reason}; free the disk or choose another OUTPUT, and run again"
+            f"cannot write {place}: {reason}; free the disk or choose another OUTPUT, and run again"
         ) from error

@@ -25,7 +25,9 @@ from batchcap.contracts import (
 )
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, list_images_of
+from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count, readers
+from batchcap.locking import locked
 from batchcap.logs import log_event
 from batchcap.memory import keep_freed_memory
 from batchcap.model.config import DecodeSettings, fingerprint, read_config
@@ -34,7 +36,6 @@ from batchcap.model.runtime import Execution, choose_execution, precision_of
 from batchcap.options import decode_settings_of
 from batchcap.output import (
     CaptionFolder,
-    Layout,
     check_identity,
     existing_rows,
     index_of,
@@ -42,7 +43,7 @@ from batchcap.output import (
 )
 from batchcap.progress import progress
 from batchcap.records import printable
-from batchcap.row_files import Row
+from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.settings import AttentionDetail, RunSettings, Truncated
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
@@ -70,15 +71,16 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         OutputError: the output can't be written, is locked, or is of other settings.
         Stopped: a signal has come; what was finished is committed.
     """
-    layout = Layout(settings.output)
+    layout = _layout(settings)
     summary = RunSummary(
-        *(str(settings.output), uuid.uuid4().hex, _now()),
+        *(str(layout), uuid.uuid4().hex, _now()),
         last_rate=read_rate(layout.summary),
         versions={name: version(name) for name in VERSIONS},
     )
     with _accounting(settings, layout, summary):
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
+        _make_room_for_share(settings, layout)
         with open_captions(layout, summary.metadata, settings.on_existing) as folder:
             summary.metadata = folder.metadata
             inventory = Inventory(settings, folder.index, summary)
@@ -96,11 +98,14 @@ def plan_run(settings: RunSettings) -> str:
     Raises:
         BatchcapError: as `run_captioning` does, but for what only writing can tell.
     """
-    layout = Layout(settings.output)
+    layout = _layout(settings)
+    if layout.mirror is not None:
+        with locked(layout.lock):
+            layout.refresh()
     identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
     files = existing_rows(layout, settings.on_existing)
-    check_identity(layout.output, files, identity)
-    summary = RunSummary(str(settings.output), "", "")
+    check_identity(layout, files, identity)
+    summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index, summary)
     for _ in inventory.unfinished():
@@ -113,6 +118,20 @@ def plan_run(settings: RunSettings) -> str:
         f"{summary.retried} failed before and to be tried again; {summary.already_done} done, "
         f"{summary.failed_before} of them failed; {inventory.vanished} vanished; time: {needed}"
     )
+
+
+def _layout(settings: RunSettings) -> Layout:
+    _, count = settings.share
+    if count > 1:
+        check_shares(settings.output, count)
+    return layout_of(settings.output, settings.share)
+
+
+def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
+    """Make the data set's folder, which its shares lie in; its own folder must exist."""
+    if layout.output.parent == settings.output:
+        with saying_where(settings.output):
+            layout.output.parent.mkdir(exist_ok=True)
 
 
 class _Captioning:
@@ -263,14 +282,14 @@ class _Captioning:
         free = shutil.disk_usage(layout.lock.parent).free
         if free < needed:
             raise OutputError(
-                f"{layout.output} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
+                f"{layout} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
                 f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
             )
 
     def _log_start(self, first: ImageRef, execution: Execution) -> None:
         settings, model = self.settings, self.summary.metadata["batchcap.model"]
         source, output, name = map(
-            printable, (settings.source, str(settings.output), first.image_id)
+            printable, (settings.source, str(self.folder.layout), first.image_id)
         )
         done = self.summary.already_done
         log_event(
@@ -338,6 +357,7 @@ def _account(settings: RunSettings, layout: Layout | None, summary: RunSummary) 
         write_metrics(settings.metrics_file, summary)
     if layout is not None and layout.summary.parent.is_dir():
         write_summary(layout.summary, summary)
+        layout.publish(layout.summary)
 
 
 def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[str, str]:

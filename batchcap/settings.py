@@ -103,6 +103,16 @@ def _check_limits(settings: Any) -> None:
             raise UsageError(f"{flag} must be at most {most}, not {value}")
 
 
+def _check_output(output: Path | str) -> None:
+    path = Path(output)
+    is_there = isinstance(output, Path) and path.exists()
+    is_known = path.suffix == ".parquet" or (is_there and path.is_dir())
+    if not is_known and (path.suffix or is_there):
+        raise UsageError(
+            f"OUTPUT is a .parquet file or a folder without a suffix, not {path.name!r}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, what it runs on, and how its words are chosen."""
@@ -151,7 +161,7 @@ class RunSettings(ModelOptions):
     """What `batchcap run` is asked."""
 
     source: str
-    output: Path
+    output: Path | str  # a str is a URL
     batch_size: int = _option(64, "Photos captioned at a time.", least=1)
     attention: AttentionDetail = _option(
         AttentionDetail.SUMMARY, "What to keep of the attention of each word."
@@ -193,11 +203,7 @@ class RunSettings(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_known = self.output.suffix == ".parquet" or self.output.is_dir()
-        if not is_known and (self.output.suffix or self.output.exists()):
-            raise UsageError(
-                f"OUTPUT is a .parquet file or a folder without a suffix, not {self.output.name!r}"
-            )
+        _check_output(self.output)
         index, count = self.share
         if not 0 <= index < count <= MAX_SHARES:
             raise UsageError(
@@ -216,6 +222,17 @@ class RunSettings(ModelOptions):
         """Which share of the photos to caption, and of how many; (-1, 0) for what is none."""
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard or "0/1")
         return (int(match[1]), int(match[2])) if match else (-1, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """What `batchcap merge` is asked; a str is a URL."""
+
+    captions: Path | str
+    output: Path | str
+
+    def __post_init__(self) -> None:
+        _check_output(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)

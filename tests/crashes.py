@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcap.output import Layout
+from batchcap.layout import Layout
 
 BATCHCAP = [sys.executable, "-c", "from batchcap.cli import main; main()"]
 OF_THE_RUN = ("run_id", "created_at")  # the columns in which two runs differ

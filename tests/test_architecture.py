@@ -15,6 +15,8 @@ FLOORS = [
     {"shards"},
     {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
     {"settings", "locking", "row_files", "loading", "records"},
+    {"mirror"},
+    {"layout"},
     {"logs", "row_index"},
     {"progress", "output"},
     {"model.config", "model.text", "model.formats", "model.attention", "model.runtime"},
@@ -34,7 +36,7 @@ FLOORS = [
     {"validation", "self_critical"},
     {"objectives"},
     {"trainer"},
-    {"run", "train", "evaluate", "export", "report", "caption", "bench"},
+    {"run", "merge", "train", "evaluate", "export", "report", "caption", "bench"},
     {"cli"},
 ]
 
@@ -53,6 +55,7 @@ HOMES = {
         "row_files",
         "row_index",
         "shards",
+        "merge",
         "caption_files",
         "evaluation.per_image",
     },

@@ -32,7 +32,7 @@ from crashes import (
 )
 from PIL import Image
 
-from batchcap.output import Layout
+from batchcap.layout import Layout
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc"

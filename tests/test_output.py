@@ -21,7 +21,8 @@ from rows import METADATA, captioned_row, failed_row, sum_of
 
 from batchcap.contracts import LockedError, OtherOutputError, OutputError
 from batchcap.files import replacing
-from batchcap.output import MANIFEST, ROWS_PER_GROUP, CaptionFolder, Layout, open_captions
+from batchcap.layout import MANIFEST, Layout
+from batchcap.output import ROWS_PER_GROUP, CaptionFolder, open_captions
 from batchcap.row_files import Row, table_of, write_rows
 from batchcap.settings import OnExisting
 

@@ -1,0 +1,140 @@
+"""A folder of a store and its working copy here: pulled at first, pushed file by file.
+
+A file appears in the store whole, under its final name, or not at all. There is no lock that a
+store would free when a run dies. Instead each file that is pushed must be, in the store, what this
+run left or found there: of two runs that write at once, the one that comes second is refused.
+Knows nothing of what the files hold.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from batchcap.contracts import LockedError
+from batchcap.files import replace_text, replacing
+from batchcap.remote import RemoteFile, describe, download, remove, upload
+from batchcap.row_files import saying_where
+
+RECORD = ".remote.json"
+
+
+class Copy(NamedTuple):
+    """Of which version in the store a file here is the copy, and what it was when it became so."""
+
+    version: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class Mirror:
+    """The files right in `url`, which ends in a slash, and those right in `folder`.
+
+    `home` is where the record of what was copied lies. One process at a time may use it.
+    """
+
+    url: str
+    folder: Path
+    home: Path
+    _copies: dict[str, Copy] = field(default_factory=dict)
+
+    def pull(self, there: Iterable[RemoteFile]) -> set[str]:
+        """Make the files here those that are there, and forget all others that were.
+
+        Returns the names of those that somebody else has changed since the last run here.
+
+        Raises:
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        stored = {file.url.removeprefix(self.url): file for file in there}
+        with saying_where(self.url):
+            self._copies = self._read_record()
+            names = stored.keys() | self._copies.keys() | self._names_here()
+            changed = {name for name in names if self._version(name) != _version(stored.get(name))}
+            for name in names:
+                if name in changed or self._copies.get(name) != self._copy_of(name):
+                    self._copies.pop(name, None)
+                    (self.folder / name).unlink(missing_ok=True)
+            for name in stored.keys() - self._copies.keys():
+                self._fetch(stored[name])
+            self._write_record()
+        return changed
+
+    def push(self, path: Path) -> None:
+        """Make the file there what it is here, or remove it if it is gone; hidden ones stay here.
+
+        Raises:
+            LockedError: somebody else has written it meanwhile.
+            OutputError: the store can't be reached, or doesn't allow it.
+        """
+        if path.parent != self.folder or path.name.startswith("."):
+            return
+        url, before = self.url + path.name, self._version(path.name)
+        with saying_where(url):
+            if before and _version(_described(url)) != before:
+                raise _overtaken(url)
+            if not path.exists():
+                remove(url)
+                self._copies.pop(path.name, None)
+            else:
+                try:
+                    upload(path, url, must_be_new=not before)
+                except FileExistsError as error:
+                    raise _overtaken(url) from error
+                self._note(path.name, describe(url))
+            self._write_record()
+
+    def _names_here(self) -> set[str]:
+        paths = self.folder.iterdir()
+        return {path.name for path in paths if path.is_file() and not path.name.startswith(".")}
+
+    def _fetch(self, file: RemoteFile) -> None:
+        name = file.url.removeprefix(self.url)
+        with replacing(self.folder / name) as temporary:
+            download(file.url, temporary)
+        self._note(name, file)
+
+    def _note(self, name: str, file: RemoteFile) -> None:
+        status = (self.folder / name).stat()
+        self._copies[name] = Copy(file.version, status.st_size, status.st_mtime_ns)
+
+    def _version(self, name: str) -> str:
+        return self._copies[name].version if name in self._copies else ""
+
+    def _copy_of(self, name: str) -> Copy | None:
+        """What the record says of a file here if it is untouched."""
+        try:
+            status = (self.folder / name).stat()
+        except FileNotFoundError:
+            return None
+        return Copy(self._version(name), status.st_size, status.st_mtime_ns)
+
+    def _read_record(self) -> dict[str, Copy]:
+        try:
+            told = json.loads((self.home / RECORD).read_text(encoding="utf-8"))
+            return {name: Copy(*copy) for name, copy in told.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _write_record(self) -> None:
+        replace_text(self.home / RECORD, json.dumps(self._copies))
+
+
+def _version(file: RemoteFile | None) -> str:
+    return file.version if file is not None else ""
+
+
+def _described(url: str) -> RemoteFile | None:
+    try:
+        return describe(url)
+    except FileNotFoundError:
+        return None
+
+
+def _overtaken(url: str) -> LockedError:
+    return LockedError(
+        f"another run is writing this output: {url} is not as this run left it; let one run end, "
+        "and run again"
+    )

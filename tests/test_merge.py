@@ -1,0 +1,156 @@
+"""Shares of an output to one: which there are, what is refused, what stands under the name."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rows import METADATA, captioned_row
+
+from batchcap import merge
+from batchcap.contracts import InputError, LockedError, OtherOutputError, OutputError, UsageError
+from batchcap.layout import MANIFEST, check_shares, layout_of, shares_there
+from batchcap.locking import locked
+from batchcap.merge import merge_captions
+from batchcap.output import open_captions
+from batchcap.settings import MergeSettings, OnExisting
+
+OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
+
+
+def write(output: Path, *image_ids: object, share: tuple[int, int] = (0, 1), **metadata: str):
+    """What a run leaves that has made a part of each photo."""
+    layout = layout_of(output, share)
+    layout.output.parent.mkdir(exist_ok=True)
+    with open_captions(layout, METADATA | metadata, OnExisting.RESUME) as folder:
+        for image_id in image_ids:
+            folder.append([captioned_row(image_id)])
+            folder.commit()
+        folder.finish()
+
+
+def merged(captions: Path, output: Path) -> str:
+    return merge_captions(MergeSettings(captions=captions, output=output))
+
+
+def ids_in(output: Path) -> list[str]:
+    return pq.read_table(output)["image_id"].to_pylist()
+
+
+@OUTPUTS
+@pytest.mark.parametrize("target", ["merged", "merged.parquet"])
+def test_rows_of_all_shares_stand_in_one_output(tmp_path, name, target):
+    for index in range(3):
+        write(tmp_path / name, f"{index}a", f"{index}b", share=(index, 3))
+    said = merged(tmp_path / name, tmp_path / target)
+    assert said == f"{tmp_path / target}: 6 rows of 3 outputs"
+    assert ids_in(tmp_path / target) == ["0a", "0b", "1a", "1b", "2a", "2b"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == []
+
+
+def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_path, monkeypatch):
+    write(tmp_path / "many", *range(7))
+    monkeypatch.setattr(merge, "ROWS_PER_PART", 4)
+    monkeypatch.setattr("batchcap.output.ROWS_PER_GROUP", 2)
+    merged(tmp_path / "many", tmp_path / "few")
+    parts = sorted((tmp_path / "few").glob("part-*"))
+    assert [ids_in(part) for part in parts] == [["0", "1", "2", "3"], ["4", "5", "6"]]
+    told = json.loads((tmp_path / "few" / MANIFEST).read_text())
+    assert (told["complete"], told["rows"], told["metadata"]) == (True, 7, METADATA)
+    write(tmp_path / "few", 7)
+    assert len(ids_in(tmp_path / "few")) == 8
+
+
+@OUTPUTS
+def test_shares_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
+    for index in range(2):
+        write(tmp_path / name, index, share=(index, 2))
+    assert shares_there(tmp_path / name) == {(0, 2), (1, 2)}
+    names = {path.name for path in (tmp_path / name).parent.iterdir()}
+    if name == "captions":
+        assert sorted(ids_in(tmp_path / name)) == ["0", "1"]
+    else:
+        assert {"captions-00000-of-00002.parquet", "captions-00001-of-00002.parquet"} <= names
+
+
+@OUTPUTS
+def test_another_number_of_shares_is_refused(tmp_path, name):
+    write(tmp_path / name, 1, share=(0, 2))
+    check_shares(tmp_path / name, 2)
+    with pytest.raises(OtherOutputError, match="is in 2 shares: give --shard I/2"):
+        check_shares(tmp_path / name, 4)
+    write(tmp_path / name, 1, share=(0, 1_000))
+    with pytest.raises(InputError, match="different numbers of shares"):
+        merged(tmp_path / name, tmp_path / "merged")
+
+
+@OUTPUTS
+def test_a_share_that_is_missing_is_named(tmp_path, name):
+    write(tmp_path / name, 1, share=(0, 3))
+    with pytest.raises(InputError, match="lacks 2 shares of 3: run --shard 1/3 first"):
+        merged(tmp_path / name, tmp_path / "merged")
+
+
+@OUTPUTS
+def test_a_share_that_is_not_finished_is_named(tmp_path, name):
+    write(tmp_path / name, 1, share=(0, 2))
+    share = layout_of(tmp_path / name, (1, 2))
+    with open_captions(share, METADATA, OnExisting.RESUME) as folder:
+        folder.append([captioned_row(2)])
+        folder.commit()
+    assert shares_there(tmp_path / name) == {(0, 2), (1, 2)}
+    with pytest.raises(InputError, match=r"00001-of-00002.* is not finished"):
+        merged(tmp_path / name, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("target", ["merged", "merged.parquet"])
+def test_two_rows_of_an_id_are_refused_and_nothing_is_left(tmp_path, target):
+    write(tmp_path / "captions", "a", "b", share=(0, 2))
+    write(tmp_path / "captions", "c", "b", share=(1, 2))
+    with pytest.raises(InputError, match="00001-of-00002 has a second row of b"):
+        merged(tmp_path / "captions", tmp_path / target)
+    assert [path.name for path in tmp_path.iterdir()] == ["captions"]
+
+
+def test_shares_of_different_models_are_refused(tmp_path):
+    write(tmp_path / "captions", "a", share=(0, 2))
+    write(tmp_path / "captions", "b", share=(1, 2), **{"batchcap.model": "other"})
+    with pytest.raises(OtherOutputError, match="00001-of-00002 has rows of another model than"):
+        merged(tmp_path / "captions", tmp_path / "merged")
+
+
+def test_a_share_that_a_run_holds_is_waited_for(tmp_path):
+    write(tmp_path / "captions", "a")
+    with locked(layout_of(tmp_path / "captions").lock), pytest.raises(LockedError):
+        merged(tmp_path / "captions", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("target", ["merged", "merged.parquet"])
+def test_an_output_that_exists_is_left_as_it_is(tmp_path, target):
+    write(tmp_path / "captions", "a")
+    write(tmp_path / target, "b")
+    with pytest.raises(OutputError, match="exists: choose another"):
+        merged(tmp_path / "captions", tmp_path / target)
+    assert ids_in(tmp_path / target) == ["b"]
+
+
+def test_captions_that_are_not_there_are_wrong_usage(tmp_path):
+    with pytest.raises(UsageError, match="check the path"):
+        merged(tmp_path / "none", tmp_path / "merged")
+    with pytest.raises(UsageError, match="check the path"):
+        merged(tmp_path / "none.parquet", tmp_path / "merged")
+
+
+def test_an_output_without_rows_has_nothing_to_merge(tmp_path):
+    write(tmp_path / "captions")
+    with pytest.raises(InputError, match="has no rows"):
+        merged(tmp_path / "captions", tmp_path / "merged")
+
+
+def test_a_damaged_share_is_named_and_nothing_is_left(tmp_path):
+    write(tmp_path / "captions", "a")
+    part = tmp_path / "captions" / "part-000001.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(InputError, match="run again what wrote it"):
+        merged(tmp_path / "captions", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
