@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 class Inventory:
     """The photos of an input against the rows that are there, counted while they are listed.
 
-    taken: how many need a row, or a new one. complete: all of the input has been seen. unlisted:
-    how many folders and shards could not be, or not whole. doubled: how many photos of shards have
-    an id that came before, and are left out.
+    taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
+    input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
+    how many photos of shards have an id that came before, and are left out.
     """
 
     def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
-        self.complete = False
+        self.is_empty, self.complete = True, False
         self._met = IdSet()
 
     def unfinished(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
@@ -61,7 +61,7 @@ class Inventory:
 
     def check_any(self) -> None:
         """Raises InputError if the input has no photo, unless that is allowed."""
-        if not (self.taken or self.summary.already_done or self.settings.allow_empty):
+        if self.is_empty and not self.settings.allow_empty:
             raise InputError(
                 f"no photo in {self.settings.source}: check the path, or --glob; "
                 "--allow-empty takes this for a success"
@@ -86,6 +86,7 @@ class Inventory:
 
     def _looked_up(self, refs: list[ImageRef]) -> Iterator[tuple[ImageRef, int]]:
         """The photos of this share that have not been met, with their row numbers or -1."""
+        self.is_empty = self.is_empty and not refs
         hashes = hashes_of([ref.image_id for ref in refs])
         mine = in_share(hashes, *self.settings.share)
         refs, hashes = _chosen(refs, mine), hashes[mine]

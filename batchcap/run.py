@@ -322,7 +322,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     settings, summary = inventory.settings, inventory.summary
     summary.vanished = inventory.vanished
     # An input with nothing in it is rather a disk that is not mounted.
-    if settings.prune and inventory.complete and (inventory.taken or summary.already_done):
+    if settings.prune and inventory.complete and not inventory.is_empty:
         summary.pruned = folder.prune()
     folder.finish()
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():

@@ -25,7 +25,7 @@ from batchcap.settings import (
     TrainSettings,
 )
 
-VERBS = ("run", "train", "evaluate", "export", "report", "caption", "bench", "model")
+VERBS = ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench", "model")
 
 
 def invoke(*arguments: object, **environment: str) -> Any:

@@ -57,7 +57,7 @@ def test_the_readme_names_every_reason() -> None:
 def test_every_flag_in_the_readme_exists() -> None:
     shown = "".join(
         CliRunner().invoke(batchcap, [verb, "--help"]).output
-        for verb in ("run", "train", "evaluate", "export", "report", "caption")
+        for verb in ("run", "merge", "train", "evaluate", "export", "report", "caption")
     )
     commands = [line for line in README.splitlines() if "batchcap " in line]
     flags: set[Any] = set(re.findall(r"(?<=\s)--[a-z-]+", " ".join(commands)))

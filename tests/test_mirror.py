@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
-import platformdirs
 import pytest
 from rows import METADATA, captioned_row
 
@@ -30,8 +30,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Ab
 
 
 def on_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda _: cache)
-    assert layouts.platformdirs is platformdirs
+    dirs = SimpleNamespace(user_cache_path=lambda _: cache)
+    monkeypatch.setattr(layouts, "platformdirs", dirs)
 
 
 def opened(layout: Layout) -> Iterator[CaptionFolder]:

@@ -13,10 +13,11 @@ import pytest
 from crashes import OF_THE_RUN, difference
 from shard_files import MTIME, photos_of, write_parquet, write_tar
 
-from batchcap.contracts import InputError
+from batchcap.contracts import InputError, OtherOutputError, UsageError
+from batchcap.merge import merge_captions
 from batchcap.run import run_captioning
 from batchcap.run_report import RunSummary
-from batchcap.settings import RunSettings
+from batchcap.settings import MergeSettings, RunSettings
 
 
 def run(source: object, output: Path, **asked: object) -> RunSummary:
@@ -119,3 +120,36 @@ def test_a_broken_tar_loses_no_good_result(
     again = run(source, tmp_path / "out.parquet")
     assert (again.already_done, again.exit_code) == (len(done), 0)
     assert len(rows_of(tmp_path / "out.parquet")) == 7
+
+
+@pytest.mark.parametrize("name", ["captions", "captions.parquet"])
+def test_shares_merged_are_one_run(
+    name: str, folder: Path, of_folder: pa.Table, tmp_path: Path
+) -> None:
+    found = [run(folder, tmp_path / name, shard=f"{index}/4").found for index in range(4)]
+    assert sum(found) == 7
+    merge_captions(MergeSettings(captions=tmp_path / name, output=tmp_path / "merged.parquet"))
+    assert_same(rows_of(tmp_path / "merged.parquet"), of_folder)
+    again = run(folder, tmp_path / "merged.parquet")
+    assert (again.already_done, again.captioned) == (7, 0)
+
+
+def test_a_share_without_photos_is_done_at_once(tmp_path: Path, photos_folder: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{photos_folder}/coffee.jpg\n")
+    shares = {
+        run(tmp_path / "list.txt", tmp_path / "out", shard=f"{index}/3").found for index in range(3)
+    }
+    assert shares == {0, 1}
+    assert len(pq.read_table(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("shard", ["4/4", "-1/4", "1", "1/0", "a/b", "0/100000"])
+def test_a_share_that_is_none_is_wrong_usage(shard: str) -> None:
+    with pytest.raises(UsageError, match="--shard is I/N"):
+        RunSettings(source="images", output=Path("out"), shard=shard)
+
+
+def test_another_number_of_shares_is_another_output(tmp_path: Path, photos_folder: Path) -> None:
+    (tmp_path / "out" / "shard-00000-of-00002").mkdir(parents=True)
+    with pytest.raises(OtherOutputError, match="--shard I/2"):
+        run(photos_folder, tmp_path / "out", shard="0/4")
