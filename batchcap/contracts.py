@@ -92,6 +92,11 @@ class Rejection:
     message: str
 
 
+def sha256_of(data: bytes) -> str:
+    """As the column `sha256` has it."""
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass(frozen=True)
 class FileAtHand:
     """A file out of a shard: its bytes, or why there are none, and what the shard says of it.
@@ -110,7 +115,7 @@ class FileAtHand:
     @property
     def sha256(self) -> str | None:
         """Of the bytes; None where there are none."""
-        return None if isinstance(self.data, Rejection) else hashlib.sha256(self.data).hexdigest()
+        return None if isinstance(self.data, Rejection) else sha256_of(self.data)
 
 
 # What readers of photos take; a str is a path or a URL.

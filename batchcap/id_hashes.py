@@ -3,8 +3,8 @@
 Ids of one hash are taken for one id. Among 10^8 that befalls a pair once in 3,700 data sets.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,12 @@ import numpy.typing as npt
 Hashes = npt.NDArray[np.int64]
 
 
-def hash_of(image_id: str) -> int:
-    """The first 64 bits of an id's BLAKE2b, signed."""
-    digest = hashlib.blake2b(image_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def hashes_of(image_ids: Sequence[str]) -> Hashes:
-    """`int64[N]`: the hashes of ids."""
-    return np.fromiter(map(hash_of, image_ids), np.int64, len(image_ids))
+def hashes_of(image_ids: Iterable[str]) -> Hashes:
+    """`int64[N]`: the first 64 bits of each id's BLAKE2b."""
+    digests = b"".join(
+        [blake2b(image_id.encode(), digest_size=8).digest() for image_id in image_ids]
+    )
+    return np.frombuffer(digests, ">i8").astype(np.int64)
 
 
 def in_share(hashes: Hashes, index: int, count: int) -> npt.NDArray[np.bool_]:

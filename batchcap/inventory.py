@@ -9,7 +9,7 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import FileAtHand, ImageRef, InputError
+from batchcap.contracts import ImageRef, InputError, Rejection, sha256_of
 from batchcap.id_hashes import IdSet, hashes_of, in_share
 from batchcap.inputs import list_images, warn_unlisted
 from batchcap.records import counted, printable
@@ -94,8 +94,9 @@ class Inventory:
         for ref in _chosen(refs, ~is_new):
             self._note_doubled(ref)
         refs, rows = _chosen(refs, is_new), self.index.find_all(hashes[is_new])
-        self.index.mark_seen(rows[rows >= 0])
-        return zip(_described(refs, rows >= 0), rows.tolist(), strict=True)
+        has_row = rows >= 0
+        self.index.mark_seen(rows[has_row])
+        return zip(_described(refs, has_row), rows.tolist(), strict=True)
 
     def _is_done(self, ref: ImageRef, row: int) -> bool:
         summary = self.summary
@@ -114,13 +115,14 @@ class Inventory:
         return True
 
     def _known(self, ref: ImageRef, row: int) -> Known:
-        if isinstance(ref.file, FileAtHand):
-            # Its bytes are here, and its time is often that at which the shard was made.
-            size = UNKNOWN if ref.size is None else ref.size
-            return self.index.compare_bytes(row, size, ref.file.sha256)
-        if ref.size is None:
-            return self.index.compare(row, *_size_and_time(ref.path))
-        return self.index.compare(row, ref.size, UNKNOWN if ref.mtime_ns is None else ref.mtime_ns)
+        size, mtime_ns = ref.size, ref.mtime_ns
+        if ref.data is not None:
+            # Its time is often that at which the shard was made.
+            sha256 = None if isinstance(ref.data, Rejection) else sha256_of(ref.data)
+            return self.index.compare_bytes(row, UNKNOWN if size is None else size, sha256)
+        if size is None:
+            size, mtime_ns = _size_and_time(ref.path)
+        return self.index.compare(row, size, UNKNOWN if mtime_ns is None else mtime_ns)
 
     def _note_unlisted(self, name: str, reason: str) -> None:
         self.unlisted += 1
@@ -171,6 +173,10 @@ def _described(refs: list[ImageRef], has_row: npt.NDArray[np.bool_]) -> Iterator
         known and ref.size is None and ref.data is None and is_url(ref.path)
         for ref, known in zip(refs, has_row.tolist(), strict=True)
     ]
+    return _described_where(is_asked, refs) if any(is_asked) else iter(refs)
+
+
+def _described_where(is_asked: list[bool], refs: list[ImageRef]) -> Iterator[ImageRef]:
     pool = ThreadPoolExecutor(STORE_THREADS)
     try:
         answers = pool.map(_described_by_store, compress(refs, is_asked))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcap.id_hashes import Hashes, hash_of, hashes_of, positions
+from batchcap.id_hashes import Hashes, hashes_of, positions
 
 UNKNOWN = -1  # a size or a time that could not be read
 
@@ -78,7 +78,7 @@ class RowIndex:
 
     def find(self, image_id: str) -> int | None:
         """The image's row number in the index."""
-        (row,) = self.find_all(np.array([hash_of(image_id)]))
+        (row,) = self.find_all(hashes_of([image_id]))
         return int(row) if row >= 0 else None
 
     def find_all(self, hashes: Hashes) -> Hashes:
@@ -87,13 +87,13 @@ class RowIndex:
 
     def compare(self, row: int, size: int, mtime_ns: int) -> Known:
         """How a file of this size and modification time stands to its row."""
-        if (self._sizes[row], self._times[row]) != (size, mtime_ns):
+        if self._sizes[row] != size or self._times[row] != mtime_ns:
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 
     def compare_bytes(self, row: int, size: int, sha256: str | None) -> Known:
         """How a photo of this size and content stands to its row, whatever its time."""
-        if (self._sizes[row], self._sums[row]) != (size, _sum(sha256)):
+        if self._sizes[row] != size or self._sums[row] != _sum(sha256):
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 

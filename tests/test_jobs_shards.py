@@ -1,4 +1,4 @@
-"""The recipes in jobs/ that caption in shares: each read by the tool it is for, as far as it is here."""
+"""The recipes in jobs/ that caption in shares, each read by the tool it is for, if that is here."""
 
 import os
 import re
