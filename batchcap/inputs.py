@@ -113,6 +113,11 @@ def list_images(
     )
 
 
+def is_list(source: str) -> bool:
+    """Whether a source is a list, in which the same line is the same photo."""
+    return source == "-" or source.lower().endswith(".txt")
+
+
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)

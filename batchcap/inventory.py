@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from batchcap.contracts import ImageRef, InputError, Rejection, sha256_of
 from batchcap.id_hashes import IdSet, hashes_of, in_share
-from batchcap.inputs import list_images, warn_unlisted
+from batchcap.inputs import is_list, list_images, warn_unlisted
 from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
 from batchcap.row_index import UNKNOWN, Known, RowIndex
@@ -31,7 +31,7 @@ class Inventory:
 
     taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
     input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
-    how many photos of shards have an id that came before, and are left out.
+    how many photos have an id that came before, and are left out; lines of a list do not count.
     """
 
     def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
@@ -129,7 +129,7 @@ class Inventory:
         warn_unlisted(name, reason)
 
     def _note_doubled(self, ref: ImageRef) -> None:
-        if ref.data is None:  # a list says it twice
+        if is_list(self.settings.source):
             return
         self.doubled += 1
         if self.doubled == 1:

@@ -152,4 +152,4 @@ def saying_which(file: object) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UsageError(f"There is no {file}; check the path.") from error
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}).") from error
+        raise InputError(f"{file} cannot be read ({error.strerror or error}).") from error

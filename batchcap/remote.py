@@ -85,9 +85,7 @@ def matching(url: str) -> list[str]:
         UsageError: no package for such URLs.
     """
     with _reaching(url) as (store, path):
-        scheme = url.partition("://")[0]
-        names = (store._strip_protocol(name) for name in store.glob(path))
-        return sorted(f"{scheme}://{name}" for name in names)
+        return sorted(map(store.unstrip_protocol, store.glob(path)))
 
 
 def open_file(name: str) -> IO[bytes]:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchcap.clock import StageClock
 from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
 from batchcap.engines import (
     BATCHES_UNDER_WAY,
+    PHOTOS_PER_READ,
     BatchCaptioner,
     CaptionedBatch,
     Job,
@@ -21,6 +23,7 @@ from batchcap.engines import (
     batches,
     caption_rows,
     in_threads,
+    load_photos,
     run_locally,
 )
 from batchcap.inputs import ImageRef
@@ -123,6 +126,25 @@ def test_threads_take_no_more_than_they_may_ahead_and_keep_the_order():
         handed_out += 1
         results.append(result)
     assert results == [number * 2 for number in range(50)]
+
+
+def test_bytes_at_hand_do_not_pile_up_and_are_let_go_with_the_reading():
+    """However slowly rows are taken, photos out of shards are read as they are needed."""
+    taken = 0
+
+    def refs() -> Iterator[ImageRef]:
+        nonlocal taken
+        for number in range(500):
+            taken += 1
+            yield ImageRef(str(number), "", 1, None, b"x")
+
+    config = SimpleNamespace(backbone=SimpleNamespace(image_size=8))
+    captioner = SimpleNamespace(config=config, clock=StageClock())
+    rejection = LoadedImage(Rejection(ErrorType.CORRUPT, "It is one byte."))
+    job = Job(captioner, None, 8, read=lambda files: [rejection for _ in files])
+    for number, photo in enumerate(load_photos(refs(), job, ahead=16)):
+        assert taken - number <= 16 + 2 * PHOTOS_PER_READ
+        assert photo.ref == ImageRef(str(number), "", 1)
 
 
 def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():

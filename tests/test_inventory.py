@@ -84,6 +84,15 @@ def test_a_line_that_a_list_has_twice_is_one_photo(tmp_path):
     found.check_whole()
 
 
+def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path):
+    for number in range(2):
+        file = tmp_path / f"{number}.parquet"
+        write_parquet(file, image=[f"{number}.jpg"], key=["same"])
+    found = inventory(f"{tmp_path}/*.parquet", id_column="key")
+    assert [Path(ref.path).name for ref in found.unfinished()] == ["0.jpg"]
+    assert found.doubled == 1
+
+
 def test_a_damaged_shard_is_told_once_the_rest_is_done(tmp_path, caplog):
     tar = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("1.jpg", b"y")])
     tar.write_bytes(tar.read_bytes()[:1200])
