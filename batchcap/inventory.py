@@ -21,6 +21,7 @@ from batchcap.shards import Columns
 
 FIRST_CHUNK = 64
 LARGEST_CHUNK = 1 << 16
+CHUNK_BYTES = 1 << 22
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
 log = logging.getLogger(__name__)
@@ -149,17 +150,19 @@ def list_images_of(
 def chunks(refs: Iterable[ImageRef], goes_on: Callable[[], bool]) -> Iterator[list[ImageRef]]:
     """Photos to be looked up together: few at first, so that work begins soon, then many.
 
-    One whose bytes are at hand ends its chunk, lest they pile up.
+    Of those whose bytes are at hand, only a few megabytes.
     """
     chunk: list[ImageRef] = []
-    size = FIRST_CHUNK
+    held, size = 0, FIRST_CHUNK
     for ref in refs:
         if not goes_on():
             return
         chunk.append(ref)
-        if len(chunk) == size or ref.data is not None:
+        if ref.data is not None:
+            held += ref.size or 0
+        if len(chunk) == size or held >= CHUNK_BYTES:
             yield chunk
-            chunk, size = [], min(2 * size, LARGEST_CHUNK)
+            chunk, held, size = [], 0, min(2 * size, LARGEST_CHUNK)
     yield chunk
 
 

@@ -112,12 +112,12 @@ def test_shares_take_each_photo_once(tmp_path):
     assert all(len(share) > 20 for share in shares)
 
 
-def test_chunks_grow_and_end_with_photos_whose_bytes_are_at_hand():
+def test_chunks_grow_but_hold_few_bytes():
     refs = [ImageRef(str(number), "") for number in range(1000)]
     sizes = [len(chunk) for chunk in chunks(refs, lambda: True)]
     assert sizes == [64, 128, 256, 512, 40]
-    at_hand = [ref._replace(data=b"") for ref in refs[:3]]
-    assert [len(chunk) for chunk in chunks(at_hand + refs[:2], lambda: True)] == [1, 1, 1, 2]
+    at_hand = [ref._replace(data=b"", size=1 << 20) for ref in refs[:10]]
+    assert [len(chunk) for chunk in chunks(at_hand, lambda: True)] == [4, 4, 2]
 
 
 def test_a_run_that_is_stopped_has_not_seen_all(tmp_path):
