@@ -19,8 +19,8 @@ from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
 from batchcap.shards import Columns
 
-FIRST_CHUNK = 64
 LARGEST_CHUNK = 1 << 16
+LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
@@ -43,7 +43,9 @@ class Inventory:
 
     def unfinished(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
         """The photos that need a row, or a new one; asks `goes_on` at each photo of the input."""
-        for chunk in chunks(list_images_of(self.settings, self._note_unlisted), goes_on):
+        refs = list_images_of(self.settings, self._note_unlisted)
+        largest = LARGEST_OF_PIPE if self.settings.source == "-" else LARGEST_CHUNK
+        for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
                 if not goes_on():
                     return
@@ -147,13 +149,15 @@ def list_images_of(
     return list_images(settings.source, settings.glob, unlisted, columns)
 
 
-def chunks(refs: Iterable[ImageRef], goes_on: Callable[[], bool]) -> Iterator[list[ImageRef]]:
-    """Photos to be looked up together: few at first, so that work begins soon, then many.
+def chunks(
+    refs: Iterable[ImageRef], largest: int, goes_on: Callable[[], bool]
+) -> Iterator[list[ImageRef]]:
+    """Photos to be looked up together: one at first, so that work begins soon, then more and more.
 
     Of those whose bytes are at hand, only a few megabytes.
     """
     chunk: list[ImageRef] = []
-    held, size = 0, FIRST_CHUNK
+    held, size = 0, 1
     for ref in refs:
         if not goes_on():
             return
@@ -162,7 +166,7 @@ def chunks(refs: Iterable[ImageRef], goes_on: Callable[[], bool]) -> Iterator[li
             held += ref.size or 0
         if len(chunk) == size or held >= CHUNK_BYTES:
             yield chunk
-            chunk, held, size = [], 0, min(2 * size, LARGEST_CHUNK)
+            chunk, held, size = [], 0, min(2 * size, largest)
     yield chunk
 
 

