@@ -68,12 +68,13 @@ def list_folder(url: str) -> list[RemoteFile]:
         UsageError: no package for such URLs.
     """
     with _reaching(url) as (store, path):
-        told = store.ls(path.rstrip("/"), detail=True)
-        here = [(info["name"].rstrip("/").rpartition("/")[2], info) for info in told]
-        # A store may tell of the folder itself too, as an empty file.
-        itself = path.rstrip("/")
+        folder = path.rstrip("/")
+        told = store.ls(folder, detail=True)
         return [
-            _told(url + name, info) for name, info in here if info["name"].rstrip("/") != itself
+            _told(url + name.rpartition("/")[2], info)
+            for info in told
+            # A store may tell of the folder itself too, as an empty file.
+            if (name := info["name"].rstrip("/")) != folder
         ]
 
 
