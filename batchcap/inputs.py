@@ -96,9 +96,8 @@ def list_images(
     if not is_url(source) and Path(source).is_dir():
         return _list_folder(source, _local_entries, is_wanted or _has_image_extension, unlisted)
     name = source.lower()
-    if name.endswith((*TAR_SUFFIXES, PARQUET_SUFFIX)):
-        with saying_which(source):
-            shards = shards_of(source)
+    shards = shards_in(source)
+    if shards is not None:
         read = _tar_refs if name.endswith(TAR_SUFFIXES) else _parquet_refs
         return (ref for shard in shards for ref in read(shard, is_wanted, unlisted, columns))
     if name.endswith(".txt") or not (is_url(source) or Path(source).exists()):
@@ -111,6 +110,20 @@ def list_images(
         f"{source} is neither a folder nor a .txt file of paths nor a .tar or .parquet file; name "
         "one of these."
     )
+
+
+def shards_in(source: str) -> list[str] | None:
+    """The names of the shards that a source consists of; None where it does not.
+
+    Raises UsageError if there are none of these names, InputError if they can't be listed.
+    """
+    source = without_file_scheme(source)
+    if source != "-" and source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX)):
+        if not is_url(source) and Path(source).is_dir():
+            return None
+        with saying_which(source):
+            return shards_of(source)
+    return None
 
 
 def is_list(source: str) -> bool:

@@ -5,15 +5,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from batchcap.contracts import ImageRef, InputError, Rejection, sha256_of
-from batchcap.id_hashes import IdSet, hashes_of, in_share
+from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.inputs import is_list, list_images, warn_unlisted
 from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
+from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
@@ -22,9 +24,24 @@ from batchcap.shards import Columns
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
+COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
 log = logging.getLogger(__name__)
+
+
+class Tally(NamedTuple):
+    """What an inventory of a piece of an input has come to, for that of the whole.
+
+    seen: the row numbers of its photos. unread: what could not be listed, and why.
+    """
+
+    summary: RunSummary
+    taken: int
+    is_empty: bool
+    doubled: int
+    seen: Hashes
+    unread: list[tuple[str, str]]
 
 
 class Inventory:
@@ -39,11 +56,13 @@ class Inventory:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
+        self.mark_seen: Callable[[Hashes], object] = index.mark_seen
         self._met = IdSet()
 
-    def unfinished(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
-        """The photos that need a row, or a new one; asks `goes_on` at each photo of the input."""
-        refs = list_images_of(self.settings, self._note_unlisted)
+    def unfinished(
+        self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[ImageRef]:
+        """Those of all photos that need a row, or a new one; asks `goes_on` at each photo."""
         largest = LARGEST_OF_PIPE if self.settings.source == "-" else LARGEST_CHUNK
         for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
@@ -56,6 +75,26 @@ class Inventory:
                 if self.taken == self.settings.limit:
                     return
         self.complete = goes_on() and not self.unlisted
+
+    def add(self, tally: Tally) -> None:
+        """Count what a worker has found of a piece of the input."""
+        for name in COUNTED:
+            total = getattr(self.summary, name) + getattr(tally.summary, name)
+            setattr(self.summary, name, total)
+        self.taken += tally.taken
+        self.is_empty = self.is_empty and tally.is_empty
+        self.doubled += tally.doubled
+        self.mark_seen(tally.seen)
+        for name, reason in tally.unread:
+            self.note_unlisted(name, reason)
+
+    def admitted(self, rows: list[Row]) -> list[Row]:
+        """Rows of a worker, without those whose id has come from another piece of the input."""
+        is_new = self._met.add(hashes_of([row["image_id"] for row in rows]))
+        for row in compress(rows, (~is_new).tolist()):
+            self.taken -= 1
+            self._note_doubled(row["image_id"])
+        return [*compress(rows, is_new.tolist())]
 
     @property
     def vanished(self) -> int:
@@ -95,10 +134,10 @@ class Inventory:
         refs, hashes = _chosen(refs, mine), hashes[mine]
         is_new = self._met.add(hashes)
         for ref in _chosen(refs, ~is_new):
-            self._note_doubled(ref)
+            self._note_doubled(ref.path)
         refs, rows = _chosen(refs, is_new), self.index.find_all(hashes[is_new])
         has_row = rows >= 0
-        self.index.mark_seen(rows[has_row])
+        self.mark_seen(rows[has_row])
         return zip(_described(refs, has_row), rows.tolist(), strict=True)
 
     def _is_done(self, ref: ImageRef, row: int) -> bool:
@@ -127,17 +166,18 @@ class Inventory:
             size, mtime_ns = _size_and_time(ref.path)
         return self.index.compare(row, size, UNKNOWN if mtime_ns is None else mtime_ns)
 
-    def _note_unlisted(self, name: str, reason: str) -> None:
+    def note_unlisted(self, name: str, reason: str) -> None:
+        """Say that a folder or a shard can't be read, or not whole."""
         self.unlisted += 1
         warn_unlisted(name, reason)
 
-    def _note_doubled(self, ref: ImageRef) -> None:
+    def _note_doubled(self, name: str) -> None:
         if is_list(self.settings.source):
             return
         self.doubled += 1
         if self.doubled == 1:
             log.warning(
-                "%s has the id of a photo before it; such photos are left out", printable(ref.path)
+                "%s has the id of a photo before it; such photos are left out", printable(name)
             )
 
 

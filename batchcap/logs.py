@@ -9,7 +9,7 @@ from typing import Any
 from batchcap.settings import LogFormat
 
 OURS = "batchcap"
-NOISY = ("matplotlib", "PIL", "h5py", "jieba", "tensorflow")
+NOISY = ("matplotlib", "PIL", "h5py", "jieba", "tensorflow", "ray")
 FIELDS = "event_fields"
 
 

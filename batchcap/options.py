@@ -1,8 +1,14 @@
 """What was asked for, made to fit the model that is to do it."""
 
-from batchcap.contracts import UsageError
-from batchcap.model.config import DecodeSettings, ModelConfig
-from batchcap.settings import ModelOptions
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.model.config import DecodeSettings, ModelConfig, read_config
+from batchcap.model.images import LoadSettings
+from batchcap.settings import AttentionDetail, ModelOptions, RunSettings, Truncated
+
+READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 
 
 def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSettings:
@@ -29,4 +35,49 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
         length_penalty=options.length_penalty if options.beam_size > 1 else 0.0,
         min_length=options.min_length,
         no_repeat_ngram=options.no_repeat_ngram,
+    )
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that a worker has to know, wherever it runs.
+
+    readers: processes that read photos. reader_timeout_s: in which one has to read a photo.
+    compiled: whether it is for so many photos that compiling pays.
+    """
+
+    model: Path
+    runtime: Runtime
+    precision: Precision
+    load: LoadSettings
+    decode: DecodeSettings
+    batch_size: int
+    attention: AttentionDetail
+    run_id: str
+    readers: int
+    reader_timeout_s: float
+    compiled: bool = True
+
+
+def worker_settings_of(
+    settings: RunSettings, decode: DecodeSettings, batch_size: int, run_id: str, readers: int
+) -> WorkerSettings:
+    """What a worker of this run has to know.
+
+    Raises:
+        ModelError: the model directory is wrong.
+    """
+    side = read_config(settings.model).backbone.image_size
+    accept = settings.truncated is Truncated.ACCEPT
+    return WorkerSettings(
+        *(settings.model, settings.runtime, settings.precision),
+        LoadSettings(side, settings.max_pixels, accept),
+        decode=decode,
+        batch_size=batch_size,
+        attention=settings.attention,
+        run_id=run_id,
+        readers=readers,
+        reader_timeout_s=settings.stall_timeout / READER_TIMEOUTS,
+        # Compiling takes seconds, which a single batch would not win back.
+        compiled=batch_size == settings.batch_size,
     )

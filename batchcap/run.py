@@ -7,12 +7,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
+from typing import TYPE_CHECKING, Any
 
 from batchcap.clock import StageClock
 from batchcap.contracts import (
@@ -26,14 +26,12 @@ from batchcap.contracts import (
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, list_images_of
 from batchcap.layout import Layout, check_shares, layout_of
-from batchcap.loading import core_count, readers
+from batchcap.loading import core_count
 from batchcap.locking import locked
 from batchcap.logs import log_event
-from batchcap.memory import keep_freed_memory
 from batchcap.model.config import DecodeSettings, fingerprint, read_config
-from batchcap.model.images import LoadSettings, load_image
-from batchcap.model.runtime import Execution, choose_execution, precision_of
-from batchcap.options import decode_settings_of
+from batchcap.model.runtime import precision_of
+from batchcap.options import decode_settings_of, worker_settings_of
 from batchcap.output import (
     CaptionFolder,
     check_identity,
@@ -45,9 +43,13 @@ from batchcap.progress import progress
 from batchcap.records import printable
 from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
-from batchcap.settings import AttentionDetail, RunSettings, Truncated
+from batchcap.settings import AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
+from batchcap.worker import CaptionWorker
+
+if TYPE_CHECKING:  # Ray is an extra
+    from batchcap.ray_engine import Chunk
 
 VERSIONS = ("batchcap", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
 COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
@@ -56,7 +58,6 @@ BYTES_PER_ROW = {  # on disk, with room to spare: 1,000 photos took 225 a row, w
     AttentionDetail.SUMMARY: 700,
     AttentionDetail.FULL: 2500,
 }
-READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def plan_run(settings: RunSettings) -> str:
     summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index, summary)
-    for _ in inventory.unfinished():
+    for _ in inventory.unfinished(list_images_of(settings, inventory.note_unlisted)):
         pass
     inventory.check_any()
     rate = read_rate(layout.summary)
@@ -154,7 +155,11 @@ class _Captioning:
     def run(self) -> None:
         """Caption what needs it until there is no more, or a signal comes."""
         with watching(self.settings.stall_timeout, self._say_last_words) as watchdog:
-            refs = self.inventory.unfinished(lambda: self._goes_on(watchdog))
+            if self.settings.engine is Engine.RAY:
+                self._caption_on_ray(watchdog)
+                return
+            listed = list_images_of(self.settings, self.inventory.note_unlisted)
+            refs = self.inventory.unfinished(listed, lambda: self._goes_on(watchdog))
             first = list(islice(refs, self.settings.batch_size))
             if self.stop():
                 return
@@ -171,50 +176,52 @@ class _Captioning:
     def _caption(
         self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
     ) -> None:
-        settings = self.settings
-        keep_freed_memory()
-        side = read_config(settings.model).backbone.image_size
-        accept = settings.truncated is Truncated.ACCEPT
-        load = partial(load_image, settings=LoadSettings(side, settings.max_pixels, accept))
-        # First, since its processes start while TensorFlow does.
-        with readers(load, core_count(), settings.stall_timeout / READER_TIMEOUTS) as read:
-            execution = choose_execution(settings.runtime, settings.precision)
+        wanted = worker_settings_of(
+            *(self.settings, self.decode_settings, len(first), self.summary.run_id, core_count())
+        )
+        with closing(CaptionWorker(wanted)) as worker:
             if not self._goes_on(watchdog):
                 return
-            # Here, since a run with nothing to do needs no TensorFlow.
-            from batchcap.engines import Job, run_locally
-            from batchcap.model.captioner import load_captioner
+            name = printable(first[0].image_id)
+            self._log_start(f"first {name}; on {worker.execution}", **vars(worker.execution))
+            captioner = worker.captioner
+            self.folder.metadata |= worker.metadata
+            if not self._goes_on(watchdog):
+                return
+            refs = watchdog.in_flight(chain(first, others))
+            batches = worker(refs, self._reusable, self.stop)
+            self._commit_rows(batches, watchdog, captioner.clock)
 
-            self.folder.metadata["batchcap.runtime"] = execution.runtime
-            self._log_start(first[0], execution)
-            # Compiling takes seconds, which a single batch would not win back.
-            is_long = len(first) == settings.batch_size
-            captioner = load_captioner(settings.model, execution, compiled=is_long)
-            self.folder.metadata["batchcap.grid"] = "{}x{}".format(*captioner.grid)
-            if not self._goes_on(watchdog):
-                return
-            job = Job(
-                captioner,
-                self.decode_settings,
-                batch_size=len(first),
-                attention=settings.attention,
-                run_id=self.summary.run_id,
-                read=read,
-                reusable=self._reusable,
-                is_over=self.stop,
+    def _caption_on_ray(self, watchdog: Watchdog) -> None:
+        """Workers list their pieces of the input, and say at their ends what was in them."""
+        from batchcap.ray_engine import pieces_of, run_on_ray
+
+        settings, inventory = self.settings, self.inventory
+        listed = pieces_of(settings, inventory.note_unlisted)
+        pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
+        if pieces and not self.stop():
+            wanted = worker_settings_of(
+                *(settings, self.decode_settings, settings.batch_size, self.summary.run_id, 0)
             )
-            started = time.monotonic()
-            try:
-                batches = run_locally(watchdog.in_flight(chain(first, others)), job)
-                self._commit_rows(batches, watchdog, captioner.clock)
-            finally:
-                self.summary.seconds = time.monotonic() - started
-                self.summary.stage_seconds = dict(captioner.clock.seconds)
+            self._log_start(f"in {len(pieces)} pieces; on Ray")
+            chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
+            self._commit_rows(self._rows_of(chunks), watchdog, StageClock())
+        if not self.stop():
+            inventory.complete = not inventory.unlisted
+            inventory.check_any()
+
+    def _rows_of(self, chunks: "Iterator[Chunk]") -> Iterator[list[Row]]:
+        for chunk in takewhile(lambda _chunk: not self.stop(), chunks):
+            self.folder.metadata |= chunk.metadata
+            if chunk.tally is not None:
+                self.inventory.add(chunk.tally)
+            yield self.inventory.admitted(chunk.rows)
 
     def _commit_rows(
         self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
     ) -> None:
-        settings, folder, last_commit = self.settings, self.folder, time.monotonic()
+        settings, folder = self.settings, self.folder
+        started = last_commit = time.monotonic()
         with progress("captioning", None, "image") as bar:
             try:
                 for rows in batches:
@@ -237,6 +244,9 @@ class _Captioning:
                 if not self.stop.insisted and not self.is_committing:
                     self._commit()
                 raise
+            finally:
+                self.summary.seconds = time.monotonic() - started
+                self.summary.stage_seconds = dict(clock.seconds)
             self._commit()
 
     def _commit(self) -> None:
@@ -286,22 +296,18 @@ class _Captioning:
                 f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
             )
 
-    def _log_start(self, first: ImageRef, execution: Execution) -> None:
+    def _log_start(self, what_on_what: str, **fields: Any) -> None:
         settings, model = self.settings, self.summary.metadata["batchcap.model"]
-        source, output, name = map(
-            printable, (settings.source, str(self.folder.layout), first.image_id)
-        )
+        source, output = map(printable, (settings.source, str(self.folder.layout)))
         done = self.summary.already_done
         log_event(
             log,
             "run_started",
             f"captioning the photos of {source} into {output}, "
             + (f"{done} done already, " if done else "")
-            + f"first {name}; on {execution}, model {model:.12}, {self.decode_settings}",
+            + f"{what_on_what}, model {model:.12}, {self.decode_settings}",
             run_id=self.summary.run_id,
-            device=execution.device,
-            runtime=execution.runtime,
-            precision=execution.precision,
+            **fields,
             model=model,
         )
 

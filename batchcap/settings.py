@@ -32,6 +32,13 @@ class OnExisting(StrEnum):
     ERROR = "error"
 
 
+class Engine(StrEnum):
+    """What captions the photos."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class Truncated(StrEnum):
     """What to do with a photo whose file ends early."""
 
@@ -177,6 +184,18 @@ class RunSettings(ModelOptions):
     shard: str | None = _option(
         None, "Caption share I of N only, as I/N with I from 0, into a part of OUTPUT of its own."
     )
+    engine: Engine = _option(
+        Engine.LOCAL, "What captions: this process, or workers on the machines of a Ray cluster."
+    )
+    address: str | None = _option(
+        None, "Ray cluster, auto for the one here [RAY_ADDRESS, or this machine alone]."
+    )
+    workers: int | None = _option(
+        None, "Workers on Ray [one for each GPU or, without any, each machine].", least=1
+    )
+    gpus_per_worker: float | None = _option(
+        None, "GPUs, or the part of one, of a worker on Ray [1 where there are any].", least=0
+    )
     on_existing: OnExisting = _option(
         OnExisting.RESUME,
         "What to do with an OUTPUT that exists: go on with it, replace it, or refuse.",
@@ -208,6 +227,14 @@ class RunSettings(ModelOptions):
         if not 0 <= index < count <= MAX_SHARES:
             raise UsageError(
                 f"--shard is I/N with I from 0 and below N, up to {MAX_SHARES:,}, not {self.shard}"
+            )
+        if self.engine is Engine.RAY and self.limit is not None:
+            raise UsageError("--engine ray takes up whole pieces of INPUT: leave out --limit")
+        if self.engine is Engine.RAY and self.source == "-":
+            raise UsageError("--engine ray needs an INPUT that can be named, not standard input")
+        if self.engine is Engine.LOCAL and (self.address or self.workers or self.gpus_per_worker):
+            raise UsageError(
+                "--address, --workers and --gpus-per-worker are for a cluster: add --engine ray"
             )
         if self.prune and self.limit is not None:
             raise UsageError("--prune needs to see all of INPUT: leave out --limit")

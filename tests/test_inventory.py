@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from shard_files import write_parquet, write_tar
 
 from batchcap import inventory as inventories
 from batchcap.contracts import ImageRef, InputError
-from batchcap.inventory import Inventory, chunks
+from batchcap.inventory import Inventory, chunks, list_images_of
 from batchcap.row_files import Row, table_of
 from batchcap.row_index import RowIndex, entries_of
 from batchcap.run_report import RunSummary
@@ -25,8 +26,13 @@ def inventory(source: object, *rows: Row, **asked: Any) -> Inventory:
     return Inventory(settings, index, RunSummary("", "", ""))
 
 
+def left(found: Inventory, *goes_on: Callable[[], bool]) -> Iterator[ImageRef]:
+    """What is unfinished of the source."""
+    return found.unfinished(list_images_of(found.settings, found.note_unlisted), *goes_on)
+
+
 def unfinished(*arguments: Any, **asked: Any) -> list[str]:
-    return [ref.image_id for ref in inventory(*arguments, **asked).unfinished()]
+    return [ref.image_id for ref in left(inventory(*arguments, **asked))]
 
 
 def row_of(image_id: str, data: bytes, **columns: Any) -> Row:
@@ -41,7 +47,7 @@ def test_files_are_known_by_size_and_time(tmp_path):
     done = row_of("done.jpg", b"x", mtime_ns=5)
     changed = row_of("changed.jpg", b"x", mtime_ns=6)
     found = inventory(tmp_path, done, changed, row_of("gone.jpg", b"x"))
-    assert [ref.image_id for ref in found.unfinished()] == ["changed.jpg", "new.jpg"]
+    assert [ref.image_id for ref in left(found)] == ["changed.jpg", "new.jpg"]
     assert (found.summary.new, found.summary.changed, found.summary.already_done) == (1, 1, 1)
     assert (found.complete, found.vanished) == (True, 1)
 
@@ -69,7 +75,7 @@ def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
         write_tar(tmp_path / f"{shard}.tar", members)
     found = inventory(f"{tmp_path}/*.tar")
     with caplog.at_level(logging.WARNING):
-        refs = list(found.unfinished())
+        refs = list(left(found))
     assert [ref.image_id for ref in refs] == ["0.jpg", "same.jpg", "1.jpg"]
     assert refs[1].data == b"0"
     assert "1.tar: same.jpg has the id of a photo before it" in caplog.text
@@ -80,7 +86,7 @@ def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
 def test_a_line_that_a_list_has_twice_is_one_photo(tmp_path):
     (tmp_path / "list.txt").write_text("b.jpg\na.jpg\nb.jpg\n./b.jpg\n")
     found = inventory(tmp_path / "list.txt")
-    assert [ref.image_id for ref in found.unfinished()] == ["b.jpg", "a.jpg"]
+    assert [ref.image_id for ref in left(found)] == ["b.jpg", "a.jpg"]
     found.check_whole()
 
 
@@ -89,7 +95,7 @@ def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path):
         file = tmp_path / f"{number}.parquet"
         write_parquet(file, image=[f"{number}.jpg"], key=["same"])
     found = inventory(f"{tmp_path}/*.parquet", id_column="key")
-    assert [Path(ref.path).name for ref in found.unfinished()] == ["0.jpg"]
+    assert [Path(ref.path).name for ref in left(found)] == ["0.jpg"]
     assert found.doubled == 1
 
 
@@ -97,7 +103,7 @@ def test_a_damaged_shard_is_told_once_the_rest_is_done(tmp_path, caplog):
     tar = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("1.jpg", b"y")])
     tar.write_bytes(tar.read_bytes()[:1200])
     found = inventory(tar)
-    assert [ref.image_id for ref in found.unfinished()] == ["0.jpg"]
+    assert [ref.image_id for ref in left(found)] == ["0.jpg"]
     assert not found.complete
     assert "0.tar cannot be read, or not all of it" in caplog.text
     with pytest.raises(InputError, match="1 folder or shard of"):
@@ -126,7 +132,7 @@ def test_a_run_that_is_stopped_has_not_seen_all(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, range(100))))
     found = inventory(tmp_path / "list.txt")
     asked = iter([True] * 70 + [False] * 1000)
-    assert 0 < len(list(found.unfinished(lambda: next(asked)))) < 40
+    assert 0 < len(list(left(found, lambda: next(asked)))) < 40
     assert not found.complete
 
 

@@ -74,7 +74,7 @@ def start_tensorflow() -> str:
     What C++ code prints meanwhile is dropped: on a machine without a GPU it speaks of nothing else,
     before it has read its log level.
     """
-    with _no_stderr():
+    with no_stderr():
         import tensorflow as tf
 
         # Else float32 has 10 bits on newer GPUs, and captions change with the batch.
@@ -86,7 +86,8 @@ def start_tensorflow() -> str:
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
+def no_stderr() -> Iterator[None]:
+    """What anything in this process prints there in the block, C++ code too, is dropped."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 2)

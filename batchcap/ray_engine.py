@@ -1,0 +1,288 @@
+"""Captioning on a Ray cluster: pieces of the input go out, rows come back.
+
+Ray Data keeps the workers busy, no further ahead than they can follow, and does again what was lost
+with a process or a machine. A piece says the same each time it is done, so that nothing that has
+come back comes twice. Nobody but the driver writes.
+"""
+
+import logging
+import os
+import pickle
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, compress, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from batchcap.contracts import BatchcapError, ImageRef, UsageError
+from batchcap.id_hashes import IdSet, hashes_of
+from batchcap.inputs import Unlisted, shards_in
+from batchcap.inventory import Inventory, Tally, list_images_of
+from batchcap.model.runtime import no_stderr
+from batchcap.options import WorkerSettings
+from batchcap.row_files import Row
+from batchcap.row_index import RowIndex
+from batchcap.run_report import RunSummary
+from batchcap.settings import RunSettings
+from batchcap.stopping import SIGNALS
+from batchcap.worker import CaptionWorker
+
+CALLS_AT_ONCE = 2  # of a worker: while one waits for the model, the other loads photos
+PHOTOS_PER_PIECE = 256
+CONNECT_S = 10.0
+INIT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
+# What Ray would tell of itself, with tracebacks; what matters of it is told by us.
+QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
+
+log = logging.getLogger(__name__)
+
+# A shard, or some photos of a folder or a list.
+Piece = str | list[ImageRef]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a worker tells of a piece: some rows and, after all of them, what it came to.
+
+    metadata: what a file of the rows says of how they were made. failure: why there are none; an
+    exception that Ray passes on is not what it was.
+    """
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    tally: Tally | None = None
+    failure: BatchcapError | None = None
+
+
+class Share(NamedTuple):
+    """How many workers there are, and what each has for itself."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+
+def pieces_of(settings: RunSettings, unlisted: Unlisted) -> Iterator[Piece]:
+    """The input in pieces that workers can take one at a time: its shards, or lists of photos.
+
+    Raises:
+        UsageError, InputError: as `list_images` does.
+    """
+    shards = shards_in(settings.source)
+    if shards is not None:
+        yield from shards
+        return
+    met = IdSet()
+    refs = list_images_of(settings, unlisted)
+    while some := list(islice(refs, PHOTOS_PER_PIECE)):
+        is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may say a photo twice
+        yield [*compress(some, is_new.tolist())]
+
+
+def run_on_ray(
+    pieces: Sequence[Piece], settings: RunSettings, worker: WorkerSettings, index: RowIndex
+) -> Iterator[Chunk]:
+    """Caption pieces of an input on all machines of a cluster, in whatever order they get done.
+
+    Workers are sent the model, and which photos have rows, once for each machine.
+
+    Raises:
+        UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
+        BatchcapError: what a worker raises, or that the cluster has failed.
+    """
+    with _connected(settings.address) as ray, _saying_what_failed():
+        share = share_of(_resources(ray), settings.workers, settings.gpus_per_worker)
+        model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
+        at_hand = [ray.put(model), ray.put(index)]
+        chunks = ray.data.from_items(
+            [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+        ).map_batches(
+            RayWorker,
+            fn_constructor_args=(settings, worker, at_hand),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=share.workers, max_concurrent_calls_per_actor=CALLS_AT_ONCE
+            ),
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+        )
+        for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for chunk in map(pickle.loads, table["chunk"].to_pylist()):
+                if chunk.failure is not None:
+                    raise chunk.failure
+                yield chunk
+
+
+class RayWorker:
+    """A `CaptionWorker` as an actor of Ray Data."""
+
+    def __init__(
+        self, settings: RunSettings, worker: WorkerSettings, at_hand: Sequence[Any]
+    ) -> None:
+        import ray
+
+        self.settings = settings
+        model, self.index = ray.get(at_hand)
+        context: Any = ray.get_runtime_context()
+        cpus = context.get_assigned_resources().get("CPU", 1)
+        self.failure: BatchcapError | None = None
+        with tempfile.TemporaryDirectory(prefix="batchcap-") as folder:
+            for name, data in model.items():
+                Path(folder, name).write_bytes(data)
+            try:
+                self.worker = CaptionWorker(replace(worker, model=Path(folder), readers=int(cpus)))
+                _ = self.worker.captioner  # read while the folder is there
+            except BatchcapError as error:  # tells of the copy
+                self.failure = type(error)(str(error).replace(folder, str(worker.model)))
+
+    def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
+        """Chunks, pickled, of one pickled piece."""
+        for piece in map(pickle.loads, pieces["piece"].to_pylist()):
+            for chunk in self._chunks_or_failure(piece):
+                yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
+
+    def _chunks_or_failure(self, piece: Piece) -> Iterator[Chunk]:
+        try:
+            if self.failure is not None:
+                raise self.failure
+            yield from self.chunks(piece)
+        except BatchcapError as error:
+            yield Chunk(failure=error)
+
+    def chunks(self, piece: Piece) -> Iterator[Chunk]:
+        """Caption a piece; as many chunks each time, whatever befalls single photos."""
+        unread: list[tuple[str, str]] = []
+        seen = [np.zeros(0, np.int64)]
+        inventory = Inventory(self.settings, self.index, RunSummary("", "", ""))
+        inventory.mark_seen = seen.append  # the index is for all workers of a machine to read
+        refs: Iterable[ImageRef]
+        if isinstance(piece, str):
+            shard = replace(self.settings, source=piece)
+            refs = list_images_of(shard, lambda *what_and_why: unread.append(what_and_why))
+        else:
+            refs = piece
+        rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))
+        while some := list(islice(rows, self.worker.settings.batch_size)):
+            yield Chunk(self.worker.metadata, some)
+        tally = Tally(
+            *(inventory.summary, inventory.taken, inventory.is_empty, inventory.doubled),
+            *(np.concatenate(seen), unread),
+        )
+        yield Chunk(self.worker.metadata, tally=tally)
+
+
+def share_of(nodes: Sequence[dict[str, float]], workers: int | None, gpus: float | None) -> Share:
+    """What to ask of a cluster whose machines have these resources, by Ray's names of them.
+
+    A worker for each GPU, or else for each machine; the processors of a machine are shared out
+    among its workers.
+
+    Raises:
+        UsageError: no machine has room for a worker, nor is it said how many there will be.
+    """
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    able = [node for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+    if not able:
+        if workers is None:
+            raise UsageError(
+                f"no machine of the Ray cluster has a processor and {gpus:g} GPUs to spare: lower "
+                "--gpus-per-worker, or give --workers and let the cluster grow"
+            )
+        return Share(workers, 1, gpus)
+    room = [int(node["GPU"] // gpus) if gpus else 1 for node in able]
+    workers = workers or sum(room)
+    side_by_side = max(*room, 1) if gpus else -(-workers // len(able))
+    return Share(workers, max(1, int(min(node["CPU"] for node in able) // side_by_side)), gpus)
+
+
+def _resources(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, with a cluster: that of `address` or RAY_ADDRESS, or one of this machine alone.
+
+    Raises:
+        UsageError: Ray is not installed, or no cluster can be reached there.
+    """
+    if not log.isEnabledFor(logging.DEBUG):
+        os.environ.update(QUIET | os.environ)
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UsageError("--engine ray: install it with pip install 'batchcap[ray]'") from error
+    address = address or os.environ.get("RAY_ADDRESS")
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        _check_answers(address)
+        with no_stderr():  # where it tells that it is quiet
+            ray.init(address, **INIT)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no Ray cluster can be reached at {address} ({str(error).splitlines()[0]}): start "
+            "one, or leave out --address for this machine alone"
+        ) from error
+    try:
+        for number, handler in handlers.items():  # Ray's own would end the program
+            signal.signal(number, handler)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1  # a chunk is passed on when it is there
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        _check_version(ray)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """Ray itself would try for minutes. Raises OSError."""
+    match = re.fullmatch(r"([^/]+):(\d+)", address or "")
+    if match:
+        socket.create_connection((match[1], int(match[2])), CONNECT_S).close()
+
+
+def _check_version(ray: Any) -> None:
+    """See that the cluster has this version of batchcap, on one of its machines at least.
+
+    Raises:
+        UsageError: it has not.
+    """
+    here = version("batchcap")
+    task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # by value, whatever is there
+    try:
+        there = ray.get(task.remote())
+    except PackageNotFoundError:
+        there = "none"
+    if there != here:
+        raise UsageError(
+            f"the Ray cluster has another batchcap ({there}) than this one ({here}): install the "
+            "same on all its machines"
+        )
+
+
+@contextmanager
+def _saying_what_failed() -> Iterator[None]:
+    """What befell the cluster as a sentence. Raises BatchcapError."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise BatchcapError(
+            f"the Ray cluster has failed ({reason}): what was committed is safe; run again"
+        ) from error

@@ -1,0 +1,56 @@
+"""What the driver of a run on Ray does with a photo: the rows a second that one can take.
+
+    python tests/benchmarks/ray_driver.py [COUNT]
+
+Chunks as workers send them are made ahead, of made-up rows with attention summaries; unpickling,
+looking for ids that came before, and committing are timed.
+"""
+
+import argparse
+import pickle
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rows import METADATA, captioned_row
+
+from batchcap.inventory import Inventory
+from batchcap.layout import Layout
+from batchcap.output import open_captions
+from batchcap.ray_engine import Chunk
+from batchcap.row_index import RowIndex
+from batchcap.run_report import RunSummary
+from batchcap.settings import OnExisting, RunSettings
+
+ROWS_PER_CHUNK, ROWS_PER_PART = 64, 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", type=int, nargs="?", default=100_000)
+    count = parser.parse_args().count
+    chunks = [
+        pickle.dumps(Chunk({}, [captioned_row(f"{n:012}.jpg", n) for n in range(i, i + 64)]))
+        for i in range(0, count, ROWS_PER_CHUNK)
+    ]
+    print(f"{sum(map(len, chunks)) / count:.0f} bytes a row as sent")
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name, "captions")
+        settings = RunSettings(source="photos.tar", output=output)
+        inventory = Inventory(settings, RowIndex([]), RunSummary("", "", ""))
+        started = time.perf_counter()
+        with open_captions(Layout(output), METADATA, OnExisting.RESUME) as folder:
+            for chunk in map(pickle.loads, chunks):
+                folder.append(inventory.admitted(chunk.rows))
+                if folder.pending >= ROWS_PER_PART:
+                    folder.commit()
+            folder.finish()
+        seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in output.glob("part-*"))
+    print(f"{count / seconds:,.0f} rows/s, {size / count:.0f} bytes a row on disk")
+
+
+if __name__ == "__main__":
+    main()

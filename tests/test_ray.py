@@ -1,0 +1,225 @@
+"""Captioning on a real Ray cluster, of two nodes with one processor each."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from crashes import OF_THE_RUN, children_of, committed, difference, run, running, wait_until
+from PIL import Image
+from shard_files import write_tar
+
+from batchcap.contracts import UsageError
+from batchcap.ray_engine import Share, share_of
+from batchcap.settings import DEFAULT_MODEL, Engine, RunSettings
+
+PHOTOS, SHARDS = 240, 8
+FLAGS = ("--batch-size", 8, "--rows-per-part", 8)
+NO_PHOTO = "000.jpg"
+RAY = Path(sys.executable).with_name("ray")
+
+
+@pytest.fixture(scope="module")
+def tars(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards of JPEGs, one of which is none; as INPUT."""
+    folder = tmp_path_factory.mktemp("tars")
+    draws = np.random.default_rng(1)
+    members = []
+    for number in range(PHOTOS):
+        crop = np.roll(photo_crops[number % len(photo_crops)], draws.integers(224), axis=1)
+        file = io.BytesIO()
+        Image.fromarray(crop).save(file, "JPEG", quality=90)
+        members.append((f"{number:03}.jpg", file.getvalue()))
+    members[0] = (NO_PHOTO, b"no photo")
+    for number in range(SHARDS):
+        write_tar(folder / f"photos-{number}.tar", members[number::SHARDS])
+    return f"{folder}/photos-{{0..{SHARDS - 1}}}.tar"
+
+
+@pytest.fixture(scope="module")
+def of_one_machine(tars: str, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    output = tmp_path_factory.mktemp("local") / "o"
+    assert run(tars, output, *FLAGS).returncode == 0
+    return rows_of(output)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster whose head is a node of one processor; of others there are none yet."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="ray")  # short, since its name becomes a socket's
+    with node("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"):
+        yield f"127.0.0.1:{port}"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def node(*flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A node of one processor that has joined its cluster."""
+    command = [RAY, "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
+    with subprocess.Popen(
+        [*command, "--disable-usage-stats", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            assert any("Ray runtime started" in line for line in process.stdout)
+            yield process
+        finally:
+            kill_node(process)
+
+
+def rows_of(output: Path) -> pa.Table:
+    parts = [str(path) for path in sorted(output.glob("part-*.parquet"))]
+    return ds.dataset(parts).to_table().drop_columns(list(OF_THE_RUN)).sort_by("image_id")
+
+
+def captioning_processes() -> list[int]:
+    """Of the workers of all nodes here."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"RayWorker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def kill_node(process: subprocess.Popen[str]) -> None:
+    """What the node consists of, at once; its workers end when they miss it."""
+    for pid in children_of(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
+def test_two_nodes_make_the_rows_of_one_machine(
+    tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    with node(f"--address={address}"):
+        done = run(tars, output, *FLAGS, "--engine", "ray", "--address", address)
+    assert done.returncode == 0, done.stderr
+    assert f"{PHOTOS} found, {PHOTOS - 1} captioned, 1 failed (1 unsupported_format)" in done.stdout
+    assert difference(rows_of(output), of_one_machine) < 1e-5
+    again = run(tars, output, *FLAGS, "--engine", "ray", "--address", address)
+    assert f"0 captioned, 0 failed, {PHOTOS} already done" in again.stdout, again.stderr
+
+
+def test_a_worker_is_killed_then_a_node_and_the_run_goes_on(
+    tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    with (
+        node(f"--address={address}") as lost,
+        running(tars, output, *FLAGS, "--engine", "ray", "--address", address) as process,
+    ):
+        assert wait_until(lambda: committed(output))
+        workers = captioning_processes()
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        before = len(committed(output))
+        assert wait_until(lambda: len(committed(output)) > before)
+        kill_node(lost)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert difference(rows_of(output), of_one_machine) < 1e-5
+
+
+def test_a_run_that_is_ended_goes_on_by_the_same_command(
+    tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    command = (tars, output, *FLAGS, "--engine", "ray", "--address", address)
+    before: frozenset[tuple[str, str]] = frozenset()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        with running(*command) as process:
+            assert wait_until(lambda: committed(output) > before)  # noqa: B023
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors
+        assert before < committed(output)
+        before = committed(output)
+    assert len(before) < PHOTOS
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert before <= committed(output)
+    assert difference(rows_of(output), of_one_machine) < 1e-5
+
+
+def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
+    tars: str, address: str, tmp_path: Path
+) -> None:
+    model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = run(
+        *(tars, tmp_path / "o", "--engine", "ray", "--address", address, "--model", model),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"batchcap: {weights} is damaged")
+    assert "Traceback" not in done.stderr
+
+
+def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
+    done = run(tars, tmp_path / "o", "--engine", "ray", "--address", "127.0.0.1:9")
+    assert done.returncode == 2
+    assert "no Ray cluster can be reached at 127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"workers": 2}, "are for a cluster: add --engine ray"),
+        ({"engine": Engine.RAY, "limit": 5}, "leave out --limit"),
+        ({"engine": Engine.RAY, "source": "-"}, "an INPUT that can be named"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RunSettings(**{"source": "photos", "output": Path("o"), **asked})
+
+
+CPU_NODE = {"CPU": 16.0}
+GPU_NODE = {"CPU": 64.0, "GPU": 8.0}
+HEAD = {"memory": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "share"),
+    [
+        ([CPU_NODE], None, None, Share(1, 16, 0)),
+        ([CPU_NODE, CPU_NODE, HEAD], None, None, Share(2, 16, 0)),
+        ([CPU_NODE, CPU_NODE], 8, None, Share(8, 4, 0)),
+        ([CPU_NODE], 40, None, Share(40, 1, 0)),
+        ([GPU_NODE, GPU_NODE, CPU_NODE], None, None, Share(16, 8, 1)),
+        ([GPU_NODE], None, 0.5, Share(16, 4, 0.5)),
+        ([GPU_NODE], 3, None, Share(3, 8, 1)),
+        ([HEAD], 4, 1, Share(4, 1, 1)),
+    ],
+)
+def test_machines_are_shared_out(nodes: list, workers: int, gpus: float, share: Share) -> None:
+    assert share_of(nodes, workers, gpus) == share
+
+
+def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
+    with pytest.raises(UsageError, match="lower --gpus-per-worker, or give --workers"):
+        share_of([CPU_NODE], None, 2)
