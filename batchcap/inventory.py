@@ -52,11 +52,17 @@ class Inventory:
     how many photos have an id that came before, and are left out; lines of a list do not count.
     """
 
-    def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        index: RowIndex,
+        summary: RunSummary,
+        mark_seen: Callable[[Hashes], object] | None = None,
+    ) -> None:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
-        self.mark_seen: Callable[[Hashes], object] = index.mark_seen
+        self._mark_seen = mark_seen or index.mark_seen
         self._met = IdSet()
 
     def unfinished(
@@ -84,7 +90,7 @@ class Inventory:
         self.taken += tally.taken
         self.is_empty = self.is_empty and tally.is_empty
         self.doubled += tally.doubled
-        self.mark_seen(tally.seen)
+        self._mark_seen(tally.seen)
         for name, reason in tally.unread:
             self.note_unlisted(name, reason)
 
@@ -137,7 +143,7 @@ class Inventory:
             self._note_doubled(ref.path)
         refs, rows = _chosen(refs, is_new), self.index.find_all(hashes[is_new])
         has_row = rows >= 0
-        self.mark_seen(rows[has_row])
+        self._mark_seen(rows[has_row])
         return zip(_described(refs, has_row), rows.tolist(), strict=True)
 
     def _is_done(self, ref: ImageRef, row: int) -> bool:

@@ -63,10 +63,10 @@ class Chunk:
     failure: BatchcapError | None = None
 
 
-class Share(NamedTuple):
-    """How many workers there are, and what each has for itself."""
+class Workers(NamedTuple):
+    """How many there are, and what each has for itself."""
 
-    workers: int
+    number: int
     cpus: int
     gpus: float
 
@@ -100,7 +100,7 @@ def run_on_ray(
         BatchcapError: what a worker raises, or that the cluster has failed.
     """
     with _connected(settings.address) as ray, _saying_what_failed():
-        share = share_of(_resources(ray), settings.workers, settings.gpus_per_worker)
+        workers = workers_on(_resources(ray), settings.workers, settings.gpus_per_worker)
         model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
         at_hand = [ray.put(model), ray.put(index)]
         chunks = ray.data.from_items(
@@ -111,10 +111,10 @@ def run_on_ray(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=share.workers, max_concurrent_calls_per_actor=CALLS_AT_ONCE
+                size=workers.number, max_concurrent_calls_per_actor=CALLS_AT_ONCE
             ),
-            num_cpus=share.cpus,
-            num_gpus=share.gpus,
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
         )
         for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
             for chunk in map(pickle.loads, table["chunk"].to_pylist()):
@@ -163,8 +163,8 @@ class RayWorker:
         """Caption a piece; as many chunks each time, whatever befalls single photos."""
         unread: list[tuple[str, str]] = []
         seen = [np.zeros(0, np.int64)]
-        inventory = Inventory(self.settings, self.index, RunSummary("", "", ""))
-        inventory.mark_seen = seen.append  # the index is for all workers of a machine to read
+        # The index is there for all workers of a machine, who can't write in it.
+        inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
         refs: Iterable[ImageRef]
         if isinstance(piece, str):
             shard = replace(self.settings, source=piece)
@@ -181,7 +181,9 @@ class RayWorker:
         yield Chunk(self.worker.metadata, tally=tally)
 
 
-def share_of(nodes: Sequence[dict[str, float]], workers: int | None, gpus: float | None) -> Share:
+def workers_on(
+    nodes: Sequence[dict[str, float]], number: int | None, gpus: float | None
+) -> Workers:
     """What to ask of a cluster whose machines have these resources, by Ray's names of them.
 
     A worker for each GPU, or else for each machine; the processors of a machine are shared out
@@ -194,16 +196,16 @@ def share_of(nodes: Sequence[dict[str, float]], workers: int | None, gpus: float
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
     able = [node for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
     if not able:
-        if workers is None:
+        if number is None:
             raise UsageError(
                 f"no machine of the Ray cluster has a processor and {gpus:g} GPUs to spare: lower "
                 "--gpus-per-worker, or give --workers and let the cluster grow"
             )
-        return Share(workers, 1, gpus)
+        return Workers(number, 1, gpus)
     room = [int(node["GPU"] // gpus) if gpus else 1 for node in able]
-    workers = workers or sum(room)
-    side_by_side = max(*room, 1) if gpus else -(-workers // len(able))
-    return Share(workers, max(1, int(min(node["CPU"] for node in able) // side_by_side)), gpus)
+    number = number or sum(room)
+    side_by_side = max(room) if gpus else -(-number // len(able))
+    return Workers(number, max(1, int(min(node["CPU"] for node in able) // side_by_side)), gpus)
 
 
 def _resources(ray: Any) -> list[dict[str, float]]:

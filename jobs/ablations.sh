@@ -29,4 +29,3 @@ row no-feature-norm --no-feature-norm
 row no-label-smoothing --label-smoothing 0
 row no-average --ema-momentum 0
 row more-dropout --dropout 0.5 --input-dropout 0.4
-row less-dropout --dropout 0.1 --input-dropout 0.1

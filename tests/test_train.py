@@ -189,23 +189,6 @@ def kill_when_there_is(checkpoint: Path, process: subprocess.Popen[str]) -> None
     process.communicate()
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(
-    trained: Path, squares: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "model"
-    first = start_training(settings_for(squares, out))
-    checkpoint = tmp_path / ".model.training" / "likelihood.safetensors"
-    kill_when_there_is(checkpoint, first)
-    assert not out.exists()
-    second = start_training(settings_for(squares, out))
-    _, log = second.communicate(timeout=300)
-    assert second.returncode == 0, log
-    assert "going on from" in log
-    for resumed, uninterrupted in zip(history_of(out), history_of(trained), strict=True):
-        for name in ("loss", "val_loss", "learning_rate"):
-            assert resumed[name] == pytest.approx(uninterrupted[name], rel=1e-3)
-
-
 def self_critical(squares: Path, out: Path) -> TrainSettings:
     return replace(
         settings_for(squares, out),
@@ -232,21 +215,6 @@ def test_self_critical_training_goes_on_from_the_best_epoch_and_raises_its_rewar
     assert "self-critical" in (out / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_self_critical_training_that_is_killed_goes_on_as_if_nothing_had_happened(
-    squares: Path, tmp_path: Path
-) -> None:
-    whole = history_of(train_captioner(self_critical(squares, tmp_path / "whole")))
-    wanted = self_critical(squares, tmp_path / "model")
-    first = start_training(wanted)
-    checkpoint = tmp_path / ".model.training" / "cider.safetensors"
-    kill_when_there_is(checkpoint, first)
-    second = start_training(wanted)
-    _, log = second.communicate(timeout=300)
-    assert second.returncode == 0, log
-    for resumed, uninterrupted in zip(history_of(wanted.out), whole, strict=True):
-        assert resumed["val_loss"] == pytest.approx(uninterrupted["val_loss"], rel=1e-3)
-
-
 def fine_tuning(squares: Path, out: Path) -> TrainSettings:
     return replace(
         settings_for(squares, out),
@@ -257,9 +225,36 @@ def fine_tuning(squares: Path, out: Path) -> TrainSettings:
     )
 
 
+def in_all_phases(squares: Path, out: Path) -> TrainSettings:
+    return replace(
+        fine_tuning(squares, out),
+        objective=Objective.CIDER,
+        cider_epochs=2,
+        cider_learning_rate=1e-3,
+        cider_samples=3,
+    )
+
+
 @pytest.fixture(scope="module")
 def fine_tuned(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_captioner(fine_tuning(squares, tmp_path_factory.mktemp("tuned") / "model"))
+    return train_captioner(in_all_phases(squares, tmp_path_factory.mktemp("tuned") / "model"))
+
+
+def test_a_training_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened(
+    squares: Path, fine_tuned: Path, tmp_path: Path
+) -> None:
+    wanted = in_all_phases(squares, tmp_path / "model")
+    for phase in ("fine-tuning", "cider"):
+        checkpoint = tmp_path / ".model.training" / f"{phase}.safetensors"
+        kill_when_there_is(checkpoint, start_training(wanted))
+        assert not wanted.out.exists()
+    _, log = (last := start_training(wanted)).communicate(timeout=300)
+    assert last.returncode == 0, log
+    assert "going on from" in log
+    for resumed, whole in zip(history_of(wanted.out), history_of(fine_tuned), strict=True):
+        assert resumed.keys() == whole.keys()
+        for name in whole.keys() & {"loss", "val_loss", "learning_rate"}:
+            assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 
 def test_fine_tuning_changes_the_top_of_the_backbone_but_no_statistics(
@@ -283,26 +278,9 @@ def test_fine_tuning_goes_on_from_the_trained_decoder_and_lowers_its_loss(
     fine_tuned: Path,
 ) -> None:
     history = history_of(fine_tuned)
-    assert [row["epoch"] for row in history] == list(range(1, 9))
-    assert history[-1]["loss"] < history[3]["loss"]
+    assert [row["epoch"] for row in history if "loss" in row] == list(range(1, 9))
+    assert history[7]["loss"] < history[3]["loss"]
     assert "fine-tuned" in (fine_tuned / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_fine_tuning_that_is_killed_goes_on_as_if_nothing_had_happened(
-    squares: Path, fine_tuned: Path, tmp_path: Path
-) -> None:
-    wanted = replace(
-        fine_tuning(squares, tmp_path / "model"), objective=Objective.CIDER, cider_epochs=1
-    )
-    first = start_training(wanted)
-    kill_when_there_is(tmp_path / ".model.training" / "fine-tuning.safetensors", first)
-    second = start_training(wanted)
-    _, log = second.communicate(timeout=300)
-    assert second.returncode == 0, log
-    resumed = history_of(wanted.out)
-    for row, uninterrupted in zip(resumed, history_of(fine_tuned), strict=False):
-        assert row["val_loss"] == pytest.approx(uninterrupted["val_loss"], rel=1e-3)
-    assert "reward" in resumed[8]
 
 
 @pytest.mark.parametrize("layer", ["block_99_add", "conv_pw_13_relu"])
@@ -346,7 +324,7 @@ def test_two_devices_learn_what_one_learns(squares: Path, tmp_path: Path) -> Non
         fine_tune_epochs=1,
         fine_tune_learning_rate=1e-4,
         objective=Objective.CIDER,
-        cider_epochs=2,
+        cider_epochs=1,
     )
     one = history_of(train_captioner(wanted))
     wanted = replace(wanted, out=tmp_path / "two")
@@ -433,11 +411,10 @@ def test_a_model_that_exists_is_never_overwritten(squares: Path, trained: Path) 
         train_captioner(settings_for(squares, trained))
 
 
-@pytest.mark.parametrize("decay", list(Decay))
-def test_every_decay_trains(decay: Decay, squares: Path, tmp_path: Path) -> None:
+def test_a_rate_that_stays_trains(squares: Path, tmp_path: Path) -> None:
     wanted = replace(
         settings_for(squares, tmp_path / "model"),
-        decay=decay,
+        decay=Decay.CONSTANT,
         epochs=1,
         steps_per_epoch=3,
         warmup_steps=0,
@@ -446,7 +423,7 @@ def test_every_decay_trains(decay: Decay, squares: Path, tmp_path: Path) -> None
         label_smoothing=0.1,
     )
     (row,) = history_of(train_captioner(wanted))
-    assert row["learning_rate"] == pytest.approx(0 if decay is Decay.COSINE else 5e-3, abs=1e-6)
+    assert row["learning_rate"] == pytest.approx(5e-3)
 
 
 def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
