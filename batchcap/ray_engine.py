@@ -29,6 +29,7 @@ from batchcap.inputs import Unlisted, shards_in
 from batchcap.inventory import Inventory, Tally, list_images_of
 from batchcap.model.runtime import no_stderr
 from batchcap.options import WorkerSettings
+from batchcap.remote import is_url
 from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
@@ -74,18 +75,24 @@ class Workers(NamedTuple):
 def pieces_of(settings: RunSettings, unlisted: Unlisted) -> Iterator[Piece]:
     """The input in pieces that workers can take one at a time: its shards, or lists of photos.
 
+    Paths are whole, since workers run elsewhere.
+
     Raises:
         UsageError, InputError: as `list_images` does.
     """
     shards = shards_in(settings.source)
     if shards is not None:
-        yield from shards
+        yield from map(_whole, shards)
         return
     met = IdSet()
     refs = list_images_of(settings, unlisted)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
         is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may say a photo twice
-        yield [*compress(some, is_new.tolist())]
+        yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
+
+
+def _whole(path: str) -> str:
+    return path if is_url(path) else str(Path.cwd() / path)
 
 
 def run_on_ray(

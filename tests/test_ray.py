@@ -22,7 +22,7 @@ from PIL import Image
 from shard_files import write_tar
 
 from batchcap.contracts import UsageError
-from batchcap.ray_engine import Workers, workers_on
+from batchcap.ray_engine import Workers, pieces_of, workers_on
 from batchcap.settings import DEFAULT_MODEL, Engine, RunSettings
 
 PHOTOS, SHARDS = 240, 8
@@ -135,10 +135,11 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(
     tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "o"
-    command = (tars, output, *FLAGS, "--engine", "ray", "--address", address)
+    folder, _, here = tars.rpartition("/")
+    command = (here, output, *FLAGS, "--engine", "ray", "--address", address)
     before: frozenset[tuple[str, str]] = frozenset()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
-        with running(*command) as process:
+        with running(*command, cwd=folder) as process:
             assert wait_until(lambda: committed(output) > before)  # noqa: B023
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
@@ -146,7 +147,7 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(
         assert before < committed(output)
         before = committed(output)
     assert len(before) < PHOTOS
-    done = run(*command)
+    done = run(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert before <= committed(output)
     assert difference(rows_of(output), of_one_machine) < 1e-5
@@ -206,6 +207,20 @@ HEAD = {"memory": 1e9}
 )
 def test_machines_are_shared_out(nodes: list, workers: int, gpus: float, wanted: Workers) -> None:
     assert workers_on(nodes, workers, gpus) == wanted
+
+
+def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"{number}.jpg" for number in range(300)]
+    (tmp_path / "list.txt").write_text("\n".join([*names, "0.jpg", "s3://b/x.jpg"]))
+    pieces = pieces_of(RunSettings(source="list.txt", output=Path("o")), print)
+    paths = [ref.path for piece in pieces for ref in piece]
+    assert paths == [*(f"{tmp_path}/{name}" for name in names), "s3://b/x.jpg"]
+    tars = [write_tar(tmp_path / f"{number}.tar", []) for number in range(3)]
+    pieces = pieces_of(RunSettings(source="*.tar", output=Path("o")), print)
+    assert list(pieces) == [*map(str, tars)]
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
