@@ -40,7 +40,7 @@ from batchcap.output import (
     open_captions,
 )
 from batchcap.progress import progress
-from batchcap.records import printable
+from batchcap.records import counted, printable
 from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.settings import AttentionDetail, Engine, RunSettings
@@ -203,7 +203,7 @@ class _Captioning:
             wanted = worker_settings_of(
                 *(settings, self.decode_settings, settings.batch_size, self.summary.run_id, 0)
             )
-            self._log_start(f"in {len(pieces)} pieces; on Ray")
+            self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
             chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
             self._commit_rows(self._rows_of(chunks), watchdog, StageClock())
         if not self.stop():
