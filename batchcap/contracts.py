@@ -143,6 +143,11 @@ class ImageRef(NamedTuple):
             return self.path
         return FileAtHand(self.path, self.data, self.size, self.mtime_ns)
 
+    @property
+    def sha256(self) -> str | None:
+        """Of the bytes; None where they are not at hand."""
+        return None if isinstance(self.file, str) else self.file.sha256
+
 
 @dataclass(frozen=True)
 class LoadedImage:

@@ -1,4 +1,4 @@
-"""How work is spread: photos in, rows out. One engine so far: this process, with threads.
+"""The local engine: photos in, rows out, in this process and its threads.
 
 An engine never raises for one photo: a photo that can't be read is a row that says why.
 """

@@ -22,6 +22,7 @@ from batchcap.shards import (
     USUAL_COLUMNS,
     Columns,
     Item,
+    Unread,
     read_parquet,
     read_tar,
     shards_of,
@@ -38,9 +39,6 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
-
-# (folder or shard, why it, or the rest of it, can't be listed)
-Unlisted = Callable[[str, str], object]
 
 
 class Entry(NamedTuple):
@@ -69,7 +67,7 @@ def warn_unlisted(name: str, reason: str) -> None:
 def list_images(
     source: str,
     pattern: str | None = None,
-    unlisted: Unlisted = warn_unlisted,
+    unlisted: Unread = warn_unlisted,
     columns: Columns = USUAL_COLUMNS,
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
@@ -118,12 +116,15 @@ def shards_in(source: str) -> list[str] | None:
     Raises UsageError if there are none of these names, InputError if they can't be listed.
     """
     source = without_file_scheme(source)
-    if source != "-" and source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX)):
-        if not is_url(source) and Path(source).is_dir():
-            return None
-        with saying_which(source):
-            return shards_of(source)
-    return None
+    if not _names_shards(source):
+        return None
+    with saying_which(source):
+        return shards_of(source)
+
+
+def _names_shards(source: str) -> bool:
+    is_shard = source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
+    return is_shard and (is_url(source) or not Path(source).is_dir())
 
 
 def is_list(source: str) -> bool:
@@ -134,9 +135,7 @@ def is_list(source: str) -> bool:
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)
-    return not (
-        source == "-" or is_url(source) or source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
-    )
+    return not (source == "-" or is_url(source) or _names_shards(source))
 
 
 def image_id_of(path: str) -> str:
@@ -173,7 +172,7 @@ def _has_image_extension(relative: str) -> bool:
 
 
 def _list_folder(
-    root: str, entries: ListFolder, is_wanted: Callable[[str], bool], unlisted: Unlisted
+    root: str, entries: ListFolder, is_wanted: Callable[[str], bool], unlisted: Unread
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
@@ -190,7 +189,7 @@ def _list_folder(
 
 
 def _walk(
-    root: str, pending: list[Entry], entries: ListFolder, unlisted: Unlisted
+    root: str, pending: list[Entry], entries: ListFolder, unlisted: Unread
 ) -> Iterator[Entry]:
     """All below `root` that is no folder, from the last of `pending` to the first.
 
@@ -247,7 +246,7 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
 
 
 def _tar_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unlisted, _columns: Columns
+    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, _columns: Columns
 ) -> Iterator[ImageRef]:
     is_photo = is_wanted or _has_image_extension
     for item in read_tar(shard, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
@@ -255,7 +254,7 @@ def _tar_refs(
 
 
 def _parquet_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unlisted, columns: Columns
+    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
     for item in read_parquet(shard, columns, unlisted):
         name = _normalised(item.name)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ImageRef, InputError, Rejection, sha256_of
+from batchcap.contracts import ImageRef, InputError
 from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.inputs import is_list, list_images, warn_unlisted
 from batchcap.records import counted, printable
@@ -19,7 +19,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Columns
+from batchcap.shards import Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -166,8 +166,7 @@ class Inventory:
         size, mtime_ns = ref.size, ref.mtime_ns
         if ref.data is not None:
             # Its time is often that at which the shard was made.
-            sha256 = None if isinstance(ref.data, Rejection) else sha256_of(ref.data)
-            return self.index.compare_bytes(row, UNKNOWN if size is None else size, sha256)
+            return self.index.compare_bytes(row, UNKNOWN if size is None else size, ref.sha256)
         if size is None:
             size, mtime_ns = _size_and_time(ref.path)
         return self.index.compare(row, size, UNKNOWN if mtime_ns is None else mtime_ns)
@@ -187,9 +186,7 @@ class Inventory:
             )
 
 
-def list_images_of(
-    settings: RunSettings, unlisted: Callable[[str, str], object]
-) -> Iterator[ImageRef]:
+def list_images_of(settings: RunSettings, unlisted: Unread) -> Iterator[ImageRef]:
     """The photos of a run's input."""
     columns = Columns(settings.image_column, settings.id_column)
     return list_images(settings.source, settings.glob, unlisted, columns)

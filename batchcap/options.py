@@ -42,7 +42,7 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
 class WorkerSettings:
     """All that a worker has to know, wherever it runs.
 
-    readers: processes that read photos. reader_timeout_s: in which one has to read a photo.
+    reader_timeout_s: in which a photo has to be read.
     compiled: whether it is for so many photos that compiling pays.
     """
 
@@ -54,13 +54,12 @@ class WorkerSettings:
     batch_size: int
     attention: AttentionDetail
     run_id: str
-    readers: int
     reader_timeout_s: float
     compiled: bool = True
 
 
 def worker_settings_of(
-    settings: RunSettings, decode: DecodeSettings, batch_size: int, run_id: str, readers: int
+    settings: RunSettings, decode: DecodeSettings, batch_size: int, run_id: str
 ) -> WorkerSettings:
     """What a worker of this run has to know.
 
@@ -76,7 +75,6 @@ def worker_settings_of(
         batch_size=batch_size,
         attention=settings.attention,
         run_id=run_id,
-        readers=readers,
         reader_timeout_s=settings.stall_timeout / READER_TIMEOUTS,
         # Compiling takes seconds, which a single batch would not win back.
         compiled=batch_size == settings.batch_size,

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from batchcap.contracts import BatchcapError, ImageRef, UsageError
 from batchcap.id_hashes import IdSet, hashes_of
-from batchcap.inputs import Unlisted, shards_in
+from batchcap.inputs import shards_in
 from batchcap.inventory import Inventory, Tally, list_images_of
 from batchcap.model.runtime import no_stderr
 from batchcap.options import WorkerSettings
@@ -34,6 +34,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
+from batchcap.shards import Unread
 from batchcap.stopping import SIGNALS
 from batchcap.worker import CaptionWorker
 
@@ -72,7 +73,7 @@ class Workers(NamedTuple):
     gpus: float
 
 
-def pieces_of(settings: RunSettings, unlisted: Unlisted) -> Iterator[Piece]:
+def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
     """The input in pieces that workers can take one at a time: its shards, or lists of photos.
 
     Paths are whole, since workers run elsewhere.
@@ -147,7 +148,7 @@ class RayWorker:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
-                self.worker = CaptionWorker(replace(worker, model=Path(folder), readers=int(cpus)))
+                self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
                 _ = self.worker.captioner  # read while the folder is there
             except BatchcapError as error:  # tells of the copy
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))

@@ -1,4 +1,4 @@
-"""Verb: caption every photo of a tree or a list, going on from what is there already."""
+"""Verb: caption every photo of an input, going on from what is there already."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import chain, islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchcap.clock import StageClock
 from batchcap.contracts import (
@@ -40,6 +40,7 @@ from batchcap.output import (
     open_captions,
 )
 from batchcap.progress import progress
+from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.records import counted, printable
 from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
@@ -47,9 +48,6 @@ from batchcap.settings import AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
 from batchcap.worker import CaptionWorker
-
-if TYPE_CHECKING:  # Ray is an extra
-    from batchcap.ray_engine import Chunk
 
 VERSIONS = ("batchcap", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
 COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
@@ -165,9 +163,13 @@ class _Captioning:
                 return
             self.inventory.check_any()
             if first:
-                self._check_room(len(first))
-                threading.Thread(target=self._count, daemon=True).start()
+                self._look_ahead(len(first))
                 self._caption(first, refs, watchdog)
+
+    def _look_ahead(self, least: int) -> None:
+        """See that there is room for the rows to come, and begin to count them."""
+        self._check_room(least)
+        threading.Thread(target=self._count, daemon=True).start()
 
     def _goes_on(self, watchdog: Watchdog) -> bool:
         watchdog.progress()
@@ -177,9 +179,9 @@ class _Captioning:
         self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
     ) -> None:
         wanted = worker_settings_of(
-            *(self.settings, self.decode_settings, len(first), self.summary.run_id, core_count())
+            *(self.settings, self.decode_settings, len(first), self.summary.run_id)
         )
-        with closing(CaptionWorker(wanted)) as worker:
+        with closing(CaptionWorker(wanted, core_count())) as worker:
             if not self._goes_on(watchdog):
                 return
             name = printable(first[0].image_id)
@@ -194,14 +196,13 @@ class _Captioning:
 
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
         """Workers list their pieces of the input, and say at their ends what was in them."""
-        from batchcap.ray_engine import pieces_of, run_on_ray
-
         settings, inventory = self.settings, self.inventory
         listed = pieces_of(settings, inventory.note_unlisted)
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
         if pieces and not self.stop():
+            self._look_ahead(len(pieces))
             wanted = worker_settings_of(
-                *(settings, self.decode_settings, settings.batch_size, self.summary.run_id, 0)
+                *(settings, self.decode_settings, settings.batch_size, self.summary.run_id)
             )
             self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
             chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
@@ -210,7 +211,7 @@ class _Captioning:
             inventory.complete = not inventory.unlisted
             inventory.check_any()
 
-    def _rows_of(self, chunks: "Iterator[Chunk]") -> Iterator[list[Row]]:
+    def _rows_of(self, chunks: Iterator[Chunk]) -> Iterator[list[Row]]:
         for chunk in takewhile(lambda _chunk: not self.stop(), chunks):
             self.folder.metadata |= chunk.metadata
             if chunk.tally is not None:

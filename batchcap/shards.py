@@ -34,7 +34,7 @@ TOO_LARGE = Rejection(
 )
 NO_BYTES = Rejection(ErrorType.MISSING, "The row has neither bytes nor a path.")
 
-# (shard, why it, or the rest of it, can't be read)
+# (folder or shard, why it, or the rest of it, can't be read)
 Unread = Callable[[str, str], object]
 
 

@@ -13,14 +13,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from click.testing import CliRunner
+from recipes import JOBS, asked_by, text_of
 
 from batchcap import __version__
-from batchcap.cli import batchcap
 from batchcap.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
-JOBS = ROOT / "jobs"
 RECIPES = ["nightly.toml", "crontab", "batchcap.service", "batchcap.timer", "cronjob.yaml"]
 CRON_FIELDS = {
     "minute": (0, 59),
@@ -34,10 +32,6 @@ KUBERNETES_VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
 )
-
-
-def text_of(job: str) -> str:
-    return (JOBS / job).read_text(encoding="utf-8")
 
 
 def crontab() -> tuple[dict[str, str], list[str], str]:
@@ -96,10 +90,9 @@ def test_the_command_of_a_recipe_is_accepted_with_all_of_nightly_toml(
 ) -> None:
     arguments = commands()[job][1:]
     arguments[2] = str(JOBS / "nightly.toml")
-    result = CliRunner().invoke(batchcap, arguments)
-    assert result.exit_code == 0, result.output
+    asked = asked_by(arguments, asked_of_run)
     for key, value in tomllib.loads(text_of("nightly.toml"))["run"].items():
-        assert type(value)(getattr(asked_of_run[0], key.replace("-", "_"))) == value, key
+        assert type(value)(getattr(asked, key.replace("-", "_"))) == value, key
 
 
 def test_the_metrics_are_written_beside_the_captions() -> None:

@@ -8,17 +8,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from click.testing import CliRunner
+from recipes import JOBS, asked_by, text_of
 
 from batchcap import __version__
-from batchcap.cli import batchcap
 from batchcap.settings import Engine, RunSettings
-
-JOBS = Path(__file__).parent.parent / "jobs"
-
-
-def text_of(job: str) -> str:
-    return (JOBS / job).read_text(encoding="utf-8")
 
 
 def ray_job() -> dict[str, Any]:
@@ -32,12 +25,6 @@ def cluster() -> dict[str, Any]:
 def pods() -> list[dict[str, Any]]:
     (workers,) = cluster()["workerGroupSpecs"]
     return [group["template"] for group in (cluster()["headGroupSpec"], workers)]
-
-
-def asked_by(arguments: list[str], asked_of_run: list[RunSettings]) -> RunSettings:
-    result = CliRunner().invoke(batchcap, arguments)
-    assert result.exit_code == 0, result.output
-    return asked_of_run[-1]
 
 
 @pytest.mark.parametrize("recipe", ["ray-job.sh", "rayjob.yaml"])

@@ -9,19 +9,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from click.testing import CliRunner
+from recipes import JOBS, asked_by, text_of
 
 from batchcap import __version__
-from batchcap.cli import batchcap
 from batchcap.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
-JOBS = ROOT / "jobs"
 SHARES = 16
-
-
-def text_of(job: str) -> str:
-    return (JOBS / job).read_text(encoding="utf-8")
 
 
 def job() -> dict[str, Any]:
@@ -34,12 +28,6 @@ def pod() -> dict[str, Any]:
 
 def slurm_options() -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text_of("shards.sbatch"), re.MULTILINE))
-
-
-def asked_by(arguments: list[str], asked_of_run: list[RunSettings]) -> RunSettings:
-    result = CliRunner().invoke(batchcap, arguments)
-    assert result.exit_code == 0, result.output
-    return asked_of_run[-1]
 
 
 @pytest.mark.parametrize("recipe", ["indexed-job.yaml", "shards.sbatch"])

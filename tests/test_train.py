@@ -280,6 +280,7 @@ def test_fine_tuning_goes_on_from_the_trained_decoder_and_lowers_its_loss(
     history = history_of(fine_tuned)
     assert [row["epoch"] for row in history if "loss" in row] == list(range(1, 9))
     assert history[7]["loss"] < history[3]["loss"]
+    assert history[3]["learning_rate"] == pytest.approx(0, abs=1e-6)  # at a cosine's end
     assert "fine-tuned" in (fine_tuned / "README.md").read_text(encoding="utf-8")
 
 

@@ -271,8 +271,8 @@ def test_beam_search_of_photos_is_that_of_plain_python(captioner, photo_crops):
     assert_searched_plainly(captioner, photo_crops[:15])
 
 
-def test_beam_search_of_photos_of_flickr8k_is_that_of_plain_python(captioner, flickr8k):
-    assert_searched_plainly(captioner, validation_photos(captioner, flickr8k, 40))
+def test_beam_search_of_100_photos_of_flickr8k_is_that_of_plain_python(captioner, flickr8k):
+    assert_searched_plainly(captioner, validation_photos(captioner, flickr8k, 100))
 
 
 def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, beam_captions):
