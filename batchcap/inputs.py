@@ -9,11 +9,12 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from batchcap.contracts import ImageRef, InputError, UsageError
+from batchcap.lists import names_in
 from batchcap.records import printable, saying_which
 from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
 from batchcap.shards import (
@@ -38,6 +39,9 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 
+# What systems keep for themselves in people's folders, as patterns of `--exclude`.
+SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
+
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 
 
@@ -52,8 +56,25 @@ class Entry(NamedTuple):
     mtime_ns: int | None = None
 
 
+# Of the path of a photo or a folder, below a source.
+IsExcluded = Callable[[str], bool]
 # (root, folder below it with a slash at its end): its entries
 ListFolder = Callable[[str, str], list[Entry]]
+
+
+class Selection(NamedTuple):
+    """Which photos of a source count: of what a pattern wants, if there is one, what is left."""
+
+    pattern: Callable[[str], bool] | None
+    is_excluded: IsExcluded
+
+    def wants(self, path: str) -> bool:
+        """Whether a file is a photo, going by its name."""
+        return (self.pattern or _has_image_extension)(path)
+
+    def chooses(self, path: str) -> bool:
+        """Whether a photo that its owner has named counts."""
+        return (self.pattern is None or self.pattern(path)) and not self.is_excluded(path)
 
 
 def warn_unlisted(name: str, reason: str) -> None:
@@ -69,41 +90,44 @@ def list_images(
     pattern: str | None = None,
     unlisted: Unread = warn_unlisted,
     columns: Columns = USUAL_COLUMNS,
+    is_excluded: IsExcluded | None = None,
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
     All but stdin may lie behind a URL. A folder is listed by extension, in code-point order of the
     ids, with all below it, but without dot files and without entering linked folders; a subfolder
-    is read when its turn comes. A list keeps its order and is read line by line; relative lines
-    start at the list's folder. Shards come in the order of their names, each in its own order: of
-    tars what a folder of the same files would have, of Parquet each row, by `columns`; a path there
-    is as in a list. `unlisted` is told of each subfolder and shard that can't be read. An id may
-    come twice.
+    is read when its turn comes. A list keeps its order and is read line by line, or NUL by NUL;
+    relative lines start at the list's folder. Shards come in the order of their names, each in its
+    own order: of tars what a folder of the same files would have, of Parquet each row, by
+    `columns`; a path there is as in a list. `unlisted` is told of each subfolder and shard that
+    can't be read. An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
-    the relative path if it holds a `/`, or else against the file name.
+    the relative path if it holds a `/`, or else against the file name. What `is_excluded` is left
+    out, and folders of it are not entered; by default as `excluder` has it without patterns.
 
     Raises UsageError if there is no such source, or a Parquet file has no such column; InputError
     if it cannot be read or is none of these.
     """
-    source, is_wanted = without_file_scheme(source), _matcher(pattern)
+    source = without_file_scheme(source)
+    selection = Selection(_matcher(pattern), is_excluded or excluder(source))
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
-        return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
+        return _read_list(sys.stdin.buffer, "standard input", "", selection)
     if not is_url(source) and Path(source).is_dir():
-        return _list_folder(source, _local_entries, is_wanted or _has_image_extension, unlisted)
+        return _list_folder(source, _local_entries, selection, unlisted)
     name = source.lower()
     shards = shards_in(source)
     if shards is not None:
         read = _tar_refs if name.endswith(TAR_SUFFIXES) else _parquet_refs
-        return (ref for shard in shards for ref in read(shard, is_wanted, unlisted, columns))
+        return (ref for shard in shards for ref in read(shard, selection, unlisted, columns))
     if name.endswith(".txt") or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
-        return _read_list(lines, source, posixpath.dirname(source) or ".", is_wanted)
+        return _read_list(lines, source, posixpath.dirname(source) or ".", selection)
     if is_url(source):
-        return _list_folder(source, _remote_entries, is_wanted or _has_image_extension, unlisted)
+        return _list_folder(source, _remote_entries, selection, unlisted)
     raise InputError(
         f"{source} is neither a folder nor a .txt file of paths nor a .tar or .parquet file; name "
         "one of these."
@@ -156,14 +180,69 @@ def _unescaped(escape: re.Match[str]) -> str:
     return bytes.fromhex(byte).decode("utf-8", "surrogateescape") if byte else "\\"
 
 
+def excluder(
+    source: str,
+    patterns: Sequence[str] = (),
+    told: Callable[[str], object] = lambda _path: None,
+) -> IsExcluded:
+    """What is left out of a source: paths that match a pattern, and all below such folders.
+
+    Patterns are as those of `list_images`, each matched against every folder on the way too. In
+    folders and tars `SYSTEM_FOLDERS` count as well, of which `told` is told; the photos of lists
+    and Parquet files have been chosen one by one.
+    """
+    is_asked = _on_the_way(patterns)
+    is_chosen = is_list(source) or source.lower().endswith(PARQUET_SUFFIX)
+    is_system = _on_the_way(() if is_chosen else SYSTEM_FOLDERS)
+
+    def is_excluded(path: str) -> bool:
+        if is_asked(path):
+            return True
+        if not is_system(path):
+            return False
+        told(path)
+        return True
+
+    return is_excluded
+
+
+def _on_the_way(patterns: Sequence[str]) -> IsExcluded:
+    """Whether a path, or a folder that it leads through, matches."""
+    wanted = [pattern.lower().rstrip("/") for pattern in patterns]
+    in_names = _matching([pattern for pattern in wanted if "/" not in pattern])
+    in_paths = _matching(
+        [
+            start + end
+            for pattern in wanted
+            if "/" in pattern
+            for start in {pattern, pattern.removeprefix("./").lstrip("/")}
+            for end in ("", "/*")
+        ]
+    )
+
+    def matches(path: str) -> bool:
+        path = path.lower().rstrip("/")
+        return any(map(in_names, path.split("/"))) or in_paths(path)
+
+    return matches
+
+
 def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
     if pattern is None:
         return None
-    wanted = pattern.lower(), pattern.lower().replace("**/", "")  # **/ may stand for no folder
-    matches = re.compile("|".join(map(fnmatch.translate, wanted))).match
+    matches = _matching([pattern.lower()])
     if "/" in pattern:
-        return lambda relative: matches(relative.lower()) is not None
-    return lambda relative: matches(posixpath.basename(relative).lower()) is not None
+        return lambda relative: matches(relative.lower())
+    return lambda relative: matches(posixpath.basename(relative).lower())
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text matches one of some fnmatch patterns, in which `**/` may be no folder too."""
+    wanted = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
+    if not wanted:
+        return lambda _text: False
+    matches = re.compile("|".join(map(fnmatch.translate, sorted(wanted)))).match
+    return lambda text: matches(text) is not None
 
 
 def _has_image_extension(relative: str) -> bool:
@@ -172,7 +251,7 @@ def _has_image_extension(relative: str) -> bool:
 
 
 def _list_folder(
-    root: str, entries: ListFolder, is_wanted: Callable[[str], bool], unlisted: Unread
+    root: str, entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
@@ -183,13 +262,13 @@ def _list_folder(
         raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
     return (
         ImageRef(image_id_of(path), prefix + path, size, mtime_ns)
-        for path, size, mtime_ns in _walk(prefix, top, entries, unlisted)
-        if is_wanted(path)
+        for path, size, mtime_ns in _walk(prefix, top, entries, selection, unlisted)
+        if selection.wants(path)
     )
 
 
 def _walk(
-    root: str, pending: list[Entry], entries: ListFolder, unlisted: Unread
+    root: str, pending: list[Entry], entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[Entry]:
     """All below `root` that is no folder, from the last of `pending` to the first.
 
@@ -197,13 +276,20 @@ def _walk(
     """
     while pending:
         entry = pending.pop()
+        if selection.is_excluded(entry.path):
+            continue
         if not entry.path.endswith("/"):
             yield entry
             continue
         try:
-            pending += _last_first(entries(root, entry.path))
+            below = entries(root, entry.path)
         except OSError as error:
             unlisted(image_id_of(entry.path), str(error.strerror))
+            continue
+        others = [other for other in below if other.path != entry.path]
+        if len(others) < len(below) and selection.wants(entry.path.rstrip("/")):
+            unlisted(image_id_of(entry.path), "a file whose name ends in a slash")
+        pending += _last_first(others)
 
 
 def _last_first(entries: list[Entry]) -> list[Entry]:
@@ -227,14 +313,14 @@ def _local_entries(root: str, folder: str) -> list[Entry]:
 def _remote_entries(root: str, folder: str) -> list[Entry]:
     told = (file._replace(url=file.url.removeprefix(root)) for file in list_folder(root + folder))
     return [
-        Entry(file.url, None if file.url.endswith("/") else file.size, file.mtime_ns)
+        Entry(file.url, file.size, file.mtime_ns)
         for file in told
-        if not _is_hidden(file.url.removeprefix(folder))
+        if file.url and not _is_hidden(file.url.removeprefix(folder))
     ]
 
 
 def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") and part != ".." for part in relative.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in relative.split("/"))
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -246,19 +332,21 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
 
 
 def _tar_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, _columns: Columns
+    shard: str, selection: Selection, unlisted: Unread, _columns: Columns
 ) -> Iterator[ImageRef]:
-    is_photo = is_wanted or _has_image_extension
-    for item in read_tar(shard, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
+    def is_photo(name: str) -> bool:
+        return selection.wants(name) and not _is_hidden(name) and not selection.is_excluded(name)
+
+    for item in read_tar(shard, is_photo, unlisted):
         yield _ref_in(shard, item)
 
 
 def _parquet_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
+    shard: str, selection: Selection, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
     for item in read_parquet(shard, columns, unlisted):
         name = _normalised(item.name)
-        if is_wanted is not None and not is_wanted(name):
+        if not selection.chooses(name):
             continue
         if item.data is None:
             path = _located(posixpath.dirname(shard) or ".", _normalised(item.path))
@@ -273,16 +361,12 @@ def _ref_in(shard: str, item: Item) -> ImageRef:
 
 
 def _read_list(
-    lines: IO[bytes], source: str, base: str, is_wanted: Callable[[str], bool] | None
+    lines: IO[bytes], source: str, base: str, selection: Selection
 ) -> Iterator[ImageRef]:
     with lines, saying_which(source):
-        for number, line in enumerate(lines):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-            text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
-            if not text.strip():
-                continue
+        for text in names_in(lines):
             name = _normalised(text)
-            if is_wanted is None or is_wanted(name):
+            if text.strip() and selection.chooses(name):
                 yield ImageRef(image_id_of(name), _located(base, name))
 
 

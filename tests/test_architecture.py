@@ -14,7 +14,7 @@ FLOORS = [
     {"remote"},
     {"shards"},
     {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
-    {"settings", "locking", "row_files", "loading", "records"},
+    {"settings", "locking", "row_files", "loading", "records", "lists"},
     {"mirror"},
     {"layout"},
     {"logs", "row_index"},
