@@ -156,6 +156,11 @@ def is_list(source: str) -> bool:
     return source == "-" or source.lower().endswith(".txt")
 
 
+def names_photos(source: str) -> bool:
+    """Whether somebody has named each photo of a source: it is a list, or Parquet files."""
+    return is_list(source) or (_names_shards(source) and source.lower().endswith(PARQUET_SUFFIX))
+
+
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)
@@ -188,12 +193,11 @@ def excluder(
     """What is left out of a source: paths that match a pattern, and all below such folders.
 
     Patterns are as those of `list_images`, each matched against every folder on the way too. In
-    folders and tars `SYSTEM_FOLDERS` count as well, of which `told` is told; the photos of lists
-    and Parquet files have been chosen one by one.
+    folders and tars `SYSTEM_FOLDERS` count as well, of which `told` is told; not where each photo
+    is named.
     """
     is_asked = _on_the_way(patterns)
-    is_chosen = is_list(source) or source.lower().endswith(PARQUET_SUFFIX)
-    is_system = _on_the_way(() if is_chosen else SYSTEM_FOLDERS)
+    is_system = _on_the_way(() if names_photos(source) else SYSTEM_FOLDERS)
 
     def is_excluded(path: str) -> bool:
         if is_asked(path):

@@ -1,18 +1,30 @@
 """Which photos of an input need a row: the listing against the rows that are there."""
 
+import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress
+from itertools import chain, compress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ImageRef, InputError
+from batchcap.contracts import ImageRef, InputError, UsageError, int64_or_none
 from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
-from batchcap.inputs import is_list, list_images, warn_unlisted
+from batchcap.inputs import (
+    SYSTEM_FOLDERS,
+    excluder,
+    is_list,
+    list_images,
+    names_photos,
+    path_of_image_id,
+    warn_unlisted,
+)
+from batchcap.lists import likely_fault
 from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
 from batchcap.row_files import Row
@@ -24,6 +36,7 @@ from batchcap.shards import Columns, Unread
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
+NAMES_CHECKED = 100  # of a list, before it counts as one in a wrong form
 COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
@@ -33,7 +46,8 @@ log = logging.getLogger(__name__)
 class Tally(NamedTuple):
     """What an inventory of a piece of an input has come to, for that of the whole.
 
-    seen: the row numbers of its photos. unread: what could not be listed, and why.
+    seen: the row numbers of its photos. unread: what could not be listed, and why. left_out: a
+    folder of a system, if there was one.
     """
 
     summary: RunSummary
@@ -42,6 +56,7 @@ class Tally(NamedTuple):
     doubled: int
     seen: Hashes
     unread: list[tuple[str, str]]
+    left_out: str = ""
 
 
 class Inventory:
@@ -50,6 +65,7 @@ class Inventory:
     taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
     input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
     how many photos have an id that came before, and are left out; lines of a list do not count.
+    left_out: a folder of a system that the input has, if there is one.
     """
 
     def __init__(
@@ -62,8 +78,53 @@ class Inventory:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
+        self.left_out = ""
         self._mark_seen = mark_seen or index.mark_seen
         self._met = IdSet()
+
+    def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
+        """All photos of the input; what can't be listed, or is left out, is noted.
+
+        Raises InputError, after the first photos, for a list in a wrong form.
+        """
+        refs = list_images_of(self.settings, self.note_unlisted, self.note_left_out)
+        return self.checked(refs, goes_on)
+
+    def checked(
+        self, refs: Iterator[ImageRef], goes_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[ImageRef]:
+        """The photos of a list, held back while all of those without a row are missing.
+
+        Raises InputError after the first hundred of these, or where the list has no others.
+        """
+        if not names_photos(self.settings.source):
+            yield from refs
+            return
+        held: list[ImageRef] = []
+        has_rows = is_right = False
+        for chunk in chunks(refs, LARGEST_OF_PIPE, goes_on):
+            rows = self.index.find_all(hashes_of([ref.image_id for ref in chunk]))
+            for ref, row in zip(chunk, rows.tolist(), strict=True):
+                has_rows = has_rows or row >= 0
+                if is_right or row >= 0:
+                    yield ref
+                    continue
+                held.append(ref)
+                is_right = not _is_missing(ref)
+                if is_right:
+                    yield from held
+                elif len(held) == NAMES_CHECKED:
+                    raise _wrong_list(held, self.settings.source)
+            if is_right:
+                yield from refs
+                return
+        if held and not has_rows and goes_on():
+            raise _wrong_list(held, self.settings.source)
+        yield from held
+
+    def check_list(self, pieces: Iterable[list[ImageRef]]) -> None:
+        """Raises InputError if these are the photos of a list in a wrong form."""
+        deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
 
     def unfinished(
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
@@ -93,6 +154,8 @@ class Inventory:
         self._mark_seen(tally.seen)
         for name, reason in tally.unread:
             self.note_unlisted(name, reason)
+        if tally.left_out:
+            self.note_left_out(tally.left_out)
 
     def admitted(self, rows: list[Row]) -> list[Row]:
         """Rows of a worker, without those whose id has come from another piece of the input."""
@@ -176,6 +239,15 @@ class Inventory:
         self.unlisted += 1
         warn_unlisted(name, reason)
 
+    def note_left_out(self, name: str) -> None:
+        """Say once that folders of a system are left out."""
+        if not self.left_out:
+            self.left_out = name
+            log.info(
+                "leaving out %s, and all else that is named %s; INPUT may be such a folder itself",
+                *(printable(name), " or ".join(SYSTEM_FOLDERS)),
+            )
+
     def _note_doubled(self, name: str) -> None:
         if is_list(self.settings.source):
             return
@@ -186,10 +258,21 @@ class Inventory:
             )
 
 
-def list_images_of(settings: RunSettings, unlisted: Unread) -> Iterator[ImageRef]:
-    """The photos of a run's input."""
+def list_images_of(
+    settings: RunSettings,
+    unlisted: Unread,
+    left_out: Callable[[str], object] = lambda _name: None,
+) -> Iterator[ImageRef]:
+    """The photos of a run's input; `left_out` is told of folders of systems."""
     columns = Columns(settings.image_column, settings.id_column)
-    return list_images(settings.source, settings.glob, unlisted, columns)
+    is_excluded = excluder(settings.source, settings.exclude, left_out)
+    return list_images(settings.source, settings.glob, unlisted, columns, is_excluded)
+
+
+def excluded_by(settings: RunSettings) -> Callable[[str], bool]:
+    """Whether a photo of this id is left out, wherever it is."""
+    is_excluded = excluder(settings.source, settings.exclude)
+    return lambda image_id: is_excluded(path_of_image_id(image_id))
 
 
 def chunks(
@@ -241,7 +324,33 @@ def _described_by_store(ref: ImageRef) -> ImageRef:
         told = describe(ref.path)
     except OSError:  # for the reader of the photo to meet
         return ref._replace(size=UNKNOWN)
-    return ref._replace(size=told.size, mtime_ns=told.mtime_ns)
+    size = UNKNOWN if told.size is None else told.size
+    return ref._replace(size=size, mtime_ns=told.mtime_ns)
+
+
+def _is_missing(ref: ImageRef) -> bool:
+    """Whether a name leads to nothing at all; of stores, only if they say so."""
+    if ref.data is not None:
+        return False
+    try:
+        _ = describe(ref.path) if is_url(ref.path) else os.stat(ref.path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except UsageError:
+        return False
+    return False
+
+
+def _wrong_list(missing: list[ImageRef], source: str) -> InputError:
+    names = [path_of_image_id(ref.image_id) for ref in missing]
+    path = missing[0].path
+    place = path if is_url(path) else str(Path.cwd() / path)
+    return InputError(
+        f"{source}: none of its first {counted(len(names), 'name')} is there, so nothing was "
+        f"written: they {likely_fault(names)}. The first was looked for at {printable(place)}"
+    )
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
@@ -249,4 +358,5 @@ def _size_and_time(path: str) -> tuple[int, int]:
         status = os.stat(path)  # noqa: PTH116, done for every photo of every run
     except (OSError, ValueError):
         return UNKNOWN, UNKNOWN
-    return status.st_size, status.st_mtime_ns
+    mtime_ns = int64_or_none(status.st_mtime_ns)
+    return status.st_size, UNKNOWN if mtime_ns is None else mtime_ns

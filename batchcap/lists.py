@@ -63,9 +63,8 @@ def _encoding_of(start: bytes) -> tuple[bytes, str]:
     for mark, encoding in MARKS:
         if start.startswith(mark):
             return mark, encoding
-    zeros = [byte == 0 for byte in start[:4]]
-    told = {(False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be"}
-    return b"", told.get(tuple(zeros), "utf-8")
+    is_used = bytes(byte != 0 for byte in start[:4])
+    return b"", {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}.get(is_used, "utf-8")
 
 
 def likely_fault(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -73,7 +73,11 @@ class Workers(NamedTuple):
     gpus: float
 
 
-def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
+def pieces_of(
+    settings: RunSettings,
+    unlisted: Unread,
+    left_out: Callable[[str], object] = lambda _name: None,
+) -> Iterator[Piece]:
     """The input in pieces that workers can take one at a time: its shards, or lists of photos.
 
     Paths are whole, since workers run elsewhere.
@@ -86,7 +90,7 @@ def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
         yield from map(_whole, shards)
         return
     met = IdSet()
-    refs = list_images_of(settings, unlisted)
+    refs = list_images_of(settings, unlisted, left_out)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
         is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may say a photo twice
         yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
@@ -176,7 +180,11 @@ class RayWorker:
         refs: Iterable[ImageRef]
         if isinstance(piece, str):
             shard = replace(self.settings, source=piece)
-            refs = list_images_of(shard, lambda *what_and_why: unread.append(what_and_why))
+            refs = list_images_of(
+                shard,
+                unlisted=lambda *what_and_why: unread.append(what_and_why),
+                left_out=inventory.note_left_out,
+            )
         else:
             refs = piece
         rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))
@@ -184,7 +192,7 @@ class RayWorker:
             yield Chunk(self.worker.metadata, some)
         tally = Tally(
             *(inventory.summary, inventory.taken, inventory.is_empty, inventory.doubled),
-            *(np.concatenate(seen), unread),
+            *(np.concatenate(seen), unread, inventory.left_out),
         )
         yield Chunk(self.worker.metadata, tally=tally)
 
