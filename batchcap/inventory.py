@@ -347,9 +347,11 @@ def _wrong_list(missing: list[ImageRef], source: str) -> InputError:
     names = [path_of_image_id(ref.image_id) for ref in missing]
     path = missing[0].path
     place = path if is_url(path) else str(Path.cwd() / path)
+    numbers = {1: "only name", NAMES_CHECKED: f"first {NAMES_CHECKED} names"}
     return InputError(
-        f"{source}: none of its first {counted(len(names), 'name')} is there, so nothing was "
-        f"written: they {likely_fault(names)}. The first was looked for at {printable(place)}"
+        f"found no file for the {numbers.get(len(names), f'{len(names)} names')} in "
+        f"{'standard input' if source == '-' else source} (looked for the first at "
+        f"{printable(place)}): they {likely_fault(names)}"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -130,6 +131,22 @@ def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tm
     assert_same(rows, of_folder, *TIMES)
     again = run("s3://photos/all/list.txt", tmp_path / "out.parquet")
     assert (again.already_done, again.captioned) == (6, 0)
+
+
+def test_odd_keys_have_rows_too(s3, photos, port, tmp_path):
+    """A folder without a name, a file named as a folder, and what URLs or patterns use."""
+    odd = ["//1.jpg", "sub//2.jpg", "./3.jpg", "x.jpg", "x.jpg/4.jpg", "cam1::2024.jpg"]
+    odd += ["e%20 f.jpg", "g#h.jpg", "i?j.jpg", "m*[n].jpg", "photo.jpg/"]
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket="odd")
+    for key in odd:  # s3fs would take the last for a folder
+        client.put_object(Bucket="odd", Key=f"p/{key}", Body=photos["coffee.jpg"])
+    s3.mkdir("odd-output")
+    with pytest.raises(InputError, match="1 folder or shard of s3://odd/p could not be read"):
+        run("s3://odd/p", "s3://odd-output/cam1::2024.parquet")
+    rows = rows_in(s3, "odd-output/cam1::2024.parquet")
+    assert rows["image_id"].to_pylist() == sorted(odd[:-1])
+    assert set(rows["status"].to_pylist()) == {"ok"}
 
 
 def test_what_is_not_there_is_said(photos, tmp_path):
