@@ -17,6 +17,7 @@ from batchcap import inventory as inventories
 from batchcap.contracts import ImageRef, InputError, int64_or_none
 from batchcap.id_hashes import Hashes
 from batchcap.inventory import Inventory, Tally, chunks, list_images_of
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.row_files import Row, table_of
 from batchcap.row_index import RowIndex, entries_of
 from batchcap.run_report import RunSummary
@@ -126,7 +127,7 @@ def write_list(folder: Path, *names: str) -> Path:
 def test_a_list_whose_first_hundred_new_names_are_missing_is_refused(tmp_path):
     names = [f"'{number}'" for number in range(100)]
     wrong = write_list(tmp_path, *names, "there.jpg")
-    with pytest.raises(InputError, match="the first 100 names in .*in quotes"):
+    with pytest.raises(InputError, match=r"the first 100 names in .*in quotes"):
         checked(wrong)
     with pytest.raises(InputError, match="the first 100 names in "):
         checked(write_list(tmp_path, "done.jpg", *names), row_of("done.jpg", b"x"))
@@ -150,7 +151,7 @@ def test_a_shorter_list_is_refused_if_it_has_no_other_names(tmp_path, monkeypatc
 
 def test_a_list_of_urls_is_checked_too(tmp_path):
     with web_server({"/there.jpg": answer(b"x"), "/refused.jpg": status(403)}) as url:
-        with pytest.raises(InputError, match="the 2 names in .*in quotes"):
+        with pytest.raises(InputError, match=r"the 2 names in .*in quotes"):
             checked(write_list(tmp_path, f"'{url}/a.jpg'", f"'{url}/there.jpg'"))
         for name in ("there", "refused"):
             names = [f"{url}/a.jpg", f"{url}/{name}.jpg"]
@@ -187,12 +188,16 @@ def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
 
 
 def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"x")
-    os.utime(tmp_path / "a.jpg", (2**34, 2**34))  # in the year 2514, of which some disks keep less
-    far = os.stat(tmp_path / "a.jpg").st_mtime_ns
-    done = row_of("a.jpg", b"x", mtime_ns=int64_or_none(far))
-    assert unfinished(tmp_path, done) == []
-    assert unfinished(tmp_path, done | {"file_size": 2}) == ["a.jpg"]
+    photo, pipe = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    photo.write_bytes(b"x")
+    os.mkfifo(pipe)
+    for path in (photo, pipe):
+        os.utime(path, (13 * 10**9, 13 * 10**9))  # in 2381; some disks only keep earlier dates
+    kept = int64_or_none(photo.stat().st_mtime_ns)
+    assert {load_image(path, LoadSettings(32)).mtime_ns for path in (photo, pipe)} == {kept}
+    rows = row_of("a.jpg", b"x", mtime_ns=kept), failed_row("b.jpg", file_size=0, mtime_ns=kept)
+    assert unfinished(tmp_path, *rows) == []
+    assert unfinished(tmp_path, rows[0] | {"file_size": 2}, rows[1]) == ["a.jpg"]
 
 
 def test_shares_take_each_photo_once(tmp_path):
