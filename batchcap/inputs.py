@@ -39,7 +39,7 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 
-# What systems keep for themselves in people's folders, as patterns of `--exclude`.
+# Folders of operating systems and storage devices, as patterns of `--exclude`.
 SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
@@ -63,17 +63,17 @@ ListFolder = Callable[[str, str], list[Entry]]
 
 
 class Selection(NamedTuple):
-    """Which photos of a source count: of what a pattern wants, if there is one, what is left."""
+    """Which photos of a source to list: those that match the pattern and are not excluded."""
 
     pattern: Callable[[str], bool] | None
     is_excluded: IsExcluded
 
     def wants(self, path: str) -> bool:
-        """Whether a file is a photo, going by its name."""
+        """Whether to list a file of a folder or a tar: by the pattern, or else by extension."""
         return (self.pattern or _has_image_extension)(path)
 
     def chooses(self, path: str) -> bool:
-        """Whether a photo that its owner has named counts."""
+        """Whether to list a photo of a list or a Parquet file."""
         return (self.pattern is None or self.pattern(path)) and not self.is_excluded(path)
 
 
@@ -103,8 +103,8 @@ def list_images(
     can't be read. An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
-    the relative path if it holds a `/`, or else against the file name. What `is_excluded` is left
-    out, and folders of it are not entered; by default as `excluder` has it without patterns.
+    the relative path if it holds a `/`, or else against the file name. Paths that `is_excluded`
+    are left out, and such folders not entered; by default those of `excluder(source)`.
 
     Raises UsageError if there is no such source, or a Parquet file has no such column; InputError
     if it cannot be read or is none of these.
@@ -157,7 +157,8 @@ def is_list(source: str) -> bool:
 
 
 def names_photos(source: str) -> bool:
-    """Whether somebody has named each photo of a source: it is a list, or Parquet files."""
+    """Whether a source names its photos one by one: it is a list, or Parquet files."""
+    source = without_file_scheme(source)
     return is_list(source) or (_names_shards(source) and source.lower().endswith(PARQUET_SUFFIX))
 
 
@@ -188,30 +189,30 @@ def _unescaped(escape: re.Match[str]) -> str:
 def excluder(
     source: str,
     patterns: Sequence[str] = (),
-    told: Callable[[str], object] = lambda _path: None,
+    on_system_folder: Callable[[str], object] = lambda _path: None,
 ) -> IsExcluded:
-    """What is left out of a source: paths that match a pattern, and all below such folders.
+    """Make the function that says whether a path below a source is excluded.
 
-    Patterns are as those of `list_images`, each matched against every folder on the way too. In
-    folders and tars `SYSTEM_FOLDERS` count as well, of which `told` is told; not where each photo
-    is named.
+    It is if one of the patterns, which are like that of `list_images`, matches the path or a folder
+    on the way to it. Folders and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
+    `on_system_folder`; lists and Parquet files don't, as they name each photo.
     """
-    is_asked = _on_the_way(patterns)
-    is_system = _on_the_way(() if names_photos(source) else SYSTEM_FOLDERS)
+    is_asked = _matcher_on_the_way(patterns)
+    is_system = _matcher_on_the_way(() if names_photos(source) else SYSTEM_FOLDERS)
 
     def is_excluded(path: str) -> bool:
         if is_asked(path):
             return True
         if not is_system(path):
             return False
-        told(path)
+        on_system_folder(path)
         return True
 
     return is_excluded
 
 
-def _on_the_way(patterns: Sequence[str]) -> IsExcluded:
-    """Whether a path, or a folder that it leads through, matches."""
+def _matcher_on_the_way(patterns: Sequence[str]) -> IsExcluded:
+    """Whether a path, or a folder that contains it, matches one of some patterns."""
     wanted = [pattern.lower().rstrip("/") for pattern in patterns]
     in_names = _matching([pattern for pattern in wanted if "/" not in pattern])
     in_paths = _matching(
@@ -292,7 +293,7 @@ def _walk(
             continue
         others = [other for other in below if other.path != entry.path]
         if len(others) < len(below) and selection.wants(entry.path.rstrip("/")):
-            unlisted(image_id_of(entry.path), "a file whose name ends in a slash")
+            unlisted(image_id_of(entry.path), "it is a file too; rename that")
         pending += _last_first(others)
 
 

@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 class Tally(NamedTuple):
     """What an inventory of a piece of an input has come to, for that of the whole.
 
-    seen: the row numbers of its photos. unread: what could not be listed, and why. left_out: a
-    folder of a system, if there was one.
+    seen: the row numbers of its photos. unread: what could not be listed, and why. left_out: the
+    first system folder, or empty.
     """
 
     summary: RunSummary
@@ -65,7 +65,7 @@ class Inventory:
     taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
     input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
     how many photos have an id that came before, and are left out; lines of a list do not count.
-    left_out: a folder of a system that the input has, if there is one.
+    left_out: the first system folder of the input, or empty.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Inventory:
         self._met = IdSet()
 
     def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
-        """All photos of the input; what can't be listed, or is left out, is noted.
+        """List the photos of the input, noting what can't be listed and what is left out.
 
-        Raises InputError, after the first photos, for a list in a wrong form.
+        Raises InputError for a list in a wrong form, as `checked` does.
         """
         refs = list_images_of(self.settings, self.note_unlisted, self.note_left_out)
         return self.checked(refs, goes_on)
@@ -93,9 +93,10 @@ class Inventory:
     def checked(
         self, refs: Iterator[ImageRef], goes_on: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageRef]:
-        """The photos of a list, held back while all of those without a row are missing.
+        """Yield the photos of a list, but hold back those without a row until one of them exists.
 
-        Raises InputError after the first hundred of these, or where the list has no others.
+        Raises InputError if the first hundred without a row are missing, or, in a shorter list, all
+        photos are. Other inputs are passed on as they are.
         """
         if not names_photos(self.settings.source):
             yield from refs
@@ -123,7 +124,7 @@ class Inventory:
         yield from held
 
     def check_list(self, pieces: Iterable[list[ImageRef]]) -> None:
-        """Raises InputError if these are the photos of a list in a wrong form."""
+        """Raises InputError if the input is a list in a wrong form; `pieces` are its photos."""
         deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
 
     def unfinished(
@@ -167,7 +168,7 @@ class Inventory:
 
     @property
     def vanished(self) -> int:
-        """How many rows are of photos that the input no longer has; 0 where it was not all seen."""
+        """How many rows are of photos that were not listed; 0 unless all of the input was."""
         return self.index.vanished if self.complete else 0
 
     def check_any(self) -> None:
@@ -240,11 +241,12 @@ class Inventory:
         warn_unlisted(name, reason)
 
     def note_left_out(self, name: str) -> None:
-        """Say once that folders of a system are left out."""
+        """Log once that system folders are left out."""
         if not self.left_out:
             self.left_out = name
             log.info(
-                "leaving out %s, and all else that is named %s; INPUT may be such a folder itself",
+                "leaving out %s and everything else named %s; "
+                "to caption the photos of such a folder, give it as INPUT",
                 *(printable(name), " or ".join(SYSTEM_FOLDERS)),
             )
 
@@ -263,14 +265,14 @@ def list_images_of(
     unlisted: Unread,
     left_out: Callable[[str], object] = lambda _name: None,
 ) -> Iterator[ImageRef]:
-    """The photos of a run's input; `left_out` is told of folders of systems."""
+    """The photos of a run's input; system folders are reported to `left_out`."""
     columns = Columns(settings.image_column, settings.id_column)
     is_excluded = excluder(settings.source, settings.exclude, left_out)
     return list_images(settings.source, settings.glob, unlisted, columns, is_excluded)
 
 
 def excluded_by(settings: RunSettings) -> Callable[[str], bool]:
-    """Whether a photo of this id is left out, wherever it is."""
+    """Make the function that says whether the photo of an id is excluded."""
     is_excluded = excluder(settings.source, settings.exclude)
     return lambda image_id: is_excluded(path_of_image_id(image_id))
 
@@ -329,7 +331,7 @@ def _described_by_store(ref: ImageRef) -> ImageRef:
 
 
 def _is_missing(ref: ImageRef) -> bool:
-    """Whether a name leads to nothing at all; of stores, only if they say so."""
+    """Whether there is no such file; False where that can't be found out."""
     if ref.data is not None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Lists of names: what stands in one, however it was saved, and what may be wrong with one."""
+"""Lists of names: reading them however they were saved, and guessing what is wrong with one."""
 
 import codecs
 import re
@@ -13,22 +13,25 @@ MARKS = (  # the longest first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-SIGNS = (  # of names that are none, and what to do
+FAULTS = (  # patterns of wrong names; what is wrong, and what to do
     (r".*[\0\ufffd\udc80-\udcff].*", "are not UTF-8; save the list as UTF-8"),
-    (r".*[,;\t].*", "look like lines of a table; give one name a line and nothing else"),
-    (r"""(["'`]).*\1""", "stand in quotes; write them without"),
-    (r"\s.*|.*\s", "begin or end with blanks; remove these"),
-    (r".*\\.*", "have backslashes; write / between folders"),
-    (r"[~$].*", "begin with ~ or a variable; write whole paths"),
+    (r".*[,;\t].*", "look like rows of a table; keep one name a line and nothing else"),
+    (r"""(["'`]).*\1""", "are in quotes; remove the quotes"),
+    (r"\s.*|.*\s", "start or end with blanks; remove the blanks"),
+    (r".*\\.*", "contain backslashes; use / between folders"),
+    (r"[~$].*", "start with ~ or a variable; write full paths"),
 )
-OTHER_FOLDER = "may start at another folder; write them as seen from the list's, or whole paths"
+OTHER_FOLDER = (
+    "may be relative to another folder than the list's (the current one, for standard input); "
+    "write full paths"
+)
 
 
 def names_in(file: IO[bytes]) -> Iterator[str]:
-    r"""The lines of a list, or what stands between the NULs of one, as they come; blank ones too.
+    r"""Yield the names of a list as they arrive, blank ones too, as surrogateescape str.
 
-    Names are surrogateescape str. Lists are UTF-8, or what their byte order mark says; UTF-16 is
-    told without one where the first character is ASCII. `\r\n` ends a line as `\n` does.
+    Names end with NUL if the first one does, else with `\n` or `\r\n`. The byte order mark says the
+    encoding. Without one it is UTF-8, or UTF-16 if that makes the first two characters ASCII.
     """
     separator, rest = "", ""
     for text in _texts(file):
@@ -46,7 +49,7 @@ def _ended(name: str, separator: str) -> str:
 
 
 def _texts(file: IO[bytes]) -> Iterator[str]:
-    read = getattr(file, "read1", file.read)  # does not wait for more than there is
+    read = getattr(file, "read1", file.read)  # returns what has arrived
     start = b""
     while len(start) < len(codecs.BOM_UTF32_LE) and (data := read(READ_BYTES)):
         start += data
@@ -68,8 +71,11 @@ def _encoding_of(start: bytes) -> tuple[bytes, str]:
 
 
 def likely_fault(names: Sequence[str]) -> str:
-    """What may be wrong with names that are none of files, and what to do, after `its names`."""
-    for pattern, fault in SIGNS:
+    """What is wrong with most of the names, none of which is a file's, and what to do.
+
+    Follows `they`, as in `they are in quotes; remove the quotes`.
+    """
+    for pattern, fault in FAULTS:
         matches = re.compile(pattern, re.DOTALL).fullmatch
         if 2 * sum(matches(name) is not None for name in names) > len(names):
             return fault

@@ -82,8 +82,8 @@ def describe(url: str) -> RemoteFile:
 def list_folder(url: str) -> list[RemoteFile]:
     """The files and folders right in a folder, in no order; `url` ends in a slash.
 
-    Below a folder without a name (`a//`) all files are listed at once, however deep they lie. The
-    folder itself is listed as well if it is also a file that is not empty.
+    Of a folder without a name (`a//`) all files below are listed at once, however deep. The folder
+    itself is listed too if it is also a file, and not empty.
 
     Raises:
         OSError: there is nothing, or it can't be reached.
@@ -115,7 +115,7 @@ def _in_store(url: str, folder: str, told: Iterable[dict[str, Any]]) -> Iterator
 
 
 def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
-    """What a page links to below its own folder."""
+    """The links of a page that lead below it."""
     for link in links:
         name = link["name"].partition("://")[2].removeprefix(url.partition("://")[2])
         name = name.removeprefix("./")
@@ -223,15 +223,17 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
         package = PACKAGES.get(scheme, str(error))
         raise UsageError(f"{scheme}:// needs a package: pip install '{package}'") from error
     except Exception as error:  # each store has its own
-        if scheme not in fsspec.available_protocols():
+        if not isinstance(error, OSError) and scheme not in fsspec.available_protocols():
             raise UsageError(f"{scheme}:// is no kind of URL that batchcap knows") from error
         raise _as_os_error(_answer_of(error) if _is_web(url) else error) from error
 
 
 def _store_and_path(url: str) -> tuple[Any, str]:
-    """`::` chains URLs only where another one follows; fsspec takes any, even within a name."""
+    """The store of a URL and the path there, without a cache of listings, which may be outdated.
+
+    Fsspec splits URLs at every `::`, even within names; this does only where another URL follows.
+    """
     masked = _COLONS.sub(_COLONS_MASK, url)
-    # Without its cache of listings, which would tell what was there before.
     store, path = fsspec.core.url_to_fs(masked, use_listings_cache=False)
     return store, path.replace(_COLONS_MASK, "::")
 
@@ -241,7 +243,7 @@ def _is_web(url: str) -> bool:
 
 
 def _answer_of(error: Exception) -> Exception:
-    """What a web server answered, where fsspec says of every answer that there is no file."""
+    """The error that fsspec replaced: it reports any answer of a server as a missing file."""
     cause = error.__cause__
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
 
@@ -249,7 +251,8 @@ def _answer_of(error: Exception) -> Exception:
 def _as_os_error(error: Exception) -> OSError:
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return OSError(STATUS_NUMBERS.get(status, errno.EIO), f"{status} {_reason(error)}")
+        message = f"{status} {getattr(error, 'message', '')}".strip().splitlines()[0]
+        return OSError(STATUS_NUMBERS.get(status, errno.EIO), message)
     if isinstance(error, OSError):
         number = error.errno or NUMBERS.get(type(error), errno.EIO)
         return OSError(number, error.strerror or _reason(error))
@@ -259,5 +262,4 @@ def _as_os_error(error: Exception) -> OSError:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    text = getattr(error, "message", "") or str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

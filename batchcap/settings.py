@@ -179,8 +179,8 @@ class RunSettings(ModelOptions):
     )
     exclude: tuple[str, ...] = _option(
         (),
-        "Leave out files and folders that match, with all below; may be given again and again. "
-        "lost+found and other folders of systems are left out anyway.",
+        "Leave out files and folders that match, and all below these; repeatable. Always left out: "
+        "lost+found, @eaDir, #recycle, $RECYCLE.BIN, .Trash* and __MACOSX.",
     )
     image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
     id_column: str | None = _option(

@@ -184,7 +184,7 @@ def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert list(inventory(tmp_path, exclude=("a",)).listed()) == []
     (told,) = caplog.messages
-    assert told.startswith("leaving out @eaDir/, and all else that is named lost+found or @eaDir")
+    assert told.startswith("leaving out @eaDir/ and everything else named lost+found or @eaDir or")
 
 
 def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):

@@ -62,7 +62,7 @@ def test_a_name_is_given_out_as_soon_as_a_pipe_has_it() -> None:
         (["a.jpg\t1", "b.jpg\t2"], "table"),
         (["a.jpg  ", " b.jpg"], "blanks"),
         ([r"photos\a.jpg"], "backslashes"),
-        (["~/a.jpg"], "whole paths"),
+        (["~/a.jpg"], "full paths"),
         (["\udcff\udcfea", "\0b"], "UTF-8"),
         (["a.jpg", "b.jpg", "'c.jpg'"], OTHER_FOLDER),
     ],
