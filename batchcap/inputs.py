@@ -213,6 +213,8 @@ def excluder(
 
 def _matcher_on_the_way(patterns: Sequence[str]) -> IsExcluded:
     """Whether a path, or a folder that contains it, matches one of some patterns."""
+    if not patterns:
+        return lambda _path: False
     wanted = [pattern.lower().rstrip("/") for pattern in patterns]
     in_names = _matching([pattern for pattern in wanted if "/" not in pattern])
     in_paths = _matching(
@@ -227,7 +229,7 @@ def _matcher_on_the_way(patterns: Sequence[str]) -> IsExcluded:
 
     def matches(path: str) -> bool:
         path = path.lower().rstrip("/")
-        return any(map(in_names, path.split("/"))) or in_paths(path)
+        return any(map(in_names, path.split("/"))) or in_paths(path) is not None
 
     return matches
 
@@ -237,17 +239,14 @@ def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
         return None
     matches = _matching([pattern.lower()])
     if "/" in pattern:
-        return lambda relative: matches(relative.lower())
-    return lambda relative: matches(posixpath.basename(relative).lower())
+        return lambda relative: matches(relative.lower()) is not None
+    return lambda relative: matches(posixpath.basename(relative).lower()) is not None
 
 
-def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a text matches one of some fnmatch patterns, in which `**/` may be no folder too."""
+def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
+    """The match of one of some fnmatch patterns, in which `**/` may stand for no folder too."""
     wanted = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
-    if not wanted:
-        return lambda _text: False
-    matches = re.compile("|".join(map(fnmatch.translate, sorted(wanted)))).match
-    return lambda text: matches(text) is not None
+    return re.compile("|".join(map(fnmatch.translate, sorted(wanted))) or "(?!)").match
 
 
 def _has_image_extension(relative: str) -> bool:
