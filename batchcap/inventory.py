@@ -36,6 +36,7 @@ from batchcap.shards import Columns, Unread
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
+PATH_SHOWN = 300  # characters of what may be a whole file in one line
 NAMES_CHECKED = 100  # of a list, before it counts as one in a wrong form
 COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
@@ -353,7 +354,7 @@ def _wrong_list(missing: list[ImageRef], source: str) -> InputError:
     return InputError(
         f"found no file for the {numbers.get(len(names), f'{len(names)} names')} in "
         f"{'standard input' if source == '-' else source} (looked for the first at "
-        f"{printable(place)}): they {likely_fault(names)}"
+        f"{printable(place[:PATH_SHOWN])}): they {likely_fault(names)}"
     )
 
 

@@ -184,6 +184,7 @@ def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert list(inventory(tmp_path, exclude=("a",)).listed()) == []
     (told,) = caplog.messages
+    assert tally_of(inventory(tmp_path)).left_out == "@eaDir/"
     assert told.startswith("leaving out @eaDir/ and everything else named lost+found or @eaDir or")
 
 
@@ -244,10 +245,10 @@ def tally_of(found: Inventory) -> Tally:
     """What a worker would tell of a piece, all of which it has listed."""
     seen: list[Hashes] = [np.zeros(0, np.int64)]
     piece = Inventory(found.settings, found.index, RunSummary("", "", ""), seen.append)
-    list(left(piece))
+    list(piece.unfinished(piece.listed()))
     return Tally(
         *(piece.summary, piece.taken, piece.is_empty, piece.doubled, np.concatenate(seen)),
-        [("broken.tar", "it ends early")],
+        *([("broken.tar", "it ends early")], piece.left_out),
     )
 
 
