@@ -13,7 +13,12 @@ FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
     {"remote"},
     {"shards"},
-    {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
+    {
+        "evaluation.metrics",
+        "evaluation.bootstrap",
+        "evaluation.penn_treebank",
+        "evaluation.scripts",
+    },
     {"settings", "locking", "row_files", "loading", "records"},
     {"mirror"},
     {"layout"},
