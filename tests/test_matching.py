@@ -16,6 +16,7 @@ def named(*names: str) -> list[tuple[str, int | None]]:
         ("COCO id", "391895", ("COCO_val2014_000000391895.jpg", 391895)),
         ("COCO id", "7", ("b.jpg", 7)),
         ("file name", "photos/a.jpg", ("train/a.jpg", None)),
+        ("file name", "photos/cafe\u0301.jpg", ("caf\u00e9.jpg", None)),
         ("file name without extension", "photos/a.jpg", ("a", None)),
         ("number in the name", "391895", ("COCO_val2014_000000391895.jpg", None)),
         ("number in the name", str(coco_number("dog.jpg")), ("x/dog.png", None)),
