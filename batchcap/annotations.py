@@ -73,7 +73,7 @@ def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
     for place, record in read_records(annotations.path, data, annotations.problems):
         if not isinstance(record, dict):
             annotations.problems.report(place, f"{shown(record)} is not an object")
-        elif "images" in record or "annotations" in record:
+        elif name_of(record) is None and not record.keys().isdisjoint(("images", "annotations")):
             _add_document(annotations, record)
         else:
             _add_record(annotations, place, record)
@@ -194,7 +194,10 @@ def _add_splits_beside(annotations: _Annotations) -> None:
             log.log(
                 logging.WARNING if known else logging.INFO,
                 "%s is not taken for a list of photos: %d of %s name photos of %s",
-                *(path, len(known), counted(len(names), "line"), annotations.path.name),
+                path,
+                len(known),
+                counted(len(names), "line"),
+                annotations.path.name,
             )
 
 

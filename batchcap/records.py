@@ -105,7 +105,7 @@ def read_records(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[
 
 def _csv_rows(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
     text = io.StringIO(_decoded(path, data).lstrip(), newline="")
-    reader = csv.DictReader(text, skipinitialspace=True)
+    reader = csv.DictReader(text, skipinitialspace=True, strict=True)
     try:
         for row in reader:
             if None in row:
@@ -113,7 +113,7 @@ def _csv_rows(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str
             else:
                 yield f":{reader.line_num}", row
     except csv.Error as error:
-        problems.report(f":{reader.line_num}", str(error))
+        problems.report(f":{reader.line_num + 1}", str(error))  # where the row begins
 
 
 def _json_document(path: Path, data: bytes) -> Any | None:

@@ -122,7 +122,10 @@ def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example
     if missing:
         log.warning(
             "%d of %d annotated photos are not in %s or cannot be read, such as %s",
-            *(len(missing), len(annotated), images, printable(missing[0])),
+            len(missing),
+            len(annotated),
+            images,
+            printable(missing[0]),
         )
     if wordless:
         photos = f"{counted(len(wordless), 'photo')}, such as {printable(wordless[0])}"

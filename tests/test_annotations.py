@@ -52,7 +52,7 @@ FORMATS = {
     "coco": COCO,
     "jsonl": jsonl(
         {"image_id": "b.jpg", "caption": "两只猫"},
-        {"image_id": "a.jpg", "captions": ["一只狗", "狗"]},
+        {"image_id": "a.jpg", "captions": ["一只狗", "狗"], "annotations": 2, "images": 1},
     ),
     "Karpathy": {
         "dataset": "flickr8k",
@@ -254,6 +254,7 @@ WRONG = {
         ": images entry 1: a sentence is '狗', not an object",
     ),
     "row with too many cells": ("file_name,text\na.jpg,狗,猫\n", ":2: more cells than"),
+    "quote without an end": ('file_name,text\na.jpg,"狗\nb.jpg,猫\n', ":2: unexpected end of data"),
     "number of too many digits": ('[{"id": ' + "1" * 5000 + "}]", ": lists or objects .* digits"),
     "broken JSON": ('[\n {"image_id": "a",\n]', ":3:1: "),
     "empty file": ("", " has no captions. Known formats: Flickr8k"),
