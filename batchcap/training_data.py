@@ -75,8 +75,11 @@ def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[Annotate
         validating = read_annotations(settings.validation_annotations)
         training = [image for image in annotated if image.split != "test"]
         if tested := len(annotated) - len(training):
-            log.info("%s of split test, not trained on", counted(tested, "annotated photo"))
-        return training, [image for image in validating if image.split == "val"] or validating
+            log.info("not training on %s of split test", counted(tested, "annotated photo"))
+        validation = [image for image in validating if image.split == "val"] or validating
+        if others := len(validating) - len(validation):
+            log.info("not validating on %s of other splits", counted(others, "annotated photo"))
+        return training, validation
     if any(image.split for image in annotated):
         training = [image for image in annotated if image.split == "train"]
         validation = [image for image in annotated if image.split == "val"]
