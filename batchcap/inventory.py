@@ -19,7 +19,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Columns, Unread
+from batchcap.shards import Columns, Shard, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -186,10 +186,12 @@ class Inventory:
             )
 
 
-def list_images_of(settings: RunSettings, unlisted: Unread) -> Iterator[ImageRef]:
-    """The photos of a run's input."""
+def list_images_of(
+    settings: RunSettings, unlisted: Unread, shard: Shard | None = None
+) -> Iterator[ImageRef]:
+    """The photos of a run's input, or of one of its shards."""
     columns = Columns(settings.image_column, settings.id_column)
-    return list_images(settings.source, settings.glob, unlisted, columns)
+    return list_images(shard or settings.source, settings.glob, unlisted, columns)
 
 
 def chunks(

@@ -34,7 +34,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Unread
+from batchcap.shards import Shard, Unread
 from batchcap.stopping import SIGNALS
 from batchcap.worker import CaptionWorker
 
@@ -48,7 +48,7 @@ QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 log = logging.getLogger(__name__)
 
 # A shard, or some photos of a folder or a list.
-Piece = str | list[ImageRef]
+Piece = Shard | list[ImageRef]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
     """
     shards = shards_in(settings.source)
     if shards is not None:
-        yield from map(_whole, shards)
+        yield from (shard._replace(path=_whole(shard.path)) for shard in shards)
         return
     met = IdSet()
     refs = list_images_of(settings, unlisted)
@@ -174,9 +174,8 @@ class RayWorker:
         # The index is there for all workers of a machine, who can't write in it.
         inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
         refs: Iterable[ImageRef]
-        if isinstance(piece, str):
-            shard = replace(self.settings, source=piece)
-            refs = list_images_of(shard, lambda *what_and_why: unread.append(what_and_why))
+        if isinstance(piece, Shard):
+            refs = list_images_of(self.settings, lambda *one: unread.append(one), piece)
         else:
             refs = piece
         rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))
