@@ -19,7 +19,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Columns, Shard, Unread
+from batchcap.shards import Archive, Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -187,11 +187,15 @@ class Inventory:
 
 
 def list_images_of(
-    settings: RunSettings, unlisted: Unread, shard: Shard | None = None
+    settings: RunSettings, unlisted: Unread, archive: Archive | None = None
 ) -> Iterator[ImageRef]:
-    """The photos of a run's input, or of one of its shards."""
-    columns = Columns(settings.image_column, settings.id_column)
-    return list_images(shard or settings.source, settings.glob, unlisted, columns)
+    """The photos of a run's input, or of one of its archives."""
+    return list_images(archive or settings.source, settings.glob, unlisted, columns_of(settings))
+
+
+def columns_of(settings: RunSettings) -> Columns:
+    """The columns of a Parquet input."""
+    return Columns(settings.image_column, settings.id_column)
 
 
 def chunks(

@@ -54,8 +54,9 @@ def _places(keys: Iterable[str | None]) -> dict[str, int]:
 
 
 def stem(image_id: str) -> str:
-    """The file name without folders and extension."""
-    return posixpath.splitext(posixpath.basename(image_id))[0]
+    """The file name without folders and extension; `x.parquet:0000012`, a row, is kept whole."""
+    name, extension = posixpath.splitext(posixpath.basename(image_id))
+    return name + extension if ":" in extension else name
 
 
 def _same_in_nfc(key: Callable[[str], str]) -> Callable[[str], str]:

@@ -13,6 +13,7 @@ FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
     {"remote"},
     {"shards"},
+    {"tars"},
     {
         "evaluation.metrics",
         "evaluation.bootstrap",
