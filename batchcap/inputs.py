@@ -141,8 +141,8 @@ def _names_archives(source: str) -> bool:
         return False
     if name.endswith(OTHER_ARCHIVES):
         raise UsageError(
-            f"{source}: such archives are not read; unpack it, or make a tar of it "
-            f"({', '.join(TAR_SUFFIXES)})"
+            f"{source} is an archive of a kind that is not read: unpack it, or pack the photos as "
+            f"{', '.join(TAR_SUFFIXES)} or {PARQUET_SUFFIX}"
         )
     return name.endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
 

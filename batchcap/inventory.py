@@ -19,7 +19,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Archive, Columns, Unread
+from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -181,8 +181,11 @@ class Inventory:
             return
         self.doubled += 1
         if self.doubled == 1:
+            remedy = "; name a column of unique ids with --id-column"
             log.warning(
-                "%s has the id of a photo before it; such photos are left out", printable(name)
+                "%s has the id of a photo before it; such photos are left out%s",
+                printable(name),
+                remedy if self.settings.source.lower().endswith(PARQUET_SUFFIX) else "",
             )
 
 
