@@ -115,7 +115,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def is_parquet(archive: Archive) -> bool:
-    """By its name."""
+    """Whether its name says so."""
     return archive.path.lower().endswith(PARQUET_SUFFIX)
 
 

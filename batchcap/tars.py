@@ -28,7 +28,10 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 AFTER_END = "what follows its end mark is no tar, or damaged"
 
 NOT_A_FILE = Rejection(ErrorType.NOT_A_FILE, "This is a device or a pipe in a tar, no photo file.")
-LEADS_NOWHERE = Rejection(ErrorType.NOT_A_FILE, "This is a link that leads to no file in its tar.")
+LEADS_NOWHERE = Rejection(
+    ErrorType.NOT_A_FILE,
+    "This is a link that leads to no file in its tar; pack the file itself (tar -h).",
+)
 TOO_MANY_LINKS = Rejection(
     ErrorType.NOT_A_FILE,
     f"This is a link in a tar that has more than {MAX_LINKS:,} links; unpack it.",
@@ -41,7 +44,8 @@ Links = dict[tuple[int, str], str]
 def read_tar(archive: str, is_wanted: Callable[[str], bool], unread: Unread) -> Iterator[Item]:
     """The members of a tar whose names are wanted, in its order; links after all others.
 
-    Folders are left out. A file may be several tars, one after the other (`cat a.tar b.tar`).
+    Folders are left out. A file may hold several tars, one after the other (`cat a.tar b.tar`).
+    Links are read in a second pass, so that memory grows with their number only.
     """
     links: Links = {}
     reasons: dict[str, None] = {}  # each once, though a tar with links is read twice
@@ -54,7 +58,8 @@ def read_tar(archive: str, is_wanted: Callable[[str], bool], unread: Unread) -> 
             name = _name_in_tar(member.name)
             is_link = member.issym() or member.islnk()
             if is_link and len(links) < MAX_LINKS:
-                if (target := _link_target(member)) != name:  # where tar was given a file twice
+                target = _link_target(member)
+                if member.issym() or target != name:  # a file packed twice is a link to itself
                     links[tar.number, name] = target
             elif not member.isdir() and is_wanted(name):
                 yield _member_item(tar, member, name)
@@ -89,9 +94,9 @@ def _linked(archive: str, links: Links, is_wanted: Callable[[str], bool]) -> Ite
 
 
 def _end_of_links(number: int, name: str, links: Links) -> str | None:
-    """The name that a link stands for in the end; None where it leaves its tar or goes in circles.
+    """The name of the member that a link leads to; None where it leaves its tar or goes in circles.
 
-    Parts of the way may be links, too.
+    Each folder on the way may be a link, too.
     """
     behind: list[str] = []
     ahead = name.split("/")[::-1]
