@@ -31,7 +31,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Columns, Unread
+from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -88,7 +88,7 @@ class Inventory:
 
         Raises InputError for a list in a wrong form, as `checked` does.
         """
-        refs = list_images_of(self.settings, self.note_unlisted, self.note_left_out)
+        refs = list_images_of(self.settings, self.note_unlisted, left_out=self.note_left_out)
         return self.checked(refs, goes_on)
 
     def checked(
@@ -256,20 +256,33 @@ class Inventory:
             return
         self.doubled += 1
         if self.doubled == 1:
+            remedy = "; name a column of unique ids with --id-column"
             log.warning(
-                "%s has the id of a photo before it; such photos are left out", printable(name)
+                "%s has the id of a photo before it; such photos are left out%s",
+                printable(name),
+                remedy if self.settings.source.lower().endswith(PARQUET_SUFFIX) else "",
             )
 
 
 def list_images_of(
     settings: RunSettings,
     unlisted: Unread,
+    archive: Archive | None = None,
     left_out: Callable[[str], object] = lambda _name: None,
 ) -> Iterator[ImageRef]:
-    """The photos of a run's input; system folders are reported to `left_out`."""
-    columns = Columns(settings.image_column, settings.id_column)
-    is_excluded = excluder(settings.source, settings.exclude, left_out)
-    return list_images(settings.source, settings.glob, unlisted, columns, is_excluded)
+    """The photos of a run's input, or of one of its archives; `left_out` gets system folders."""
+    return list_images(
+        archive or settings.source,
+        settings.glob,
+        unlisted,
+        columns_of(settings),
+        excluder(settings.source, settings.exclude, left_out),
+    )
+
+
+def columns_of(settings: RunSettings) -> Columns:
+    """The columns of a Parquet input."""
+    return Columns(settings.image_column, settings.id_column)
 
 
 def excluded_by(settings: RunSettings) -> Callable[[str], bool]:

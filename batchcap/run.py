@@ -200,7 +200,7 @@ class _Captioning:
         settings, inventory = self.settings, self.inventory
         listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
-        inventory.check_list(piece for piece in pieces if not isinstance(piece, str))
+        inventory.check_list(piece for piece in pieces if isinstance(piece, list))
         if pieces and not self.stop():
             self._look_ahead(len(pieces))
             wanted = worker_settings_of(
