@@ -15,6 +15,7 @@ from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.options import decode_settings_of
 from batchcap.records import printable
+from batchcap.remote import without_file_scheme
 from batchcap.settings import CaptionSettings
 
 END_LABEL = "[END]"
@@ -55,7 +56,8 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
     execution = choose_execution(settings.runtime, settings.precision)
     captioner = load_captioner(settings.model, execution, compiled=False)
     for path in settings.images:
-        image = load_image(path, LoadSettings(captioner.config.backbone.image_size))
+        file = without_file_scheme(path)
+        image = load_image(file, LoadSettings(captioner.config.backbone.image_size))
         if isinstance(image.pixels, Rejection):
             yield CaptionedImage(path, [], [], image.pixels.message)
             continue

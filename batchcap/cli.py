@@ -100,8 +100,12 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
         if name not in options:
             raise click.UsageError(f"{path}: [{context.info_name}] has no setting {key!r}")
         # As text, which click then checks like a flag's.
-        several = options[name].nargs > 1 and isinstance(value, list)
-        settings[name] = [str(item) for item in value] if several else str(value)
+        option = options[name]
+        items = value if isinstance(value, list) else [value]
+        if option.multiple or (option.nargs > 1 and items is value):
+            settings[name] = [str(item) for item in items]
+        else:
+            settings[name] = str(value)
     context.default_map = settings
 
 
@@ -158,7 +162,8 @@ def _option(spec: Field[Any], hint: Any) -> Decorator:
     elif hint is Path:
         extra["type"] = click.Path(path_type=Path)
     elif typing.get_origin(hint) is tuple:
-        extra |= {"type": choices[0], "nargs": len(choices)}
+        extra |= {"multiple": True} if Ellipsis in choices else {"nargs": len(choices)}
+        extra["type"] = choices[0]
     else:
         extra["type"] = hint
     return click.option(flag, **extra)

@@ -9,11 +9,12 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from batchcap.contracts import ImageRef, InputError, UsageError
+from batchcap.lists import names_in
 from batchcap.records import printable, saying_which
 from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
 from batchcap.shards import (
@@ -41,6 +42,8 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 
+# Folders of operating systems and storage devices, as patterns of `--exclude`.
+SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
 OTHER_ARCHIVES = (".tar.zst", ".tzst", ".tar.lz4", ".tar.lz", ".tar.z", ".zip", ".7z", ".rar")
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
@@ -57,8 +60,25 @@ class Entry(NamedTuple):
     mtime_ns: int | None = None
 
 
+# Of the path of a photo or a folder, below a source.
+IsExcluded = Callable[[str], bool]
 # (root, folder below it with a slash at its end): its entries
 ListFolder = Callable[[str, str], list[Entry]]
+
+
+class Selection(NamedTuple):
+    """Which photos of a source to list: those that match the pattern and are not excluded."""
+
+    pattern: Callable[[str], bool] | None
+    is_excluded: IsExcluded
+
+    def wants(self, path: str) -> bool:
+        """Whether to list a file of a folder or a tar: by the pattern, or else by extension."""
+        return (self.pattern or _has_image_extension)(path)
+
+    def chooses(self, path: str) -> bool:
+        """Whether to list a photo of a list or a Parquet file."""
+        return (self.pattern is None or self.pattern(path)) and not self.is_excluded(path)
 
 
 def warn_unlisted(name: str, reason: str) -> None:
@@ -74,47 +94,50 @@ def list_images(
     pattern: str | None = None,
     unlisted: Unread = warn_unlisted,
     columns: Columns = USUAL_COLUMNS,
+    is_excluded: IsExcluded | None = None,
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
     All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A folder is
     listed by extension, in code-point order of the ids, with all below it, but without dot files
     and without entering linked folders; a subfolder is read when its turn comes. A list keeps its
-    order and is read line by line; relative lines start at the list's folder. Archives come in the
-    order of their names, each in its own order: of tars what a folder of the same files would have,
-    of Parquet each row, by `columns`; a path there is as in a list. `unlisted` is told of each
-    subfolder and archive that can't be read. An id may come twice.
+    order and is read line by line, or NUL by NUL; relative lines start at the list's folder.
+    Archives come in the order of their names, each in its own order: of tars what a folder of the
+    same files would have, of Parquet each row, by `columns`; a path there is as in a list.
+    `unlisted` is told of each subfolder and archive that can't be read. An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
-    the relative path if it holds a `/`, or else against the file name.
+    the relative path if it holds a `/`, or else against the file name. Paths that `is_excluded`
+    are left out, and such folders not entered; by default those of `excluder(source)`.
 
     Raises UsageError if there is no such source, or the first Parquet file has no such column;
     InputError if it cannot be read or is none of these.
     """
-    is_wanted = _matcher(pattern)
+    path = source.path if isinstance(source, Archive) else without_file_scheme(source)
+    selection = Selection(_matcher(pattern), is_excluded or excluder(path))
     if isinstance(source, Archive):
-        return _archive_refs(source, is_wanted, unlisted, columns)
-    source = without_file_scheme(source)
+        return _archive_refs(source, selection, unlisted, columns)
+    source = path
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
-        return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
+        return _read_list(sys.stdin.buffer, "standard input", "", selection)
     if not is_url(source) and Path(source).is_dir():
-        return _list_folder(source, _local_entries, is_wanted or _has_image_extension, unlisted)
+        return _list_folder(source, _local_entries, selection, unlisted)
     archives = archives_in(source)
     if archives is not None:
         check_columns(archives[0], columns)
         return (
             ref
             for archive in archives
-            for ref in _archive_refs(archive, is_wanted, unlisted, columns)
+            for ref in _archive_refs(archive, selection, unlisted, columns)
         )
     if source.lower().endswith(".txt") or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
-        return _read_list(lines, source, posixpath.dirname(source) or ".", is_wanted)
+        return _read_list(lines, source, posixpath.dirname(source) or ".", selection)
     if is_url(source):
-        return _list_folder(source, _remote_entries, is_wanted or _has_image_extension, unlisted)
+        return _list_folder(source, _remote_entries, selection, unlisted)
     raise InputError(
         f"{source} is neither a folder nor a .txt file of paths nor a .tar or .parquet file; name "
         "one of these."
@@ -152,6 +175,12 @@ def is_list(source: str) -> bool:
     return source == "-" or source.lower().endswith(".txt")
 
 
+def names_photos(source: str) -> bool:
+    """Whether a source names its photos one by one: it is a list, or Parquet files."""
+    source = without_file_scheme(source)
+    return is_list(source) or (_names_archives(source) and source.lower().endswith(PARQUET_SUFFIX))
+
+
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)
@@ -176,14 +205,67 @@ def _unescaped(escape: re.Match[str]) -> str:
     return bytes.fromhex(byte).decode("utf-8", "surrogateescape") if byte else "\\"
 
 
+def excluder(
+    source: str,
+    patterns: Sequence[str] = (),
+    on_system_folder: Callable[[str], object] = lambda _path: None,
+) -> IsExcluded:
+    """Make the function that says whether a path below a source is excluded.
+
+    It is if one of the patterns, which are like that of `list_images`, matches the path or a folder
+    on the way to it. Folders and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
+    `on_system_folder`; lists and Parquet files don't, as they name each photo.
+    """
+    is_asked = _matcher_on_the_way(patterns)
+    is_system = _matcher_on_the_way(() if names_photos(source) else SYSTEM_FOLDERS)
+
+    def is_excluded(path: str) -> bool:
+        if is_asked(path):
+            return True
+        if not is_system(path):
+            return False
+        on_system_folder(path)
+        return True
+
+    return is_excluded
+
+
+def _matcher_on_the_way(patterns: Sequence[str]) -> IsExcluded:
+    """Whether a path, or a folder that contains it, matches one of some patterns."""
+    if not patterns:
+        return lambda _path: False
+    wanted = [pattern.lower().rstrip("/") for pattern in patterns]
+    in_names = _matching([pattern for pattern in wanted if "/" not in pattern])
+    in_paths = _matching(
+        [
+            start + end
+            for pattern in wanted
+            if "/" in pattern
+            for start in {pattern, pattern.removeprefix("./").lstrip("/")}
+            for end in ("", "/*")
+        ]
+    )
+
+    def matches(path: str) -> bool:
+        path = path.lower().rstrip("/")
+        return any(map(in_names, path.split("/"))) or in_paths(path) is not None
+
+    return matches
+
+
 def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
     if pattern is None:
         return None
-    wanted = pattern.lower(), pattern.lower().replace("**/", "")  # **/ may stand for no folder
-    matches = re.compile("|".join(map(fnmatch.translate, wanted))).match
+    matches = _matching([pattern.lower()])
     if "/" in pattern:
         return lambda relative: matches(relative.lower()) is not None
     return lambda relative: matches(posixpath.basename(relative).lower()) is not None
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
+    """The match of one of some fnmatch patterns, in which `**/` may stand for no folder too."""
+    wanted = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
+    return re.compile("|".join(map(fnmatch.translate, sorted(wanted))) or "(?!)").match
 
 
 def _has_image_extension(relative: str) -> bool:
@@ -192,7 +274,7 @@ def _has_image_extension(relative: str) -> bool:
 
 
 def _list_folder(
-    root: str, entries: ListFolder, is_wanted: Callable[[str], bool], unlisted: Unread
+    root: str, entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
@@ -203,13 +285,13 @@ def _list_folder(
         raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
     return (
         ImageRef(image_id_of(path), prefix + path, size, mtime_ns)
-        for path, size, mtime_ns in _walk(prefix, top, entries, unlisted)
-        if is_wanted(path)
+        for path, size, mtime_ns in _walk(prefix, top, entries, selection, unlisted)
+        if selection.wants(path)
     )
 
 
 def _walk(
-    root: str, pending: list[Entry], entries: ListFolder, unlisted: Unread
+    root: str, pending: list[Entry], entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[Entry]:
     """All below `root` that is no folder, from the last of `pending` to the first.
 
@@ -217,13 +299,20 @@ def _walk(
     """
     while pending:
         entry = pending.pop()
+        if selection.is_excluded(entry.path):
+            continue
         if not entry.path.endswith("/"):
             yield entry
             continue
         try:
-            pending += _last_first(entries(root, entry.path))
+            below = entries(root, entry.path)
         except OSError as error:
             unlisted(image_id_of(entry.path), str(error.strerror))
+            continue
+        others = [other for other in below if other.path != entry.path]
+        if len(others) < len(below) and selection.wants(entry.path.rstrip("/")):
+            unlisted(image_id_of(entry.path), "it is a file too; rename that")
+        pending += _last_first(others)
 
 
 def _last_first(entries: list[Entry]) -> list[Entry]:
@@ -247,14 +336,14 @@ def _local_entries(root: str, folder: str) -> list[Entry]:
 def _remote_entries(root: str, folder: str) -> list[Entry]:
     told = (file._replace(url=file.url.removeprefix(root)) for file in list_folder(root + folder))
     return [
-        Entry(file.url, None if file.url.endswith("/") else file.size, file.mtime_ns)
+        Entry(file.url, file.size, file.mtime_ns)
         for file in told
-        if not _is_hidden(file.url.removeprefix(folder))
+        if file.url and not _is_hidden(file.url.removeprefix(folder))
     ]
 
 
 def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") and part != ".." for part in relative.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in relative.split("/"))
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
@@ -266,26 +355,27 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
 
 
 def _archive_refs(
-    archive: Archive, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
+    archive: Archive, selection: Selection, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
     if is_parquet(archive):
-        return _parquet_refs(archive, is_wanted, unlisted, columns)
-    return _tar_refs(archive.path, is_wanted or _has_image_extension, unlisted)
+        return _parquet_refs(archive, selection, unlisted, columns)
+    return _tar_refs(archive.path, selection, unlisted)
 
 
-def _tar_refs(
-    archive: str, is_photo: Callable[[str], bool], unlisted: Unread
-) -> Iterator[ImageRef]:
-    for item in read_tar(archive, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
+def _tar_refs(archive: str, selection: Selection, unlisted: Unread) -> Iterator[ImageRef]:
+    def is_photo(name: str) -> bool:
+        return selection.wants(name) and not _is_hidden(name) and not selection.is_excluded(name)
+
+    for item in read_tar(archive, is_photo, unlisted):
         yield _ref_in(archive, item)
 
 
 def _parquet_refs(
-    archive: Archive, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
+    archive: Archive, selection: Selection, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
     for item in read_parquet(archive, columns, unlisted):
         name = _normalised(item.name)
-        if is_wanted is not None and not is_wanted(name):
+        if not selection.chooses(name):
             continue
         if item.data is None:
             path = _located(posixpath.dirname(archive.path) or ".", _normalised(item.path))
@@ -300,16 +390,12 @@ def _ref_in(archive: str, item: Item) -> ImageRef:
 
 
 def _read_list(
-    lines: IO[bytes], source: str, base: str, is_wanted: Callable[[str], bool] | None
+    lines: IO[bytes], source: str, base: str, selection: Selection
 ) -> Iterator[ImageRef]:
     with lines, saying_which(source):
-        for number, line in enumerate(lines):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-            text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
-            if not text.strip():
-                continue
+        for text in names_in(lines):
             name = _normalised(text)
-            if is_wanted is None or is_wanted(name):
+            if text.strip() and selection.chooses(name):
                 yield ImageRef(image_id_of(name), _located(base, name))
 
 

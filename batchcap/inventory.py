@@ -1,18 +1,30 @@
 """Which photos of an input need a row: the listing against the rows that are there."""
 
+import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress
+from itertools import chain, compress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ImageRef, InputError
+from batchcap.contracts import ImageRef, InputError, UsageError, int64_or_none
 from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
-from batchcap.inputs import is_list, list_images, warn_unlisted
+from batchcap.inputs import (
+    SYSTEM_FOLDERS,
+    excluder,
+    is_list,
+    list_images,
+    names_photos,
+    path_of_image_id,
+    warn_unlisted,
+)
+from batchcap.lists import likely_fault
 from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
 from batchcap.row_files import Row
@@ -24,6 +36,8 @@ from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
+PATH_SHOWN = 300  # characters of what may be a whole file in one line
+NAMES_CHECKED = 100  # of a list, before it counts as one in a wrong form
 COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
@@ -33,7 +47,8 @@ log = logging.getLogger(__name__)
 class Tally(NamedTuple):
     """What an inventory of a piece of an input has come to, for that of the whole.
 
-    seen: the row numbers of its photos. unread: what could not be listed, and why.
+    seen: the row numbers of its photos. unread: what could not be listed, and why. left_out: the
+    first system folder, or empty.
     """
 
     summary: RunSummary
@@ -42,6 +57,7 @@ class Tally(NamedTuple):
     doubled: int
     seen: Hashes
     unread: list[tuple[str, str]]
+    left_out: str = ""
 
 
 class Inventory:
@@ -50,6 +66,7 @@ class Inventory:
     taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
     input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
     how many photos have an id that came before, and are left out; lines of a list do not count.
+    left_out: the first system folder of the input, or empty.
     """
 
     def __init__(
@@ -62,8 +79,54 @@ class Inventory:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
+        self.left_out = ""
         self._mark_seen = mark_seen or index.mark_seen
         self._met = IdSet()
+
+    def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
+        """List the photos of the input, noting what can't be listed and what is left out.
+
+        Raises InputError for a list in a wrong form, as `checked` does.
+        """
+        refs = list_images_of(self.settings, self.note_unlisted, left_out=self.note_left_out)
+        return self.checked(refs, goes_on)
+
+    def checked(
+        self, refs: Iterator[ImageRef], goes_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[ImageRef]:
+        """Yield the photos of a list, but hold back those without a row until one of them exists.
+
+        Raises InputError if the first hundred without a row are missing, or, in a shorter list, all
+        photos are. Other inputs are passed on as they are.
+        """
+        if not names_photos(self.settings.source):
+            yield from refs
+            return
+        held: list[ImageRef] = []
+        has_rows = is_right = False
+        for chunk in chunks(refs, LARGEST_OF_PIPE, goes_on):
+            rows = self.index.find_all(hashes_of([ref.image_id for ref in chunk]))
+            for ref, row in zip(chunk, rows.tolist(), strict=True):
+                has_rows = has_rows or row >= 0
+                if is_right or row >= 0:
+                    yield ref
+                    continue
+                held.append(ref)
+                is_right = not _is_missing(ref)
+                if is_right:
+                    yield from held
+                elif len(held) == NAMES_CHECKED:
+                    raise _wrong_list(held, self.settings.source)
+            if is_right:
+                yield from refs
+                return
+        if held and not has_rows and goes_on():
+            raise _wrong_list(held, self.settings.source)
+        yield from held
+
+    def check_list(self, pieces: Iterable[list[ImageRef]]) -> None:
+        """Raises InputError if the input is a list in a wrong form; `pieces` are its photos."""
+        deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
 
     def unfinished(
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
@@ -93,6 +156,8 @@ class Inventory:
         self._mark_seen(tally.seen)
         for name, reason in tally.unread:
             self.note_unlisted(name, reason)
+        if tally.left_out:
+            self.note_left_out(tally.left_out)
 
     def admitted(self, rows: list[Row]) -> list[Row]:
         """Rows of a worker, without those whose id has come from another piece of the input."""
@@ -104,7 +169,7 @@ class Inventory:
 
     @property
     def vanished(self) -> int:
-        """How many rows are of photos that the input no longer has; 0 where it was not all seen."""
+        """How many rows are of photos that were not listed; 0 unless all of the input was."""
         return self.index.vanished if self.complete else 0
 
     def check_any(self) -> None:
@@ -176,6 +241,16 @@ class Inventory:
         self.unlisted += 1
         warn_unlisted(name, reason)
 
+    def note_left_out(self, name: str) -> None:
+        """Log once that system folders are left out."""
+        if not self.left_out:
+            self.left_out = name
+            log.info(
+                "leaving out %s and everything else named %s; "
+                "to caption the photos of such a folder, give it as INPUT",
+                *(printable(name), " or ".join(SYSTEM_FOLDERS)),
+            )
+
     def _note_doubled(self, name: str) -> None:
         if is_list(self.settings.source):
             return
@@ -190,15 +265,30 @@ class Inventory:
 
 
 def list_images_of(
-    settings: RunSettings, unlisted: Unread, archive: Archive | None = None
+    settings: RunSettings,
+    unlisted: Unread,
+    archive: Archive | None = None,
+    left_out: Callable[[str], object] = lambda _name: None,
 ) -> Iterator[ImageRef]:
-    """The photos of a run's input, or of one of its archives."""
-    return list_images(archive or settings.source, settings.glob, unlisted, columns_of(settings))
+    """The photos of a run's input, or of one of its archives; `left_out` gets system folders."""
+    return list_images(
+        archive or settings.source,
+        settings.glob,
+        unlisted,
+        columns_of(settings),
+        excluder(settings.source, settings.exclude, left_out),
+    )
 
 
 def columns_of(settings: RunSettings) -> Columns:
     """The columns of a Parquet input."""
     return Columns(settings.image_column, settings.id_column)
+
+
+def excluded_by(settings: RunSettings) -> Callable[[str], bool]:
+    """Make the function that says whether the photo of an id is excluded."""
+    is_excluded = excluder(settings.source, settings.exclude)
+    return lambda image_id: is_excluded(path_of_image_id(image_id))
 
 
 def chunks(
@@ -250,7 +340,35 @@ def _described_by_store(ref: ImageRef) -> ImageRef:
         told = describe(ref.path)
     except OSError:  # for the reader of the photo to meet
         return ref._replace(size=UNKNOWN)
-    return ref._replace(size=told.size, mtime_ns=told.mtime_ns)
+    size = UNKNOWN if told.size is None else told.size
+    return ref._replace(size=size, mtime_ns=told.mtime_ns)
+
+
+def _is_missing(ref: ImageRef) -> bool:
+    """Whether there is no such file; False where that can't be found out."""
+    if ref.data is not None:
+        return False
+    try:
+        _ = describe(ref.path) if is_url(ref.path) else os.stat(ref.path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except UsageError:
+        return False
+    return False
+
+
+def _wrong_list(missing: list[ImageRef], source: str) -> InputError:
+    names = [path_of_image_id(ref.image_id) for ref in missing]
+    path = missing[0].path
+    place = path if is_url(path) else str(Path.cwd() / path)
+    numbers = {1: "only name", NAMES_CHECKED: f"first {NAMES_CHECKED} names"}
+    return InputError(
+        f"found no file for the {numbers.get(len(names), f'{len(names)} names')} in "
+        f"{'standard input' if source == '-' else source} (looked for the first at "
+        f"{printable(place[:PATH_SHOWN])}): they {likely_fault(names)}"
+    )
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
@@ -258,4 +376,5 @@ def _size_and_time(path: str) -> tuple[int, int]:
         status = os.stat(path)  # noqa: PTH116, done for every photo of every run
     except (OSError, ValueError):
         return UNKNOWN, UNKNOWN
-    return status.st_size, status.st_mtime_ns
+    mtime_ns = int64_or_none(status.st_mtime_ns)
+    return status.st_size, UNKNOWN if mtime_ns is None else mtime_ns

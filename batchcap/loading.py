@@ -27,6 +27,7 @@ from batchcap.contracts import (
     ImageFile,
     LoadedImage,
     Rejection,
+    int64_or_none,
 )
 from batchcap.memory import keep_freed_memory
 from batchcap.stopping import SIGNALS
@@ -239,7 +240,7 @@ def _quarantined(file: ImageFile, death: _DiedError) -> LoadedImage:
         status = Path(file).stat()
     except (OSError, ValueError):
         return LoadedImage(rejection)
-    return LoadedImage(rejection, status.st_size, status.st_mtime_ns)
+    return LoadedImage(rejection, status.st_size, int64_or_none(status.st_mtime_ns))
 
 
 def _ending(exit_code: int | None) -> str:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from glob import escape
+from itertools import filterfalse
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,12 +136,16 @@ class CaptionFolder:
                     return table.slice(row_of[sha256], 1).to_pylist()[0]
         return None
 
-    def prune(self) -> int:
-        """Drop the rows of images that the whole input no longer has; returns how many."""
+    def prune(self, is_excluded: Callable[[str], bool] = lambda _image_id: False) -> int:
+        """Drop the rows of images that the whole input no longer has; returns how many.
+
+        Those of excluded images stay: whether the input has these is not known.
+        """
         gone = {
             file: self.index.vanished_of(file, self._ids_of(file))
             for file in range(len(self._files))
         }
+        gone = {file: {*filterfalse(is_excluded, names)} for file, names in gone.items()}
         if any(gone.values()):
             self._begin()
             for file, image_ids in gone.items():

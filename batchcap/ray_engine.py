@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -73,7 +73,11 @@ class Workers(NamedTuple):
     gpus: float
 
 
-def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
+def pieces_of(
+    settings: RunSettings,
+    unlisted: Unread,
+    left_out: Callable[[str], object] = lambda _name: None,
+) -> Iterator[Piece]:
     """The input in pieces that workers can take one at a time: its archives, or lists of photos.
 
     Paths are whole, since workers run elsewhere.
@@ -87,7 +91,7 @@ def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
         yield from (archive._replace(path=_whole(archive.path)) for archive in archives)
         return
     met = IdSet()
-    refs = list_images_of(settings, unlisted)
+    refs = list_images_of(settings, unlisted, left_out=left_out)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
         is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may say a photo twice
         yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
@@ -176,7 +180,12 @@ class RayWorker:
         inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
         refs: Iterable[ImageRef]
         if isinstance(piece, Archive):
-            refs = list_images_of(self.settings, lambda *one: unread.append(one), piece)
+            refs = list_images_of(
+                self.settings,
+                lambda *one: unread.append(one),
+                piece,
+                inventory.note_left_out,
+            )
         else:
             refs = piece
         rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))
@@ -184,7 +193,7 @@ class RayWorker:
             yield Chunk(self.worker.metadata, some)
         tally = Tally(
             *(inventory.summary, inventory.taken, inventory.is_empty, inventory.doubled),
-            *(np.concatenate(seen), unread),
+            *(np.concatenate(seen), unread, inventory.left_out),
         )
         yield Chunk(self.worker.metadata, tally=tally)
 

@@ -1,40 +1,58 @@
 """The door to object stores: files behind URLs, by fsspec. Knows no photos and no rows.
 
 Whatever goes wrong is an OSError with a reason, as it is with files, so that callers say of both
-what a user can do. `file://` URLs are paths, and nothing else.
+what a user can do. `file:` URLs are paths, and nothing else.
 """
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 
-from batchcap.contracts import UsageError
+from batchcap.contracts import UsageError, int64_or_none
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of batchcap, by scheme
+PACKAGES = {  # by scheme
+    "s3": "batchcap[s3]",
+    "s3a": "batchcap[s3]",
+    "gs": "batchcap[gcs]",
+    "gcs": "batchcap[gcs]",
+    "http": "fsspec[http]",
+    "https": "fsspec[http]",
+}
 NUMBERS = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
     PermissionError: errno.EACCES,
     IsADirectoryError: errno.EISDIR,
 }
+STATUS_NUMBERS = {  # of HTTP
+    401: errno.EACCES,
+    403: errno.EACCES,
+    404: errno.ENOENT,
+    410: errno.ENOENT,
+}
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_FILE_SCHEME = re.compile(r"file:(//(localhost(?=/))?|(?=/))", re.IGNORECASE)
+_COLONS = re.compile(r"::(?![a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+_COLONS_MASK = "\x1a\x1a"
 
 
 class RemoteFile(NamedTuple):
     """What a store says of a file. The URL of a folder ends in a slash.
 
-    `mtime_ns` is None where the store tells no time; `version` is another one whenever the file is.
+    `size` and `mtime_ns` are None where the store does not tell them; `version` changes whenever
+    the file does.
     """
 
     url: str
-    size: int
+    size: int | None
     mtime_ns: int | None
     version: str
 
@@ -45,8 +63,9 @@ def is_url(name: str) -> bool:
 
 
 def without_file_scheme(name: str) -> str:
-    """The path that a `file://` URL stands for; other names as they are."""
-    return name.removeprefix("file://")
+    """The path that a `file:` URL stands for, percent-decoded; other names as they are."""
+    scheme = _FILE_SCHEME.match(name)
+    return unquote(name[scheme.end() :], errors="surrogateescape") if scheme else name
 
 
 def describe(url: str) -> RemoteFile:
@@ -63,19 +82,45 @@ def describe(url: str) -> RemoteFile:
 def list_folder(url: str) -> list[RemoteFile]:
     """The files and folders right in a folder, in no order; `url` ends in a slash.
 
+    Of a folder without a name (`a//`) all files below are listed at once, however deep. The folder
+    itself is listed too if it is also a file, and not empty.
+
     Raises:
         OSError: there is nothing, or it can't be reached.
         UsageError: no package for such URLs.
     """
     with _reaching(url) as (store, path):
-        folder = path.rstrip("/")
-        told = store.ls(folder, detail=True)
-        return [
-            _told(url + name.rpartition("/")[2], info)
-            for info in told
-            # A store may tell of the folder itself too, as an empty file.
-            if (name := info["name"].rstrip("/")) != folder
-        ]
+        address = url.partition("://")[2]
+        folder = path.rstrip("/") + address[len(address.rstrip("/")) :]
+        named, is_nameless, below = folder.partition("//")
+        if is_nameless and not _is_web(url):
+            files = store.find(named, prefix=f"/{below}", detail=True)
+            names = [name for name in files if name.startswith(folder) and name[-1] != "/"]
+            if not names:
+                raise FileNotFoundError(errno.ENOENT, "no names that begin like this")
+            return [_told(url + name.removeprefix(folder), files[name]) for name in names]
+        told = store.ls(path, detail=True)
+    return [*_on_web(url, told)] if _is_web(url) else [*_in_store(url, folder, told)]
+
+
+def _in_store(url: str, folder: str, told: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
+    for info in told:
+        name = info["name"]
+        if name.rstrip("/") != folder.rstrip("/"):
+            yield _told(url + name.rstrip("/").rpartition("/")[2], info)
+        elif info["type"] == "directory":
+            yield _told(f"{url}/", info)
+        elif name.endswith("/") and info["size"]:
+            yield _told(url, info)
+
+
+def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
+    """The links of a page that lead below it."""
+    for link in links:
+        name = link["name"].partition("://")[2].removeprefix(url.partition("://")[2])
+        name = name.removeprefix("./")
+        if name and not name.startswith("../"):
+            yield _told(url + name, link)
 
 
 def matching(url: str) -> list[str]:
@@ -150,12 +195,14 @@ def remove(url: str) -> None:
 
 def _told(url: str, info: dict[str, Any]) -> RemoteFile:
     if info["type"] == "directory":
-        return RemoteFile(f"{url.rstrip('/')}/", 0, None, "")
-    moment = _moment(info)
+        return RemoteFile(url if url.endswith("/") else f"{url}/", None, None, "")
+    moment, size = _moment(info), int64_or_none(info.get("size"))
     mark = info.get("ETag") or info.get("etag") or info.get("generation") or moment
     # In whole seconds: a listing may tell more, but no other answer does.
-    mtime_ns = None if moment is None else int(moment) * 10**9
-    return RemoteFile(url, int(info["size"] or 0), mtime_ns, f"{info['size']} {mark}")
+    seconds = int64_or_none(moment)
+    mtime_ns = None if seconds is None else int64_or_none(seconds * 10**9)
+    is_size = size is not None and size >= 0
+    return RemoteFile(url, size if is_size else None, mtime_ns, f"{info.get('size')} {mark}")
 
 
 def _moment(info: dict[str, Any]) -> float | None:
@@ -171,19 +218,48 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
     """The store of a URL and the path there, with what goes wrong as an OSError."""
     scheme = url.partition("://")[0].lower()
     try:
-        # Without its cache of listings, which would tell what was there before.
-        yield fsspec.core.url_to_fs(url, use_listings_cache=False)
+        yield _store_and_path(scheme + url[len(scheme) :])
     except ImportError as error:
-        package = f"batchcap[{EXTRAS[scheme]}]" if scheme in EXTRAS else str(error)
+        package = PACKAGES.get(scheme, str(error))
         raise UsageError(f"{scheme}:// needs a package: pip install '{package}'") from error
-    except OSError as error:
-        number = error.errno or NUMBERS.get(type(error), errno.EIO)
-        raise OSError(number, error.strerror or _reason(error)) from error
     except Exception as error:  # each store has its own
-        if scheme not in fsspec.available_protocols():
+        if not isinstance(error, OSError) and scheme not in fsspec.available_protocols():
             raise UsageError(f"{scheme}:// is no kind of URL that batchcap knows") from error
-        raise OSError(errno.EIO, _reason(error)) from error
+        raise _as_os_error(_answer_of(error) if _is_web(url) else error) from error
+
+
+def _store_and_path(url: str) -> tuple[Any, str]:
+    """The store of a URL and the path there, without a cache of listings, which may be outdated.
+
+    Fsspec splits URLs at every `::`, even within names; this does only where another URL follows.
+    """
+    masked = _COLONS.sub(_COLONS_MASK, url)
+    store, path = fsspec.core.url_to_fs(masked, use_listings_cache=False)
+    return store, path.replace(_COLONS_MASK, "::")
+
+
+def _is_web(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _answer_of(error: Exception) -> Exception:
+    """The error that fsspec replaced: it reports any answer of a server as a missing file."""
+    cause = error.__cause__
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
+
+
+def _as_os_error(error: Exception) -> OSError:
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        message = f"{status} {getattr(error, 'message', '')}".strip().splitlines()[0]
+        return OSError(STATUS_NUMBERS.get(status, errno.EIO), message)
+    if isinstance(error, OSError):
+        number = error.errno or NUMBERS.get(type(error), errno.EIO)
+        return OSError(number, error.strerror or _reason(error))
+    return OSError(errno.EIO, _reason(error))
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, takewhile
 from typing import Any
@@ -24,7 +25,7 @@ from batchcap.contracts import (
     OutputError,
 )
 from batchcap.inputs import can_be_listed_twice
-from batchcap.inventory import Inventory, list_images_of
+from batchcap.inventory import Inventory, excluded_by, list_images_of
 from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count
 from batchcap.locking import locked
@@ -107,7 +108,7 @@ def plan_run(settings: RunSettings) -> str:
     summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index, summary)
-    for _ in inventory.unfinished(list_images_of(settings, inventory.note_unlisted)):
+    for _ in inventory.unfinished(inventory.listed()):
         pass
     inventory.check_any()
     rate = read_rate(layout.summary)
@@ -156,8 +157,8 @@ class _Captioning:
             if self.settings.engine is Engine.RAY:
                 self._caption_on_ray(watchdog)
                 return
-            listed = list_images_of(self.settings, self.inventory.note_unlisted)
-            refs = self.inventory.unfinished(listed, lambda: self._goes_on(watchdog))
+            goes_on = partial(self._goes_on, watchdog)
+            refs = self.inventory.unfinished(self.inventory.listed(goes_on), goes_on)
             first = list(islice(refs, self.settings.batch_size))
             if self.stop():
                 return
@@ -197,8 +198,9 @@ class _Captioning:
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
         """Workers list their pieces of the input, and say at their ends what was in them."""
         settings, inventory = self.settings, self.inventory
-        listed = pieces_of(settings, inventory.note_unlisted)
+        listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
+        inventory.check_list(piece for piece in pieces if isinstance(piece, list))
         if pieces and not self.stop():
             self._look_ahead(len(pieces))
             wanted = worker_settings_of(
@@ -330,7 +332,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     summary.vanished = inventory.vanished
     # An input with nothing in it is rather a disk that is not mounted.
     if settings.prune and inventory.complete and not inventory.is_empty:
-        summary.pruned = folder.prune()
+        summary.pruned = folder.prune(excluded_by(settings))
     folder.finish()
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
         raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")

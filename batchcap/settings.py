@@ -177,6 +177,11 @@ class RunSettings(ModelOptions):
     glob: str | None = _option(
         None, "Take the files that match, whatever their extension; * crosses folders too."
     )
+    exclude: tuple[str, ...] = _option(
+        (),
+        "Leave out files and folders that match, and all below these; repeatable. Always left out: "
+        "lost+found, @eaDir, #recycle, $RECYCLE.BIN, .Trash* and __MACOSX.",
+    )
     image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
     id_column: str | None = _option(
         None, "Column of a Parquet INPUT: ids of the photos [their paths, or file and row]."

@@ -1,4 +1,4 @@
-"""A real S3 API for tests: moto's server in a process of its own, and a way to it that can jam."""
+"""Servers for tests: a real S3 API, a way to it that can jam, and HTTP that answers as told."""
 
 import os
 import socket
@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 START_S = 60.0
 
@@ -36,6 +37,40 @@ def environment(port: int) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
+
+
+@contextmanager
+def web_server(answers: Mapping[str, bytes]) -> Iterator[str]:
+    """The URL of a server that answers `HEAD /x` and `GET /x` with these bytes, head and body.
+
+    It closes the connection after each answer. What is not named is 404.
+    """
+
+    class Answer(BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            self.close_connection = True
+            method, path = self.rfile.readline().decode().split()[:2]
+            while self.rfile.readline().strip():
+                pass
+            answer = answers.get(f"{method} {path}", answers.get(path, status(404)))
+            head, _, body = answer.partition(b"\r\n\r\n")
+            self.wfile.write(head + b"\r\n\r\n" + (body if method == "GET" else b""))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def status(code: int) -> bytes:
+    """An answer without a body."""
+    return b"HTTP/1.1 %d Answer %d\r\nContent-Length: 0\r\n\r\n" % (code, code)
+
+
+def answer(body: bytes, *headers: str) -> bytes:
+    """An answer of these headers, which need tell no length."""
+    head = "\r\n".join(["HTTP/1.1 200 OK", "Connection: close", *headers])
+    return head.encode() + b"\r\n\r\n" + body
 
 
 def _wait_for(port: int) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
         "evaluation.penn_treebank",
         "evaluation.scripts",
     },
-    {"settings", "locking", "row_files", "loading", "records"},
+    {"settings", "locking", "row_files", "loading", "records", "lists"},
     {"mirror"},
     {"layout"},
     {"logs", "row_index"},

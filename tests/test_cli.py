@@ -86,6 +86,27 @@ def test_flag_beats_environment_beats_file_beats_default(
     assert settings.attention == "summary"
 
 
+def test_a_flag_that_may_be_repeated_is_a_list_in_each_place(
+    asked_of_run: list[RunSettings], tmp_path: Path
+) -> None:
+    config = tmp_path / "nightly.toml"
+    config.write_text('[run]\nexclude = ["raw", "my own"]\n')
+    arguments = ("run", "in", "out.parquet")
+    invoke(*arguments)
+    invoke(*arguments, "--config", config)
+    invoke(*arguments, "--config", config, BATCHCAP_RUN_EXCLUDE="tmp *.bak")
+    invoke(*arguments, "--exclude", "a b", "--exclude", "c", BATCHCAP_RUN_EXCLUDE="tmp")
+    config.write_text('[run]\nexclude = "raw"\n')
+    invoke(*arguments, "--config", config)
+    assert [settings.exclude for settings in asked_of_run] == [
+        (),
+        ("raw", "my own"),
+        ("tmp", "*.bak"),
+        ("a b", "c"),
+        ("raw",),
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_file_may_begin_with_a_byte_order_mark(
     asked_of_run: list[RunSettings], tmp_path: Path, encoding: str

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_files import write_parquet, write_tar
 
 from batchcap import inputs
 from batchcap.contracts import InputError, UsageError
@@ -127,6 +128,68 @@ def test_pattern_decides_instead_of_the_extension(tmp_path, pattern, expected):
     assert ids(list_images(root, pattern)) == expected
 
 
+def left(root: str, *patterns: str) -> list[str]:
+    """Photos of a source without what is excluded."""
+    is_excluded = inputs.excluder(root, patterns)
+    return ids(list(inputs.list_images(root, is_excluded=is_excluded)))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["b"], ["a/b.jpg", "a/c/1.jpg", "x.jpg"]),
+        (["B*"], ["a/c/1.jpg", "x.jpg"]),
+        (["c/"], ["a/b.jpg", "b/2.jpg", "x.jpg"]),
+        (["a/c"], ["a/b.jpg", "b/2.jpg", "x.jpg"]),
+        (["./a/*", "x.jpg"], ["b/2.jpg"]),
+        (["/c", "?"], ["x.jpg"]),
+        (["**/1.jpg"], ["a/b.jpg", "b/2.jpg", "x.jpg"]),
+    ],
+)
+def test_what_is_excluded_is_left_out_with_all_below(tmp_path, patterns, expected):
+    names = ["a/b.jpg", "a/c/1.jpg", "b/2.jpg", "x.jpg"]
+    assert left(make_tree(tmp_path, *names), *patterns) == expected
+    tar = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    assert left(str(tar), *patterns) == expected
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert left(str(tmp_path / "list.txt"), *patterns) == expected
+    file = write_parquet(tmp_path / "x.parquet", image=names)
+    assert left(str(file), *patterns) == expected
+
+
+def test_folders_that_are_excluded_are_not_entered(tmp_path, monkeypatch):
+    root = make_tree(tmp_path, "a/1.jpg", "a/lost+found/2.jpg", "raw/3.jpg")
+    entered = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(str(path)) or scandir(path))
+    assert left(root, "raw") == ["a/1.jpg"]
+    assert entered == [f"{root}/", f"{root}/a/"]
+
+
+def test_folders_of_systems_are_left_out_unless_somebody_names_them(tmp_path):
+    names = ["lost+found/1.jpg", "a/@eaDir/2.jpg", "#recycle/3.jpg", "__MACOSX/4.jpg", "5.jpg"]
+    names.append("$RECYCLE.BIN/6.jpg")
+    root = make_tree(tmp_path, *names)
+    assert ids(list_images(root)) == ["5.jpg"]
+    assert ids(list_images(f"{root}/lost+found")) == ["1.jpg"]
+    tar = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    assert ids(list_images(str(tar))) == ["5.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert ids(list_images(str(tmp_path / "list.txt"))) == names
+
+
+def test_file_urls_are_paths_as_input_in_lists_and_in_parquet(tmp_path):
+    folder = tmp_path / "a b"
+    make_tree(folder, "1 2.jpg")
+    url = f"file://localhost{tmp_path}/a%20b"
+    assert [ref.path for ref in list_images(url)] == [f"{folder}/1 2.jpg"]
+    lines = [f"file:{folder}/1%202.jpg", f"file://{folder}/1%202.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert {ref.path for ref in list_images(f"file:{tmp_path}/list.txt")} == {f"{folder}/1 2.jpg"}
+    file = write_parquet(tmp_path / "x.parquet", image=lines)
+    assert {ref.path for ref in list_images(f"file://{file}")} == {f"{folder}/1 2.jpg"}
+
+
 def test_link_that_leads_nowhere_is_listed_and_hides_no_other_photo(tmp_path):
     root = make_tree(tmp_path, "1.jpg")
     for name, target in (("circle.jpg", "circle.jpg"), ("dangling.jpg", "nothing")):
@@ -200,6 +263,13 @@ def test_list_keeps_its_order(tmp_path):
 def test_list_with_bom_crlf_and_names_that_are_not_utf8(tmp_path):
     (tmp_path / "list.TXT").write_bytes(b"\xef\xbb\xbfa b.jpg\r\n\xff.jpg\r\nlast.jpg")
     assert ids(list_images(str(tmp_path / "list.TXT"))) == ["a b.jpg", r"\xff.jpg", "last.jpg"]
+
+
+def test_list_of_find_print0_and_in_utf16(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"./a\nb.jpg\0./c.jpg\0")
+    assert ids(list_images(str(tmp_path / "a.txt"))) == ["a\nb.jpg", "c.jpg"]
+    (tmp_path / "b.txt").write_text("./猫.jpg\r\nc.jpg\r\n", encoding="utf-16")
+    assert ids(list_images(str(tmp_path / "b.txt"))) == ["猫.jpg", "c.jpg"]
 
 
 def test_list_from_stdin_is_relative_to_the_current_folder(monkeypatch):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from rows import captioned_row, failed_row, sum_of
 from shard_files import write_parquet, write_tar
+from stores import answer, status, web_server
 
 from batchcap import inventory as inventories
-from batchcap.contracts import ImageRef, InputError
+from batchcap.contracts import ImageRef, InputError, int64_or_none
 from batchcap.id_hashes import Hashes
 from batchcap.inventory import Inventory, Tally, chunks, list_images_of
+from batchcap.model.images import LoadSettings, load_image
 from batchcap.row_files import Row, table_of
 from batchcap.row_index import RowIndex, entries_of
 from batchcap.run_report import RunSummary
@@ -113,6 +115,93 @@ def test_a_damaged_shard_is_told_once_the_rest_is_done(tmp_path, caplog):
         found.check_whole()
 
 
+def checked(source: Path, *rows: Row, **asked: Any) -> list[str]:
+    return [ref.image_id for ref in inventory(source, *rows, **asked).listed()]
+
+
+def write_list(folder: Path, *names: str) -> Path:
+    (folder / "there.jpg").touch()
+    (folder / "list.txt").write_text("\n".join(names))
+    return folder / "list.txt"
+
+
+def test_a_list_whose_first_hundred_new_names_are_missing_is_refused(tmp_path):
+    names = [f"'{number}'" for number in range(100)]
+    wrong = write_list(tmp_path, *names, "there.jpg")
+    with pytest.raises(InputError, match=r"the first 100 names in .*in quotes"):
+        checked(wrong)
+    with pytest.raises(InputError, match="the first 100 names in "):
+        checked(write_list(tmp_path, "done.jpg", *names), row_of("done.jpg", b"x"))
+    right = [*names[:99], "there.jpg", *names]
+    assert checked(write_list(tmp_path, *right)) == right
+
+
+def test_a_shorter_list_is_refused_if_it_has_no_other_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"the 2 names in .* at {tmp_path}/a.jpg"):
+        checked(write_list(tmp_path, "a.jpg", "b/b.jpg"))
+    with pytest.raises(InputError, match="the only name in"):
+        checked(write_list(tmp_path, "x" * 5000))
+    with pytest.raises(InputError, match="the 2 names in"):
+        checked(write_list(tmp_path, "a.jpg", "b.jpg"), shard="0/2")
+    with pytest.raises(InputError, match="the only name in"):
+        checked(write_parquet(tmp_path / "x.parquet", image=["a.jpg"]))
+    assert checked(write_list(tmp_path, "a.jpg", "b.jpg"), row_of("a.jpg", b"x"))
+    assert checked(write_list(tmp_path, "a.jpg", "there.jpg")) == ["a.jpg", "there.jpg"]
+
+
+def test_a_list_of_urls_is_checked_too(tmp_path):
+    with web_server({"/there.jpg": answer(b"x"), "/refused.jpg": status(403)}) as url:
+        with pytest.raises(InputError, match=r"the 2 names in .*in quotes"):
+            checked(write_list(tmp_path, f"'{url}/a.jpg'", f"'{url}/there.jpg'"))
+        for name in ("there", "refused"):
+            names = [f"{url}/a.jpg", f"{url}/{name}.jpg"]
+            assert checked(write_list(tmp_path, *names)) == names
+
+
+def test_names_of_a_list_are_held_back_only_until_one_is_there(tmp_path):
+    def names() -> Iterator[ImageRef]:
+        yield ImageRef("done.jpg", "done.jpg")
+        yield ImageRef("a.jpg", "a.jpg")
+        yield ImageRef("there.jpg", str(tmp_path / "there.jpg"))
+        raise AssertionError("read too far")
+
+    found = inventory(write_list(tmp_path), row_of("done.jpg", b"x"))
+    refs = found.checked(names())
+    assert [next(refs).image_id for _ in range(3)] == ["done.jpg", "a.jpg", "there.jpg"]
+
+
+def test_pieces_of_a_list_for_workers_are_checked_together(tmp_path):
+    refs = [ImageRef(name, str(tmp_path / name)) for name in ("a.jpg", "b.jpg", "there.jpg")]
+    found = inventory(write_list(tmp_path))
+    found.check_list([refs[:1], refs[1:]])
+    with pytest.raises(InputError, match="the 2 names in"):
+        found.check_list([refs[:1], refs[1:2]])
+
+
+def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
+    for name in ("lost+found", "a/lost+found", "@eaDir"):
+        (tmp_path / name).mkdir(parents=True)
+    with caplog.at_level(logging.INFO):
+        assert list(inventory(tmp_path, exclude=("a",)).listed()) == []
+    (told,) = caplog.messages
+    assert tally_of(inventory(tmp_path)).left_out == "@eaDir/"
+    assert told.startswith("leaving out @eaDir/ and everything else named lost+found or @eaDir or")
+
+
+def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):
+    photo, pipe = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    photo.write_bytes(b"x")
+    os.mkfifo(pipe)
+    for path in (photo, pipe):
+        os.utime(path, (13 * 10**9, 13 * 10**9))  # in 2381; some disks only keep earlier dates
+    kept = int64_or_none(photo.stat().st_mtime_ns)
+    assert {load_image(path, LoadSettings(32)).mtime_ns for path in (photo, pipe)} == {kept}
+    rows = row_of("a.jpg", b"x", mtime_ns=kept), failed_row("b.jpg", file_size=0, mtime_ns=kept)
+    assert unfinished(tmp_path, *rows) == []
+    assert unfinished(tmp_path, rows[0] | {"file_size": 2}, rows[1]) == ["a.jpg"]
+
+
 def test_shares_take_each_photo_once(tmp_path):
     names = [f"{number}.jpg" for number in range(100)]
     (tmp_path / "list.txt").write_text("\n".join(names))
@@ -157,10 +246,10 @@ def tally_of(found: Inventory) -> Tally:
     """What a worker would tell of a piece, all of which it has listed."""
     seen: list[Hashes] = [np.zeros(0, np.int64)]
     piece = Inventory(found.settings, found.index, RunSummary("", "", ""), seen.append)
-    list(left(piece))
+    list(piece.unfinished(piece.listed()))
     return Tally(
         *(piece.summary, piece.taken, piece.is_empty, piece.doubled, np.concatenate(seen)),
-        [("broken.tar", "it ends early")],
+        *([("broken.tar", "it ends early")], piece.left_out),
     )
 
 

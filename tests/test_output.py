@@ -186,6 +186,9 @@ def test_rows_of_images_that_are_gone_are_dropped(layout):
     assert sorted(ids_of(layout)) == ["1", "3", "4"]
     with opened(layout) as captions:
         assert captions.index.vanished == 3
+        assert captions.prune({"1", "3"}.__contains__) == 1  # excluded ones stay
+        captions.finish()
+    assert sorted(ids_of(layout)) == ["1", "3"]
 
 
 def test_manifest_tells_what_is_there(folder):

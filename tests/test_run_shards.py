@@ -1,6 +1,7 @@
 """Runs over tars and Parquet files, whose rows are those of the directory of the same photos."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -15,9 +16,9 @@ from shard_files import MTIME, photos_of, tar_of, write_parquet, write_tar
 
 from batchcap.contracts import InputError, OtherOutputError, UsageError
 from batchcap.merge import merge_captions
-from batchcap.run import run_captioning
+from batchcap.run import plan_run, run_captioning
 from batchcap.run_report import RunSummary
-from batchcap.settings import MergeSettings, RunSettings
+from batchcap.settings import Engine, MergeSettings, RunSettings
 
 
 def run(source: object, output: Path, **asked: object) -> RunSummary:
@@ -143,6 +144,31 @@ def test_a_share_without_photos_is_done_at_once(tmp_path: Path, photos_folder: P
     }
     assert shares == {0, 1}
     assert len(pq.read_table(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("engine", Engine)
+def test_a_list_in_a_wrong_form_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("'a.jpg'\n'b.jpg'\n")
+    with pytest.raises(InputError, match="in quotes"):
+        run(tmp_path / "list.txt", tmp_path / "out.parquet", engine=engine)
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert (summary["outcome"], summary["found"]) == ("failed", 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"list.txt", "out.summary.json"}
+    with pytest.raises(InputError, match="in quotes"):
+        plan_run(RunSettings(source=str(tmp_path / "list.txt"), output=tmp_path / "out.parquet"))
+
+
+def test_prune_keeps_the_rows_of_excluded_photos(
+    folder: Path, of_folder: pa.Table, tmp_path: Path
+) -> None:
+    pq.write_table(of_folder, tmp_path / "out.parquet")
+    shutil.copytree(folder, tmp_path / "photos")
+    (tmp_path / "photos" / "coffee.jpg").unlink()
+    pruned = run(tmp_path / "photos", tmp_path / "out.parquet", exclude=("animals",), prune=True)
+    assert (pruned.already_done, pruned.vanished, pruned.pruned) == (5, 2, 1)
+    left = of_folder["image_id"].to_pylist()
+    left.remove("coffee.jpg")
+    assert rows_of(tmp_path / "out.parquet")["image_id"].to_pylist() == left
 
 
 @pytest.mark.parametrize("shard", ["4/4", "-1/4", "1", "1/0", "a/b", "0/100000"])

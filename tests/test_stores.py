@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,9 @@ from shard_files import photos_of, write_tar
 from stores import JammedWay, environment, s3_server
 
 from batchcap import layout as layouts
+from batchcap import remote
 from batchcap.contracts import InputError, UsageError
+from batchcap.inputs import list_images
 from batchcap.run import plan_run, run_captioning
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
@@ -130,6 +133,23 @@ def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tm
     assert_same(rows, of_folder, *TIMES)
     again = run("s3://photos/all/list.txt", tmp_path / "out.parquet")
     assert (again.already_done, again.captioned) == (6, 0)
+
+
+def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
+    """A folder without a name, a file named as a folder, and what URLs or patterns use."""
+    odd = ["//1.jpg", "sub//2.jpg", "./3.jpg", "x.jpg", "x.jpg/4.jpg", "cam1::2024.jpg"]
+    odd += ["e%20 f.jpg", "g#h.jpg", "i?j.jpg", "m*[n].jpg"]
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket="odd")
+    for key in [*odd, "photo.jpg/"]:  # s3fs would take the last for a folder
+        client.put_object(Bucket="odd", Key=f"p/{key}", Body=key.encode())
+    refs = list(list_images("s3://odd/p"))
+    assert [ref.image_id for ref in refs] == sorted(odd)
+    assert [remote.read_file(ref.path).decode() for ref in refs] == sorted(odd)
+    assert "photo.jpg/ cannot be read" in caplog.text
+    (tmp_path / "x").write_bytes(b"x")
+    remote.upload(tmp_path / "x", "s3://odd/cam1::2024.parquet", must_be_new=True)
+    assert s3.cat_file("odd/cam1::2024.parquet") == b"x"
 
 
 def test_what_is_not_there_is_said(photos, tmp_path):

@@ -38,6 +38,7 @@ from batchcap.contracts import (
     LoadedImage,
     Rejection,
     UsageError,
+    int64_or_none,
 )
 from batchcap.model.formats import (
     END_CHECKS,
@@ -148,7 +149,7 @@ def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage
     try:
         data, mtime_ns = _read(source)
     except RejectionError as error:
-        return LoadedImage(error.rejection, error.file_size, error.mtime_ns)
+        return LoadedImage(error.rejection, error.file_size, int64_or_none(error.mtime_ns))
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         pixels, (width, height), note = _decode(data, settings, resize)
@@ -171,9 +172,9 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
     try:
         for _ in range(READ_ATTEMPTS):
             told = describe(url)
-            _check_file_size(told.size)
+            _check_file_size(told.size or 0)
             data = read_file(url)
-            if len(data) == told.size:
+            if told.size is None or len(data) == told.size:
                 return data, told.mtime_ns
     except FileNotFoundError as error:
         raise RejectionError(ErrorType.MISSING, MISSING_FILE) from error
@@ -185,8 +186,8 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
     raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
 
-def _read_file(path: Path) -> tuple[bytes, int]:
-    """A file's bytes, and the time at which it had exactly these."""
+def _read_file(path: Path) -> tuple[bytes, int | None]:
+    """A file's bytes, and the time at which it had exactly these if 64 bits hold it."""
     status = None
     try:
         status = path.stat()
@@ -198,7 +199,7 @@ def _read_file(path: Path) -> tuple[bytes, int]:
                 _check_readable_kind(status)
                 data = _read_unless_it_changes(file)
             if data is not None:
-                return data, status.st_mtime_ns
+                return data, int64_or_none(status.st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL in name
         raise RejectionError(ErrorType.MISSING, _missing_message(path)) from error
     except OSError as error:
