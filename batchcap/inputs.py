@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 
 from batchcap.contracts import ImageRef, InputError, UsageError
 from batchcap.lists import names_in
+from batchcap.model.tiff import RAW_EXTENSIONS
 from batchcap.records import printable, saying_which
 from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
 from batchcap.shards import (
@@ -34,11 +35,12 @@ from batchcap.tars import read_tar
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset(
+# Some of these are not decoded, but their owners believe them to be photos and want to be told.
+IMAGE_EXTENSIONS = RAW_EXTENSIONS | frozenset(
     (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "dib", "gif", "webp"),
-        # Not decoded, but their owners believe them to be photos and want to be told.
-        *("tif", "tiff", "heic", "heif", "avif", "jp2", "jxl", "psd", "ico"),
+        *("jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "mpo", "png", "apng", "bmp", "dib", "gif"),
+        *("webp", "tif", "tiff", "avif", "avifs", "heic", "heics", "heif", "hif"),
+        *("jp2", "j2k", "jpf", "jpx", "jxl", "jxr", "psd", "ico", "tga", "ppm", "pgm", "pnm"),
     )
 )
 

@@ -25,7 +25,10 @@ FLOORS = [
     {"layout"},
     {"logs", "row_index"},
     {"progress", "output"},
-    {"model.config", "model.text", "model.formats", "model.attention", "model.runtime"},
+    {"model.config", "model.text", "model.attention", "model.runtime"},
+    {"model.rejections", "model.pixels"},
+    {"model.jpeg", "model.png", "model.tiff", "model.webp"},
+    {"model.formats"},
     {"model.images"},
     {"model.efficientnet_lite"},
     {"model.backbones", "model.network", "model.decoding"},
@@ -53,7 +56,8 @@ HOMES = {
     "tqdm": {"progress"},
     "jieba": {"model.text"},
     "jinja2": {"report"},
-    "PIL": {"model.images", "bench"},
+    "pi_heif": {"model.images"},
+    "PIL": {"model.images", "model.pixels", "bench"},
     "openvino": set(),  # by `import_openvino`
     "matplotlib": {"attention_figure", "history"},
     "pyarrow": {

@@ -81,7 +81,26 @@ def test_path_opens_the_photo_and_id_is_relative(tmp_path):
     assert list_images(root + "/") == list_images(root)
 
 
-@pytest.mark.parametrize("extension", ["jpg", "JPEG", "jfif", "Gif", "tiff", "HEIC", "avif", "psd"])
+@pytest.mark.parametrize(
+    "extension",
+    [
+        *(
+            "jpg",
+            "JPEG",
+            "jpe",
+            "jfif",
+            "mpo",
+            "apng",
+            "Gif",
+            "tiff",
+            "avif",
+            "HEIC",
+            "heif",
+            "hif",
+        ),
+        *("CR2", "cr3", "NEF", "dng", "arw", "orf", "RW2", "raf", "pef", "psd", "jp2", "ppm"),
+    ],
+)
 def test_image_extensions_count_in_any_case(tmp_path, extension):
     assert ids(list_images(make_tree(tmp_path, f"a.{extension}"))) == [f"a.{extension}"]
 

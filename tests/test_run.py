@@ -47,7 +47,7 @@ def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) 
     (folder / "text.jpg").write_text("not a photo")
     (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "dangling.jpg").symlink_to(folder / "nothing")
-    Image.new("RGB", (8, 8)).save(folder / "scan.tiff")
+    Image.new("RGB", (8, 8)).save(folder / "scan.NEF", "TIFF")  # a preview, by its name
     Image.new("1", (20_000, 6_000)).save(folder / "bomb.png")
     Image.effect_noise((32, 32), 50).save(folder / "damaged.png")
     damaged = bytearray((folder / "damaged.png").read_bytes())
@@ -83,7 +83,7 @@ MIXED_IDS = [
     "photographer.jpg",
     "pipe.jpg",
     "rocket.jpg",
-    "scan.tiff",
+    "scan.NEF",
     "text.jpg",
 ]
 REASONS = {
@@ -94,7 +94,7 @@ REASONS = {
     "empty.jpg": "empty",
     "loop.jpg": "unreadable",
     "pipe.jpg": "not_a_file",
-    "scan.tiff": "unsupported_format",
+    "scan.NEF": "unsupported_format",
     "text.jpg": "unsupported_format",
 }
 

@@ -5,22 +5,25 @@ decoder made up, unless a file that ends early was asked to count. Knows neither
 and leaves Pillow's global settings alone.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import stat
 import struct
+import threading
 import time
 import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     ExifTags,
     GifImagePlugin,
@@ -28,6 +31,7 @@ from PIL import (
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
+    TiffImagePlugin,
     WebPImagePlugin,
 )
 
@@ -40,18 +44,24 @@ from batchcap.contracts import (
     UsageError,
     int64_or_none,
 )
+from batchcap.model import jpeg, png
 from batchcap.model.formats import (
+    BOXED_FORMATS,
+    CAMERA_RAW,
     END_CHECKS,
     HEADER_SIZES,
     MENDERS,
+    WITHOUT_METADATA,
+    format_name_of,
+    lacks_boxes,
+)
+from batchcap.model.pixels import is_invisible, match_transparent_colour, small_rgb
+from batchcap.model.rejections import (
     PatientFile,
     RejectionError,
     corrupt,
-    format_name_of,
     one_line,
-    png_pixel_pieces,
     truncated,
-    unpacked_png_bytes,
 )
 from batchcap.remote import describe, is_url, read_file
 
@@ -72,9 +82,28 @@ OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "WebP": WebPImagePlugin.WebPImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
 }
+READ_FORMATS = "JPEG, PNG, BMP, GIF, WebP, TIFF and AVIF"
 
-Resize = Callable[[Image.Image, int], Image.Image]
+with contextlib.suppress(ImportError):  # the extra `heic`
+    from pi_heif import HeifImageFile
+
+    OPENERS["HEIC"] = HeifImageFile
+
+STDERR = 2
+STDERR_LOCK = threading.Lock()
+
+UNREAD_TIFFS = ("unknown pixel mode", "Invalid value for samples per pixel")
+# libtiff returns samples in the byte order of the machine; Pillow reads them in the file's.
+MACHINE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
+ANIMATED_FORMATS = {"GIF", "PNG", "WebP", "AVIF"}
+FRAMES_LOOKED_AT = 100
+
+Resize = Callable[..., Image.Image]  # of an image, and `image_size`
+# `uint8[H, W, 3]`, the photo's upright (width, height), and what ails it.
+Decoded = tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]
 # A path, a URL (a str), or a file that was read already.
 Source = str | os.PathLike[str] | FileAtHand
 
@@ -123,7 +152,8 @@ def load_image(source: Source, settings: LoadSettings) -> LoadedImage:
 
     The pixels are `uint8[S, S, 3]`, RGB, contiguous: upright by EXIF, composited on white,
     resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
-    frame. Raises nothing for any file; safe to call from several threads and processes.
+    frame with something on it; of a file of several pictures, the first. Raises nothing for any
+    file; safe to call from several threads and processes.
     """
     return _load(source, settings, _squashed)
 
@@ -152,7 +182,8 @@ def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage
         return LoadedImage(error.rejection, error.file_size, int64_or_none(error.mtime_ns))
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        pixels, (width, height), note = _decode(data, settings, resize)
+        format_name = _supported_format(data, _extension(source))
+        pixels, (width, height), note = _decode(data, format_name, settings, resize)
     except RejectionError as error:
         return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
     return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height, note)
@@ -258,43 +289,66 @@ def _missing_message(path: Path) -> str:
     return MISSING_FILE
 
 
-def _decode(
-    data: bytes, settings: LoadSettings, resize: Resize
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]:
-    """Decode to `uint8[H, W, 3]`, the photo's upright (width, height), and what ails it."""
-    format_name = _supported_format(data)
+def _extension(source: Source) -> str:
+    """The extension of a file's name, lower case, without its dot."""
+    return os.path.splitext(str(source))[1].removeprefix(".").lower()  # noqa: PTH122
+
+
+def _decode(data: bytes, format_name: str, settings: LoadSettings, resize: Resize) -> Decoded:
     note = None
     try:
         if format_name in HEADER_SIZES:
             _check_pixel_count(*HEADER_SIZES[format_name](data), settings.max_pixels)
-        data, note = _checked_end(data, format_name, settings.accept_truncated)
-        file = PatientFile(data)
-        image = OPENERS[format_name](file)
-        size = image.size
-        _check_pixel_count(*size, settings.max_pixels)
-        # A run-length encoded BMP is read pixel by pixel.
-        file.reads_left += 3 * size[0] * size[1]
-        # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
-        # needed, in a fraction of the time. Less would leave nothing of our own filter.
-        image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
-        note = _load_pixels(image, len(data), settings.accept_truncated) or note
-        if format_name == "PNG":
-            if note is None and _lacks_png_rows(image, data):
-                if not settings.accept_truncated:
-                    raise truncated()
-                note = TRUNCATED_NOTE
-            _match_transparent_colour(image, bit_depth=data[24])
-        orientation = _orientation(image)
-        small = resize(_as_rgb(image), settings.image_size)
-        return np.array(_upright(small, orientation)), _upright_size(size, orientation), note
+        data, note = _checked_end(data, format_name, settings)
+        try:
+            return _decode_pixels(data, format_name, note, settings, resize)
+        except Exception as error:
+            plain = WITHOUT_METADATA.get(format_name, bytes)(data)
+            if plain == data or _is_too_large(error):
+                raise
+        return _decode_pixels(plain, format_name, note, settings, resize)
     except RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
-        raise _diagnosis(format_name, error, ends_early=note is not None) from error
+        is_cut = note is not None or (format_name in BOXED_FORMATS and lacks_boxes(data))
+        raise _diagnosis(format_name, error, is_cut) from error
+
+
+def _is_too_large(error: Exception) -> bool:
+    if isinstance(error, RejectionError):
+        return error.rejection.error_type is ErrorType.TOO_LARGE
+    return isinstance(error, MemoryError)
+
+
+def _decode_pixels(
+    data: bytes, format_name: str, note: Rejection | None, settings: LoadSettings, resize: Resize
+) -> Decoded:
+    file = PatientFile(data)
+    image = OPENERS[format_name](file)
+    size = image.size
+    _check_pixel_count(*size, settings.max_pixels)
+    # A run-length encoded BMP is read pixel by pixel.
+    file.reads_left += 3 * size[0] * size[1]
+    # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
+    # needed, in a fraction of the time. Less would leave nothing of our own filter.
+    image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
+    _with_machine_order(image)
+    note = _load_pixels(image, len(data), note, settings.accept_truncated)
+    if format_name == "PNG":
+        if note is None and _lacks_png_rows(image, data):
+            if not settings.accept_truncated:
+                raise truncated()
+            note = TRUNCATED_NOTE
+        match_transparent_colour(image, bit_depth=data[24])
+    orientation = _orientation(image)
+    if format_name in ANIMATED_FORMATS:
+        _go_to_visible_frame(image, settings.max_pixels)
+    small = small_rgb(image, partial(resize, image_size=settings.image_size))
+    return np.array(_upright(small, orientation)), _upright_size(size, orientation), note
 
 
 def _checked_end(
-    data: bytes, format_name: str, accept_truncated: bool
+    data: bytes, format_name: str, settings: LoadSettings
 ) -> tuple[bytes, Rejection | None]:
     """The bytes to decode: where a file that ends early counts, with an end that decoders take."""
     try:
@@ -302,41 +356,94 @@ def _checked_end(
             END_CHECKS[format_name](data)
         return data, None
     except RejectionError as error:
-        if not accept_truncated or error.rejection.error_type is not ErrorType.TRUNCATED:
+        if error.rejection.error_type is not ErrorType.TRUNCATED:
+            raise
+        if format_name == "JPEG" and _is_whole_jpeg(data, settings.max_pixels):
+            return jpeg.ended(data), None
+        if not settings.accept_truncated:
             raise
     mend = MENDERS.get(format_name)
     return (mend(data) if mend else data), TRUNCATED_NOTE
 
 
+def _is_whole_jpeg(data: bytes, max_pixels: int) -> bool:
+    """Whether a JPEG without an end mark has all its pixels: none depends on what follows."""
+    if not jpeg.has_all_scans(data):
+        return False
+    digests = set()
+    for filling in jpeg.fillings(data):
+        image = JpegImagePlugin.JpegImageFile(PatientFile(jpeg.ended(data, filling)))
+        _check_pixel_count(*image.size, max_pixels)
+        digests.add(hashlib.sha256(image.tobytes()).digest())
+        if len(digests) > 1:
+            return False
+    return True
+
+
 def _load_pixels(
-    image: ImageFile.ImageFile, data_size: int, accept_truncated: bool
+    image: ImageFile.ImageFile, data_size: int, note: Rejection | None, accept_truncated: bool
 ) -> Rejection | None:
     """Decode; of a file that ends early, if it is to count, what there is, which is noted.
 
     Pillow's own switch for that counts for all threads of the process. It isn't needed: when
     Pillow finds that there is no more, what it decoded until then is in the image.
     """
-    has_begun = all(offset < data_size for _, _, offset, *_ in image.tile)
+    has_begun = min((offset for _, _, offset, *_ in image.tile), default=0) < data_size
     try:
-        image.load()
+        with _silent_stderr() if _is_read_by_libtiff(image) else contextlib.nullcontext():
+            image.load()
     except Exception as error:
-        if not (accept_truncated and has_begun and _ran_out_of_data(error)):
+        ends_early = note is not None or _ran_out_of_data(error)
+        if not (accept_truncated and has_begun and ends_early):
             raise
         image.tile = []  # nothing is left to decode
         return TRUNCATED_NOTE
-    return None
+    return note
 
 
-def _supported_format(data: bytes) -> str:
+def _is_read_by_libtiff(image: ImageFile.ImageFile) -> bool:
+    return any(tile[0] == "libtiff" for tile in image.tile)
+
+
+def _with_machine_order(image: ImageFile.ImageFile) -> None:
+    """Correct the byte order in which Pillow reads big-endian samples of compressed TIFFs."""
+    if _is_read_by_libtiff(image):
+        (tile,) = image.tile
+        assert isinstance(tile.args, tuple)
+        raw_mode, *others = tile.args
+        args = (MACHINE_ORDER.get(raw_mode, raw_mode), *others)
+        image.tile = [tile._replace(args=args)]
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard the messages that libtiff prints: failures raise, and cron mails what is printed."""
+    with STDERR_LOCK, contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):  # stderr may be closed
+            kept = os.dup(STDERR)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, STDERR)
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), STDERR)
+        yield
+
+
+def _supported_format(data: bytes, extension: str) -> str:
     if not data:
         raise RejectionError(ErrorType.EMPTY, "The file is empty; copy or download it again.")
-    name = format_name_of(data)
+    name = format_name_of(data, extension)
     if name in OPENERS:
         return name
+    if name == "HEIC":
+        advice = (
+            "to read it, run pip install 'batchcap[heic]', and then batchcap with --retry-failed"
+        )
+    elif name == CAMERA_RAW:
+        advice = f"{READ_FORMATS} are read, develop it to one of these"
+    else:
+        advice = f"{READ_FORMATS} are read, convert it"
     found = f"This is a {name} file" if name else "This is no image format known to batchcap"
-    raise RejectionError(
-        ErrorType.UNSUPPORTED_FORMAT, f"{found}; JPEG, PNG, BMP, GIF and WebP are read, convert it."
-    )
+    raise RejectionError(ErrorType.UNSUPPORTED_FORMAT, f"{found}; {advice}.")
 
 
 def _check_pixel_count(width: int, height: int, max_pixels: int) -> None:
@@ -356,6 +463,11 @@ def _diagnosis(format_name: str, error: Exception, ends_early: bool) -> Rejectio
     if isinstance(error, Image.DecompressionBombError):
         return RejectionError(
             ErrorType.TOO_LARGE, "The photo has more pixels than Pillow decodes; scale it down."
+        )
+    if str(error) in UNREAD_TIFFS:
+        return RejectionError(
+            ErrorType.UNSUPPORTED_FORMAT,
+            "This kind of TIFF file is not read; convert it to 8 bits a sample, or to PNG.",
         )
     if ends_early or _ran_out_of_data(error):
         return truncated()
@@ -396,50 +508,26 @@ def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
     """
     width, height = image.size
     ends = [image.crop((0, row, width, row + 1)) for row in {height - 1, max(height - 2, 0)}]
-    if all(np.asarray(end).any() for end in ends):
-        return False
-    unpacker, lacking = zlib.decompressobj(), unpacked_png_bytes(width, height, data)
-    for piece in png_pixel_pieces(data):
-        lacking -= len(unpacker.decompress(piece))
-        if lacking <= 0:
-            return False
-    return True
+    return not all(np.asarray(end).any() for end in ends) and png.lacks_pixels(data)
 
 
-def _match_transparent_colour(image: Image.Image, bit_depth: int) -> None:
-    """Scale a PNG's transparent colour to the 8 bits to which Pillow scaled only the pixels."""
-    colour = image.info.get("transparency")
-    if image.mode == "L" and isinstance(colour, int):
-        image.info["transparency"] = _eight_bit_sample(colour, bit_depth)
-    elif image.mode == "RGB" and isinstance(colour, tuple):
-        image.info["transparency"] = tuple(_eight_bit_sample(c, bit_depth) for c in colour)
+def _go_to_visible_frame(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Go from a wholly transparent first frame of an animation to the first with something on it.
 
-
-def _eight_bit_sample(sample: int, bit_depth: int) -> int:
-    return sample >> 8 if bit_depth == 16 else sample * 255 // (2**bit_depth - 1)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, transparency composited on white."""
-    if image.mode.startswith("I;16"):
-        image = _eight_bit_grey(image)
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(rgba, mask=rgba)
-    return white
-
-
-def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey, which Pillow's own `convert` clips; a transparent level becomes alpha."""
-    samples = np.asarray(image)
-    grey = Image.fromarray((samples >> 8).astype(np.uint8))
-    transparent_level = image.info.get("transparency")
-    if transparent_level is not None:
-        alpha = np.where(samples == transparent_level, 0, 255).astype(np.uint8)
-        grey.putalpha(Image.fromarray(alpha))
-    return grey
+    Up to `FRAMES_LOOKED_AT` frames and `max_pixels` in all are decoded for it.
+    """
+    if not is_invisible(image):
+        return
+    frames = min(FRAMES_LOOKED_AT, max_pixels // (image.width * image.height))
+    for number in range(1, frames + 1):
+        try:
+            image.seek(number)
+        except EOFError:  # there is no other, or no more
+            return
+        _check_pixel_count(*image.size, max_pixels)
+        image.load()
+        if not is_invisible(image):
+            return
 
 
 def _squashed(image: Image.Image, image_size: int) -> Image.Image:
@@ -448,8 +536,8 @@ def _squashed(image: Image.Image, image_size: int) -> Image.Image:
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 
-def _fitted(image: Image.Image, longer_side: int) -> Image.Image:
-    scale = longer_side / max(image.size)
+def _fitted(image: Image.Image, image_size: int) -> Image.Image:
+    scale = image_size / max(image.size)
     if scale >= 1:
         return image
     width, height = (max(round(side * scale), 1) for side in image.size)

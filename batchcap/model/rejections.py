@@ -1,0 +1,63 @@
+"""How decoding refuses a file: the exception that carries a rejection, and the common ones."""
+
+import io
+import os
+
+from batchcap.contracts import ErrorType, Rejection
+
+# Chunks, segments and blocks, which Pillow walks one by one and of which it keeps most: without a
+# limit, 5 MB of the shortest take 2 s and 220 MB, and MAX_FILE_BYTES 200 times as much. A PNG of
+# MAX_PIXELS, 64 bits each, in chunks of the usual 8 KiB has half as many.
+MAX_PARTS = 200_000
+READS_PER_PART = 3  # length, body and checksum
+
+
+class RejectionError(Exception):
+    """Carries a rejection to `load_image`, with what is known of the file."""
+
+    def __init__(
+        self, error_type: ErrorType, message: str, status: os.stat_result | None = None
+    ) -> None:
+        super().__init__(message)
+        self.rejection = Rejection(error_type, message)
+        self.file_size = status and status.st_size
+        self.mtime_ns = status and status.st_mtime_ns
+
+
+class PatientFile(io.BytesIO):
+    """A file in memory whose reader is stopped when it nibbles for too long."""
+
+    reads_left = MAX_PARTS * READS_PER_PART
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise too_many_parts()
+        return super().read(size)
+
+
+def truncated() -> RejectionError:
+    """The file ends early."""
+    return RejectionError(
+        ErrorType.TRUNCATED, "The file ends before the photo does; copy or download it again."
+    )
+
+
+def too_many_parts() -> RejectionError:
+    """The file is made of nothing but parts."""
+    return RejectionError(
+        ErrorType.TOO_LARGE, f"The file has more than {MAX_PARTS:,} parts; save the photo again."
+    )
+
+
+def corrupt(format_name: str, reason: str) -> RejectionError:
+    """The file is damaged; `reason` is what noticed."""
+    return RejectionError(
+        ErrorType.CORRUPT,
+        f"The {format_name} data is damaged ({one_line(reason)}); replace the file.",
+    )
+
+
+def one_line(text: str) -> str:
+    """What a decoder says, without what a terminal or a table would stumble over."""
+    return "".join(c if c.isprintable() else " " for c in text)[:120].strip()
