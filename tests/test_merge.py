@@ -9,7 +9,7 @@ from rows import METADATA, captioned_row
 
 from batchcap import merge
 from batchcap.contracts import InputError, LockedError, OtherOutputError, OutputError, UsageError
-from batchcap.layout import MANIFEST, check_shares, layout_of, shares_there
+from batchcap.layout import check_shares, layout_of, shares_there
 from batchcap.locking import locked
 from batchcap.merge import merge_captions
 from batchcap.output import open_captions
@@ -55,7 +55,7 @@ def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_pa
     merged(tmp_path / "many", tmp_path / "few")
     parts = sorted((tmp_path / "few").glob("part-*"))
     assert [ids_in(part) for part in parts] == [["0", "1", "2", "3"], ["4", "5", "6"]]
-    told = json.loads((tmp_path / "few" / MANIFEST).read_text())
+    told = json.loads((layout_of(tmp_path / "few").manifest).read_text())
     assert (told["complete"], told["rows"], told["metadata"]) == (True, 7, METADATA)
     write(tmp_path / "few", 7)
     assert len(ids_in(tmp_path / "few")) == 8

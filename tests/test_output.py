@@ -21,7 +21,7 @@ from rows import METADATA, captioned_row, failed_row, sum_of
 
 from batchcap.contracts import LockedError, OtherOutputError, OutputError
 from batchcap.files import replacing
-from batchcap.layout import MANIFEST, Layout
+from batchcap.layout import Layout
 from batchcap.output import ROWS_PER_GROUP, CaptionFolder, open_captions
 from batchcap.row_files import Row, table_of, write_rows
 from batchcap.settings import OnExisting
@@ -130,7 +130,7 @@ def test_an_output_without_rows_is_a_table_without_rows(layout):
     if layout.is_file:
         assert pq.read_schema(layout.output).names == table_of([]).column_names
     else:
-        assert json.loads((layout.output / MANIFEST).read_text())["complete"] is True
+        assert json.loads((layout.manifest).read_text())["complete"] is True
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(layout):
@@ -190,7 +190,7 @@ def test_rows_of_images_that_are_gone_are_dropped(layout):
 
 def test_manifest_tells_what_is_there(folder):
     stop_before_the_end(folder, [captioned_row(1), failed_row(2)], [captioned_row(3)])
-    manifest = folder.output / MANIFEST
+    manifest = folder.manifest
     assert json.loads(manifest.read_text()) == {
         "complete": False,
         "metadata": METADATA,
@@ -222,7 +222,7 @@ def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatc
     fail_at(monkeypatch, lambda path: path.name == "part-000002.parquet" or path.stem[-1] == "1")
     with suppress(OutputError):
         run(folder, [captioned_row(1, "new")], on_existing=on_existing)
-    assert json.loads((folder.output / MANIFEST).read_text())["complete"] is False
+    assert json.loads((folder.manifest).read_text())["complete"] is False
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
