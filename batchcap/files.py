@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ def check_replaceable(path: Path) -> os.stat_result | None:
     """The status of a file, which this process may replace; None where there is no file.
 
     Raises:
-        OSError: it is a folder, a link, a pipe or a device, read-only, or not for us to replace.
+        OSError: it is a folder, a link, a pipe or a device, read-only, mounted by itself, or not
+            for this user to replace.
     """
     try:
         status = path.lstat()
@@ -83,11 +85,24 @@ def check_replaceable(path: Path) -> os.stat_result | None:
         raise OSError(errno.EINVAL, "it is no plain file, which could be replaced")
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "it is read-only")
+    if is_mounted_apart(path, path.parent):
+        raise OSError(errno.EBUSY, "it is a mount point; mount the folder that it is in instead")
     folder = path.parent.stat()
     owners = (0, status.st_uid, folder.st_uid)
     if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
         raise PermissionError(errno.EPERM, "it belongs to another user, as does its sticky folder")
     return status
+
+
+def is_mounted_apart(path: Path, folder: Path) -> bool:
+    """Whether something is mounted on `path` that `folder` is not in, so that no rename gets there.
+
+    Raises:
+        OSError: one of the two is missing, or lies in a folder that can't be searched.
+    """
+    if path.is_dir() and path.stat().st_dev != folder.stat().st_dev:
+        return True
+    return _mount_of(path) != _mount_of(folder)
 
 
 def remove_temporaries(folder: Path, names: str) -> None:
@@ -106,6 +121,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mount_of(path: Path) -> str | None:
+    """The number of the mount that a path is in; None where the system doesn't tell."""
+    descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+            found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
+            return found[1] if found else None
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def _temporary_of(path: Path) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import platformdirs
 
 from batchcap.contracts import OtherOutputError, UsageError
-from batchcap.files import followed, sync
+from batchcap.files import followed, is_mounted_apart, sync
 from batchcap.mirror import Mirror
 from batchcap.remote import RemoteFile, describe, list_folder
 from batchcap.row_files import saying_where
@@ -170,8 +170,9 @@ class Layout:
         if self.mirror is not None:
             return self.mirror.url != self.mirror.url_beside
         folder = self._beside(MANIFEST).parent
-        may_write = os.access(folder, os.W_OK | os.X_OK)
-        return may_write and (not self.output.exists() or mount_of(self.output) == mount_of(folder))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return False
+        return not self.output.exists() or not is_mounted_apart(self.output, folder)
 
     def _stored(self, mirror: Mirror) -> list[RemoteFile]:
         if self.is_file:
@@ -236,17 +237,6 @@ def shares_there(output: Path | str) -> set[tuple[int, int]]:
         names = _names_in(folder if _is_file(name) else output)
     matches = map(pattern.fullmatch, names)
     return {(int(match[1]), int(match[2])) for match in matches if match}
-
-
-def mount_of(folder: Path) -> str:
-    """Which mounted file system a folder is in: no rename leads from one into another."""
-    descriptor = os.open(folder, os.O_PATH | os.O_CLOEXEC)
-    try:
-        told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
-        found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
-        return found[1] if found else f"device {os.fstat(descriptor).st_dev}"
-    finally:
-        os.close(descriptor)
 
 
 def _followed(output: Path | str) -> Path | str:

@@ -149,6 +149,23 @@ def test_a_folder_is_not_replaced_and_said_before_any_work(tmp_path: Path) -> No
         pytest.fail("the work was begun")
 
 
+def test_a_file_that_is_a_mount_point_is_said_before_any_work(tmp_path: Path) -> None:
+    """Its replacement failed when all was done: containers have single files mounted so."""
+    source, path = tmp_path / "a.txt", tmp_path / "b.txt"
+    source.write_text("old")
+    path.touch()
+    try:
+        subprocess.run(["mount", "--bind", str(source), str(path)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a file")
+    try:
+        with pytest.raises(OSError, match="it is a mount point"), replacing(path):
+            pytest.fail("the work was begun")
+        replace_text(source, "new")
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
 AS_NOBODY = """
 import sys
 from pathlib import Path

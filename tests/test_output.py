@@ -138,7 +138,7 @@ def test_a_folder_is_read_by_other_programs_during_a_run_and_after_it(folder, tm
             temporary.write_bytes(b"PAR1, and more to follow")
             assert share.lock.exists()
             found = readers_of(folder.output, tmp_path / "during")
-            assert found == dict.fromkeys(found, {"first"})
+            assert found == {program: {"first"} for program in found}
         part.unlink()
         captions.append([captioned_row("last")])
         captions.finish()
