@@ -85,7 +85,7 @@ def row_paths(path: Path) -> list[Path]:
 def check_out(out: Path, captions: Path, *others: Path | None) -> None:
     """See that `out` can be written, and over none of the captions and others it is made of.
 
-    Of a symbolic link, this is about its target.
+    A symbolic link is followed.
 
     Raises:
         UsageError: it is a folder, a pipe or a device, in the folder of a run, or one of these.

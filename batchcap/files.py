@@ -17,12 +17,11 @@ MAX_LINKS = 40  # in a row, as Linux has it
 def replacing(
     path: Path, staged: Path | None = None, like: os.stat_result | None = None
 ) -> Iterator[Path]:
-    """An empty hidden file that takes the place of `path` when the block ends well.
+    """An empty hidden file that takes the place of `path` when the block ends well and is on disk.
 
-    It is on disk by then. A crash leaves `path` as it was, and at most the hidden file. A symbolic
-    link is followed, and stays. A file that is replaced hands its mode, owner and group on as far
-    as this process may set them; meanwhile, nobody else can read the hidden file. Other hard links
-    to it keep the old content.
+    A crash leaves `path` as it was, and at most the hidden file. A symbolic link is followed and
+    kept. Mode, owner and group of a replaced file are kept as far as this process may set them;
+    until then nobody else can read the hidden file. Other hard links to it keep the old content.
 
     Args:
         path: the file to write.
@@ -56,7 +55,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def followed(path: Path) -> Path:
-    """Where a path leads to if it is a symbolic link, dangling or not; other paths as they are.
+    """The target of a symbolic link, which need not exist; any other path unchanged.
 
     Raises:
         OSError: the links lead in a circle, or can't be read.
@@ -69,7 +68,7 @@ def followed(path: Path) -> Path:
 
 
 def check_replaceable(path: Path) -> os.stat_result | None:
-    """The status of a file, which this process may replace; None where there is no file.
+    """The status of a file that this process may replace; None if there is no file.
 
     Raises:
         OSError: it is a folder, a link, a pipe or a device, read-only, mounted by itself, or not
@@ -86,16 +85,16 @@ def check_replaceable(path: Path) -> os.stat_result | None:
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "it is read-only")
     if is_mounted_apart(path, path.parent):
-        raise OSError(errno.EBUSY, "it is a mount point; mount the folder that it is in instead")
+        raise OSError(errno.EBUSY, "it is a mount point: mount its folder instead")
     folder = path.parent.stat()
     owners = (0, status.st_uid, folder.st_uid)
     if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
-        raise PermissionError(errno.EPERM, "it belongs to another user, as does its sticky folder")
+        raise PermissionError(errno.EPERM, "it belongs to another user and its folder is sticky")
     return status
 
 
 def is_mounted_apart(path: Path, folder: Path) -> bool:
-    """Whether something is mounted on `path` that `folder` is not in, so that no rename gets there.
+    """Whether `path`, in `folder`, is a mount point, so that nothing in `folder` can replace it.
 
     Raises:
         OSError: one of the two is missing, or lies in a folder that can't be searched.
@@ -127,13 +126,13 @@ def _mount_of(path: Path) -> str | None:
     """The number of the mount that a path is in; None where the system doesn't tell."""
     descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
     try:
-        with suppress(OSError):
-            told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
-            found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
-            return found[1] if found else None
+        told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
-    return None
+    found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _temporary_of(path: Path) -> Path:
@@ -141,7 +140,7 @@ def _temporary_of(path: Path) -> Path:
 
 
 def _hand_on(status: os.stat_result, path: Path) -> None:
-    """Give a file owner, group and mode; never more than these allow, if some can't be set."""
+    """Give a file this owner, group and mode, and a narrower mode if the group can't be set."""
     for owner, group in ((status.st_uid, -1), (-1, status.st_gid)):
         with suppress(OSError):
             os.chown(path, owner, group)

@@ -1,8 +1,8 @@
-"""Where an output and what belongs to it lies: here, in a store, in shares. Names only.
+"""Where an output and what belongs to it lies: here, in a store, in shares.
 
-A data set's folder holds its parts and hidden empty files only: Polars refuses a folder with any
-other. All else lies beside the folder under hidden names, or in it where nothing can lie beside:
-where the folder is a mount point or a bucket, or the folder around it may not be written.
+A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
+other file. All else lies beside the folder under hidden names. It lies in the folder only where
+that is a mount point or a bucket, or where the folder around it can't be written.
 """
 
 import hashlib
@@ -74,18 +74,18 @@ class Layout:
         return self._inside(SUMMARY) if self._is_inside(SUMMARY) else self._beside(SUMMARY)
 
     def mark(self, digest: str) -> Path:
-        """The empty file that tells that a data set's parts, of this digest, are all.
+        """The empty file that marks a data set as complete, by a digest of its parts.
 
-        It is in the folder, and so stays with the parts when somebody moves or copies them.
+        It lies in the folder, so that it is moved and copied with the parts.
         """
         return self.output / f"{MARK}{digest}"
 
     def marks(self) -> list[Path]:
-        """The marks that are there."""
+        """The marks of a data set: one, or none while it is not complete."""
         return list(self.output.glob(f"{MARK}*"))
 
     def staged(self, part: Path) -> Path:
-        """What to name files after, and put them beside, that are to become a part or were one."""
+        """The path that a part's temporary and damaged files are named after and lie beside."""
         return part if self.is_file or not self._has_room_beside else self._beside(part.name)
 
     def row_files(self) -> list[Path]:
@@ -122,7 +122,7 @@ class Layout:
             shutil.rmtree(self.parts, ignore_errors=True)
 
     def move_out(self) -> None:
-        """Put what lies in a data set's folder beside it, if it can be; the caller holds the lock.
+        """Move what earlier versions left in a data set's folder; the caller holds the lock.
 
         Raises:
             OSError: a file can't be moved.
@@ -160,7 +160,7 @@ class Layout:
         return Path(self.mirror.home if self.mirror else folder) / f".{data_set}.{name}"
 
     def _is_inside(self, name: str) -> bool:
-        """Whether a file of a data set lies in its folder; if in both places, that one is newer."""
+        """Whether a file of a data set lies in its folder; one that lies there is the newest."""
         is_beside = self._beside(name).exists() or self._has_room_beside
         return self._inside(name).exists() or not is_beside
 
@@ -197,7 +197,7 @@ def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
     The working copy of what is in a store lies in the user's cache folder, which is made.
 
     Raises:
-        UsageError: it is a link between a file and what would be a folder.
+        UsageError: it is a link named like a file to a folder, or the other way round.
         OutputError: it is a link that leads in a circle, or the cache folder can't be made.
     """
     index, count = share
@@ -246,8 +246,8 @@ def _followed(output: Path | str) -> Path | str:
         target = followed(output)
     if _is_file(target.name) != _is_file(output.name):
         raise UsageError(
-            f"OUTPUT is a .parquet file or a folder, and {output.name!r} is a link to {target}, "
-            "which is the other: name the file or folder itself"
+            f"OUTPUT {output} is a link to {target}, but both must end in .parquet, or none: "
+            "name the target"
         )
     return target
 

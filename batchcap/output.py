@@ -81,11 +81,12 @@ class CaptionFolder:
         files: list[RowFile],
         index: RowIndex,
         overwrite: bool,
-        like: os.stat_result | None = None,
+        like: os.stat_result | None,
     ) -> None:
         self.layout, self.metadata, self.index = layout, metadata, index
         self._files = files  # those of the index first, in its order
-        self._overwrite, self._like = overwrite, like
+        self._overwrite = overwrite
+        self._like = like  # whose mode and owner new files get
         self._begun = False
         self._pending: list[pa.Table] = []
         self._superseded: dict[int, set[str]] = {}
@@ -321,12 +322,20 @@ def open_captions(
         layout.refresh()
         with saying_where(layout):
             layout.move_out()
-            like = [path.stat() for path in layout.row_files()[-1:]]
+            like = _like_of(layout)
         paths = existing_rows(layout, on_existing)
         metadata = check_identity(layout, paths, identity)
         files, index = index_of(paths, partial(_set_aside, layout))
         overwrite = on_existing is OnExisting.OVERWRITE
-        yield CaptionFolder(layout, metadata, files, index, overwrite, *like)
+        yield CaptionFolder(layout, metadata, files, index, overwrite, like)
+
+
+def _like_of(layout: Layout) -> os.stat_result | None:
+    """The status of the newest file of an output: of OUTPUT itself, or of its last part."""
+    files = layout.row_files()
+    if layout.is_file and layout.output.exists():
+        files.append(layout.output)
+    return files[-1].stat() if files else None
 
 
 def _check_writable(folder: Path) -> None:

@@ -203,7 +203,7 @@ def test_files_of_others_and_read_only_ones_are_left(tmp_path_factory) -> None:
         )
         assert done.stdout.splitlines() == [
             "it is read-only",
-            "it belongs to another user, as does its sticky folder",
+            "it belongs to another user and its folder is sticky",
         ]
         assert read_only.read_text() == sticky.read_text() == ""
 
