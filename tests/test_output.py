@@ -172,7 +172,7 @@ def test_an_output_without_rows_is_a_table_without_rows(layout):
     if layout.is_file:
         assert pq.read_schema(layout.output).names == table_of([]).column_names
     else:
-        assert json.loads((layout.manifest).read_text())["complete"] is True
+        assert json.loads(layout.manifest.read_text())["complete"] is True
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(layout):
@@ -264,7 +264,7 @@ def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatc
     fail_at(monkeypatch, lambda path: path.name == "part-000002.parquet" or path.stem[-1] == "1")
     with suppress(OutputError):
         run(folder, [captioned_row(1, "new")], on_existing=on_existing)
-    assert json.loads((folder.manifest).read_text())["complete"] is False
+    assert json.loads(folder.manifest.read_text())["complete"] is False
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
