@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from batchcap.contracts import InputError, OutputError
+from batchcap.files import replacing
 
 # Ships Noto Sans CJK as a PyPI package, for machines without a Chinese font.
 FONT_PACKAGE = "noto_cjk_sans_otc"
@@ -51,7 +52,8 @@ def draw_attention(
         panel.imshow(weight, cmap="gray", alpha=0.6, extent=extent, vmin=0, vmax=weight.max())
         panel.set_title(word, fontproperties=font)
     try:
-        figure.savefig(path, format="png", dpi=120)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -3,6 +3,7 @@
 Reads only. Knows no references, and no metrics.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from batchcap.annotations import caption_problem, clean, first_of, name_of
 from batchcap.contracts import InputError, UsageError
+from batchcap.files import followed
 from batchcap.layout import Layout
 from batchcap.records import (
     Problems,
@@ -21,7 +23,7 @@ from batchcap.records import (
     saying_which,
     shown,
 )
-from batchcap.row_files import DamagedError, read_groups
+from batchcap.row_files import DamagedError, read_groups, saying_where
 
 KNOWN_FORMATS = (
     "Known formats: an output of batchcap run, COCO results and AI Challenger submissions (JSON), "
@@ -84,15 +86,18 @@ def row_paths(path: Path) -> list[Path]:
 def check_out(out: Path, captions: Path, *others: Path | None) -> None:
     """See that `out` can be written, and over none of the captions and others it is made of.
 
+    A symbolic link is followed.
+
     Raises:
-        UsageError: it is a folder, a link or a device, in the folder of a run, or one of these.
+        UsageError: it is a folder, a pipe or a device, in the folder of a run, or one of these.
     """
+    with saying_where(out):
+        out = followed(out)
     if out.is_dir():
         raise UsageError(f"{out} is a folder: name a file in it")
-    if captions.is_dir() and out.parent.resolve() == captions.resolve():
+    if captions.is_dir() and os.path.realpath(out.parent) == os.path.realpath(captions):
         raise UsageError(f"{captions} is the folder of a run: name a file outside of it, not {out}")
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        # A rename would put a file in the place of the link, or of /dev/null.
+    if out.exists() and not out.is_file():  # a rename would put a file in the place of /dev/null
         raise UsageError(f"{out} is no plain file, and would be replaced by one: name another")
     for read in (captions, *others):
         if read is not None and out.exists() and read.exists() and out.samefile(read):

@@ -277,7 +277,7 @@ def _writing(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
     with (
         saying_where(path),
         replacing(path) as temporary,
-        temporary.open("x", encoding=encoding, errors="backslashreplace", newline="") as file,
+        temporary.open("w", encoding=encoding, errors="backslashreplace", newline="") as file,
     ):
         yield file
 

@@ -1,30 +1,47 @@
-"""Files that are whole or not there. Knows no formats."""
+"""Files that are whole or not there, whatever stood under their names. Knows no formats."""
 
 import errno
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+MAX_LINKS = 40  # in a row, as Linux has it
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path` that takes its place when the block ends well and is on disk.
+def replacing(
+    path: Path, staged: Path | None = None, like: os.stat_result | None = None
+) -> Iterator[Path]:
+    """An empty hidden file that takes the place of `path` when the block ends well and is on disk.
 
-    A crash leaves `path` as it was, and at most the hidden file.
+    A crash leaves `path` as it was, and at most the hidden file. A symbolic link is followed and
+    kept. Mode, owner and group of a replaced file are kept as far as this process may set them;
+    until then nobody else can read the hidden file. Other hard links to it keep the old content.
+
+    Args:
+        path: the file to write.
+        staged: the path that the hidden file is named after and beside, on the same file system;
+            `path` by default.
+        like: whose mode, owner and group a new file gets; without it, those of any new file.
 
     Raises:
-        OSError: the folder is missing, read-only or full, or `path` is a pipe or a device.
+        OSError: the folder is missing, read-only or full, or `path` can't be replaced.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "it is no plain file, which could be replaced")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    path = followed(path)
+    like = check_replaceable(path) or like
+    temporary = _temporary_of(staged or path)
     try:
+        mode = 0o666 if like is None else 0o600
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         yield temporary
         sync(temporary)
+        if like is not None:
+            _hand_on(like, temporary)
         temporary.replace(path)
         sync(path.parent)
     finally:
@@ -35,6 +52,56 @@ def replace_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def followed(path: Path) -> Path:
+    """The target of a symbolic link, which need not exist; any other path unchanged.
+
+    Raises:
+        OSError: the links lead in a circle, or can't be read.
+    """
+    for _ in range(MAX_LINKS):
+        if not path.is_symlink():
+            return path
+        path = path.parent / path.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def check_replaceable(path: Path) -> os.stat_result | None:
+    """The status of a file that this process may replace; None if there is no file.
+
+    Raises:
+        OSError: it is a folder, a link, a pipe or a device, read-only, mounted by itself, or not
+            for this user to replace.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file, which could be replaced")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "it is read-only")
+    if is_mounted_apart(path, path.parent):
+        raise OSError(errno.EBUSY, "it is a mount point: mount its folder instead")
+    folder = path.parent.stat()
+    owners = (0, status.st_uid, folder.st_uid)
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+        raise PermissionError(errno.EPERM, "it belongs to another user and its folder is sticky")
+    return status
+
+
+def is_mounted_apart(path: Path, folder: Path) -> bool:
+    """Whether `path`, in `folder`, is a mount point, so that nothing in `folder` can replace it.
+
+    Raises:
+        OSError: one of the two is missing, or lies in a folder that can't be searched.
+    """
+    if path.is_dir() and path.stat().st_dev != folder.stat().st_dev:
+        return True
+    return _mount_of(path) != _mount_of(folder)
 
 
 def remove_temporaries(folder: Path, names: str) -> None:
@@ -53,3 +120,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mount_of(path: Path) -> str | None:
+    """The number of the mount that a path is in; None where the system doesn't tell."""
+    descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _hand_on(status: os.stat_result, path: Path) -> None:
+    """Give a file this owner, group and mode, and a narrower mode if the group can't be set."""
+    for owner, group in ((status.st_uid, -1), (-1, status.st_gid)):
+        with suppress(OSError):
+            os.chown(path, owner, group)
+    mode = stat.S_IMODE(status.st_mode) & 0o777
+    if path.stat().st_gid != status.st_gid:
+        mode &= 0o707 | (mode & 0o007) << 3  # our group may do what all others may
+    with suppress(OSError):  # a file system without modes
+        path.chmod(mode)

@@ -1,23 +1,34 @@
-"""Where an output and what belongs to it lies: here, in a store, in shares. Names only."""
+"""Where an output and what belongs to it lies: here, in a store, in shares.
+
+A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
+other file. All else lies beside the folder under hidden names. It lies in the folder only where
+that is a mount point or a bucket, or where the folder around it can't be written.
+"""
 
 import hashlib
+import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 import platformdirs
 
-from batchcap.contracts import OtherOutputError
+from batchcap.contracts import OtherOutputError, UsageError
+from batchcap.files import followed, is_mounted_apart, sync
 from batchcap.mirror import Mirror
 from batchcap.remote import RemoteFile, describe, list_folder
 from batchcap.row_files import saying_where
 
 PARTS = f"part-{'[0-9]' * 6}.parquet"
-MANIFEST = "_manifest.json"
-SUMMARY = "_summary.json"
+MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
+MARK = ".complete-"
+SHARE = re.compile(r"shard-\d{5}-of-\d{5}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Layout:
     @property
     def is_file(self) -> bool:
         """Whether it is one Parquet file rather than a folder of parts."""
-        return self.output.suffix == ".parquet"
+        return _is_file(self.output.name)
 
     @property
     def parts(self) -> Path:
@@ -48,20 +59,52 @@ class Layout:
         """The file that a run locks."""
         if self.is_file:
             return self.output.with_name(f".{self.output.name}.lock")
-        return self.output / ".lock"
+        return self.output / ".lock"  # not beside: it is the same file wherever a folder is mounted
+
+    @property
+    def manifest(self) -> Path:
+        """What a data set tells of its parts; a file has none."""
+        return self._inside(MANIFEST) if self._is_inside(MANIFEST) else self._beside(MANIFEST)
 
     @property
     def summary(self) -> Path:
         """The account of the last run."""
         if self.is_file:
-            return self.output.with_suffix(".summary.json")
-        return self.output / SUMMARY
+            return self.output.with_suffix(f".{SUMMARY}")
+        return self._inside(SUMMARY) if self._is_inside(SUMMARY) else self._beside(SUMMARY)
+
+    def mark(self, digest: str) -> Path:
+        """The empty file that marks a data set as complete, by a digest of its parts.
+
+        It lies in the folder, so that it is moved and copied with the parts.
+        """
+        return self.output / f"{MARK}{digest}"
+
+    def marks(self) -> list[Path]:
+        """The marks of a data set: one, or none while it is not complete."""
+        return list(self.output.glob(f"{MARK}*"))
+
+    def staged(self, part: Path) -> Path:
+        """The path that a part's temporary and damaged files are named after and lie beside."""
+        return part if self.is_file or not self._has_room_beside else self._beside(part.name)
 
     def row_files(self) -> list[Path]:
         """The files that hold the rows so far, oldest first."""
         if self.parts.is_dir():
             return sorted(self.parts.glob(PARTS))
         return [self.output] if self.is_file and self.output.exists() else []
+
+    def temporaries(self) -> Iterator[tuple[Path, str]]:
+        """Folder and glob of the names of each file that a run may have been killed writing."""
+        ours = [self.summary]
+        if self.is_file:
+            ours += [self.output]
+        else:
+            ours += [self.manifest, self._inside(MANIFEST), self._inside(SUMMARY)]
+            folder, name = self._beside("part").parent, self._beside("").name
+            yield folder, escape(name) + PARTS
+        yield from ((path.parent, escape(path.name)) for path in ours)
+        yield self.parts, PARTS
 
     def refresh(self) -> None:
         """Make the working copy what the store has; the caller holds the lock.
@@ -72,10 +115,30 @@ class Layout:
         if self.mirror is None:
             return
         with saying_where(self.mirror.url):
-            there = self._stored(self.mirror.url)
-        changed = self.mirror.pull(there)
+            there = self._stored(self.mirror)
+        here = [self.output] if self.is_file else [*self.row_files(), self.manifest, *self.marks()]
+        changed = self.mirror.pull(there, [*here, self.summary])
         if self.is_file and self.output.name in changed:  # what the parts went on from is no more
             shutil.rmtree(self.parts, ignore_errors=True)
+
+    def move_out(self) -> None:
+        """Move what earlier versions left in a data set's folder; the caller holds the lock.
+
+        Raises:
+            OSError: a file can't be moved.
+            OutputError: the store can't be reached, or doesn't allow it.
+        """
+        if self.is_file or not self._has_room_beside:
+            return
+        moves = {self._inside(name): self._beside(name) for name in (MANIFEST, SUMMARY)}
+        for path in self.output.glob(f".{PARTS}.*.damaged"):
+            moves[path] = self._beside(path.name.removeprefix("."))
+        for inside, beside in moves.items():
+            if inside.exists():
+                inside.replace(beside)
+                sync(beside.parent)
+                self.publish(beside)
+                self.publish(inside)
 
     def publish(self, path: Path) -> None:
         """Put a file that was written, or removed, into the store as well, if there is one.
@@ -87,31 +150,60 @@ class Layout:
         if self.mirror is not None:
             self.mirror.push(path)
 
-    def _stored(self, url: str) -> list[RemoteFile]:
+    def _inside(self, name: str) -> Path:
+        return self.output / f"_{name}"
+
+    def _beside(self, name: str) -> Path:
+        """The path of a hidden file beside a data set's folder."""
+        known_as = self.mirror.url if self.mirror else Path(os.path.realpath(self.output))
+        folder, data_set = _data_set_of(known_as)
+        return Path(self.mirror.home if self.mirror else folder) / f".{data_set}.{name}"
+
+    def _is_inside(self, name: str) -> bool:
+        """Whether a file of a data set lies in its folder; one that lies there is the newest."""
+        is_beside = self._beside(name).exists() or self._has_room_beside
+        return self._inside(name).exists() or not is_beside
+
+    @property
+    def _has_room_beside(self) -> bool:
+        """Whether files can be put beside a data set's folder, and moved from there into it."""
+        if self.mirror is not None:
+            return self.mirror.url != self.mirror.url_beside
+        folder = self._beside(MANIFEST).parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return False
+        return not self.output.exists() or not is_mounted_apart(self.output, folder)
+
+    def _stored(self, mirror: Mirror) -> list[RemoteFile]:
         if self.is_file:
-            found = []
-            for path in (self.output, self.summary):
-                with suppress(FileNotFoundError):
-                    found.append(describe(url + path.name))
-            return found
-        ours = (PARTS, MANIFEST, SUMMARY)
-        return [
+            return _described(mirror.url + path.name for path in (self.output, self.summary))
+        ours = (PARTS, f"{MARK}*", self._inside(MANIFEST).name, self._inside(SUMMARY).name)
+        found = [
             file
-            for file in _files_in(url)
-            if any(fnmatchcase(file.url.removeprefix(url), name) for name in ours)
+            for file in _files_in(mirror.url)
+            if any(fnmatchcase(file.url.removeprefix(mirror.url), name) for name in ours)
         ]
+        if self._has_room_beside:
+            beside = (self._beside(name).name for name in (MANIFEST, SUMMARY))
+            found += _described(mirror.url_beside + name for name in beside)
+        return found
 
 
 def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
     """The layout of an output, or of one of its shares (which, of how many); a str is a URL.
 
     A share of `OUTPUT/` is `OUTPUT/shard-00000-of-00004/`, of `OUTPUT.parquet` it is
-    `OUTPUT-00000-of-00004.parquet`. The working copy of what is in a store lies in the user's cache
-    folder, which is made.
+    `OUTPUT-00000-of-00004.parquet`. A symbolic link is followed: all lies where its target does.
+    The working copy of what is in a store lies in the user's cache folder, which is made.
+
+    Raises:
+        UsageError: it is a link named like a file to a folder, or the other way round.
+        OutputError: it is a link that leads in a circle, or the cache folder can't be made.
     """
     index, count = share
+    output = _followed(output)
     if count > 1:
-        output = _share_of(output, f"{index:05}-of-{count:05}")
+        output = _followed(_share_of(output, f"{index:05}-of-{count:05}"))
     return Layout(output) if isinstance(output, Path) else _mirrored(output)
 
 
@@ -136,6 +228,7 @@ def shares_there(output: Path | str) -> set[tuple[int, int]]:
     Raises:
         OutputError: the store can't be reached.
     """
+    output = _followed(output)
     folder, name = _parted(output)
     _, share = _parted(_share_of(output, "NUMBERS"))
     numbered = re.escape(share).replace("NUMBERS", r"(\d{5})-of-(\d{5})")
@@ -144,6 +237,28 @@ def shares_there(output: Path | str) -> set[tuple[int, int]]:
         names = _names_in(folder if _is_file(name) else output)
     matches = map(pattern.fullmatch, names)
     return {(int(match[1]), int(match[2])) for match in matches if match}
+
+
+def _followed(output: Path | str) -> Path | str:
+    if not isinstance(output, Path):
+        return output
+    with saying_where(output):
+        target = followed(output)
+    if _is_file(target.name) != _is_file(output.name):
+        raise UsageError(
+            f"OUTPUT {output} is a link to {target}, but both must end in .parquet, or none: "
+            "name the target"
+        )
+    return target
+
+
+def _data_set_of(output: Path | str) -> tuple[Path | str, str]:
+    """The folder that a data set is in, and what hidden names there begin with."""
+    folder, name = _parted(output)
+    if SHARE.fullmatch(name):
+        folder, data_set = _parted(folder)
+        name = f"{data_set}.{name}"
+    return folder, name
 
 
 def _share_of(output: Path | str, mark: str) -> Path | str:
@@ -159,9 +274,12 @@ def _mirrored(url: str) -> Layout:
     home = platformdirs.user_cache_path("batchcap") / "outputs" / digest
     copy = home / name
     files, place = (home, folder) if _is_file(name) else (copy, url.rstrip("/"))
+    around, data_set = _data_set_of(url)
+    if str(around).endswith(":/"):  # nothing is beside a bucket
+        around = place
     with saying_where(files):
         files.mkdir(parents=True, exist_ok=True)
-    return Layout(copy, Mirror(f"{place}/", files, home))
+    return Layout(copy, Mirror(f"{place}/", files, home, f"{around}/", f".{data_set}."))
 
 
 def _parted(output: Path | str) -> tuple[Path | str, str]:
@@ -192,3 +310,11 @@ def _files_in(url: str) -> list[RemoteFile]:
         return list_folder(url)
     except FileNotFoundError:  # stores have folders only where there are files in them
         return []
+
+
+def _described(urls: Iterable[str]) -> list[RemoteFile]:
+    found = []
+    for url in urls:
+        with suppress(FileNotFoundError):
+            found.append(describe(url))
+    return found

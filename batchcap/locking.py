@@ -34,9 +34,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, flags, 0o666)
         except OSError as error:
             raise OutputError(
                 f"cannot write {path}: {error.strerror}; free the disk or choose another OUTPUT"

@@ -11,9 +11,17 @@ import pyarrow as pa
 from batchcap.contracts import InputError, OtherOutputError, OutputError
 from batchcap.files import replace_text, sync
 from batchcap.id_hashes import IdSet, hashes_of
-from batchcap.layout import MANIFEST, Layout, layout_of, shares_there
+from batchcap.layout import Layout, layout_of, shares_there
 from batchcap.locking import locked
-from batchcap.output import IDENTITY, RowFile, is_whole, manifest_text, regrouped, verified
+from batchcap.output import (
+    IDENTITY,
+    RowFile,
+    digest_of,
+    is_whole,
+    manifest_text,
+    regrouped,
+    verified,
+)
 from batchcap.records import counted, printable, saying_which
 from batchcap.row_files import (
     DamagedError,
@@ -135,8 +143,8 @@ def _write_parts(target: Layout, tables: Iterator[pa.Table], metadata: Mapping[s
             RowFile(path, write_rows(path, part, metadata)) for path, part in _in_parts(new, tables)
         ]
         with saying_where(target):
-            replace_text(new / MANIFEST, manifest_text(True, metadata, files))
-            _put_in_place(new, target)
+            (new / target.mark(digest_of(files)).name).touch()
+            _put_in_place(new, target, manifest_text(True, metadata, files))
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return sum(file.rows for file in files)
@@ -156,11 +164,14 @@ def _in_parts(
         yield folder / f"part-{number:06}.parquet", part
 
 
-def _put_in_place(new: Path, target: Layout) -> None:
+def _put_in_place(new: Path, target: Layout, manifest: str) -> None:
     if target.mirror is None:
+        replace_text(target.manifest, manifest)
         sync(new)
         new.rename(target.output)
         sync(target.output.parent)
         return
-    for path in sorted(new.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+    for path in sorted(new.iterdir(), reverse=True):  # the mark last
         target.publish(path.rename(target.output / path.name))
+    replace_text(target.manifest, manifest)
+    target.publish(target.manifest)

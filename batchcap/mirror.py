@@ -1,5 +1,7 @@
 """A folder of a store and its working copy here: pulled at first, pushed file by file.
 
+With hidden files that lie beside the folder and belong to it.
+
 A file appears in the store whole, under its final name, or not at all. There is no lock that a
 store would free when a run dies. Instead each file that is pushed must be, in the store, what this
 run left or found there: of two runs that write at once, the one that comes second is refused.
@@ -32,46 +34,52 @@ class Copy(NamedTuple):
 class Mirror:
     """The files right in `url`, which ends in a slash, and those right in `folder`.
 
-    `home` is where the record of what was copied lies. One process at a time may use it.
+    Those whose names begin with `prefix_beside` are right in `url_beside` and in `home`, where the
+    record of what was copied lies too. One process at a time may use it.
     """
 
     url: str
     folder: Path
     home: Path
+    url_beside: str
+    prefix_beside: str
     _copies: dict[str, Copy] = field(default_factory=dict)
 
-    def pull(self, there: Iterable[RemoteFile]) -> set[str]:
+    def pull(self, there: Iterable[RemoteFile], here: Iterable[Path]) -> set[str]:
         """Make the files here those that are there, and forget all others that were.
 
-        Returns the names of those that somebody else has changed since the last run here.
+        `here` are files that may be here without ever having got there. Returns the names of those
+        that somebody else has changed since the last run here.
 
         Raises:
             OutputError: the store can't be reached, or the disk is full.
         """
-        stored = {file.url.removeprefix(self.url): file for file in there}
+        stored = {file.url.rpartition("/")[2]: file for file in there}
         with saying_where(self.url):
             self._copies = self._read_record()
-            names = stored.keys() | self._copies.keys() | self._names_here()
+            names = stored.keys() | self._copies.keys() | {path.name for path in here}
             changed = {name for name in names if self._version(name) != _version(stored.get(name))}
             for name in names:
                 if name in changed or self._copies.get(name) != self._copy_of(name):
                     self._copies.pop(name, None)
-                    (self.folder / name).unlink(missing_ok=True)
+                    self._path(name).unlink(missing_ok=True)
             for name in stored.keys() - self._copies.keys():
-                self._fetch(stored[name])
+                self._fetch(name, stored[name])
             self._write_record()
         return changed
 
     def push(self, path: Path) -> None:
-        """Make the file there what it is here, or remove it if it is gone; hidden ones stay here.
+        """Make the file there what it is here, or remove it if it is gone.
+
+        Does nothing with files that are neither in the folder nor belong to it.
 
         Raises:
             LockedError: somebody else has written it meanwhile.
             OutputError: the store can't be reached, or doesn't allow it.
         """
-        if path.parent != self.folder or path.name.startswith("."):
+        if path != self._path(path.name):
             return
-        url, before = self.url + path.name, self._version(path.name)
+        url, before = self._url(path.name), self._version(path.name)
         with saying_where(url):
             if before and _version(_described(url)) != before:
                 raise _overtaken(url)
@@ -86,18 +94,19 @@ class Mirror:
                 self._note(path.name, describe(url))
             self._write_record()
 
-    def _names_here(self) -> set[str]:
-        paths = self.folder.iterdir()
-        return {path.name for path in paths if path.is_file() and not path.name.startswith(".")}
+    def _path(self, name: str) -> Path:
+        return (self.home if name.startswith(self.prefix_beside) else self.folder) / name
 
-    def _fetch(self, file: RemoteFile) -> None:
-        name = file.url.removeprefix(self.url)
-        with replacing(self.folder / name) as temporary:
+    def _url(self, name: str) -> str:
+        return (self.url_beside if name.startswith(self.prefix_beside) else self.url) + name
+
+    def _fetch(self, name: str, file: RemoteFile) -> None:
+        with replacing(self._path(name)) as temporary:
             download(file.url, temporary)
         self._note(name, file)
 
     def _note(self, name: str, file: RemoteFile) -> None:
-        status = (self.folder / name).stat()
+        status = self._path(name).stat()
         self._copies[name] = Copy(file.version, status.st_size, status.st_mtime_ns)
 
     def _version(self, name: str) -> str:
@@ -106,7 +115,7 @@ class Mirror:
     def _copy_of(self, name: str) -> Copy | None:
         """What the record says of a file here if it is untouched."""
         try:
-            status = (self.folder / name).stat()
+            status = self._path(name).stat()
         except FileNotFoundError:
             return None
         return Copy(self._version(name), status.st_size, status.st_mtime_ns)

@@ -10,6 +10,7 @@ Knows no photos and no models.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from glob import escape
 from itertools import filterfalse
 from pathlib import Path
 
@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcap.contracts import OtherOutputError, OutputError
-from batchcap.files import remove_temporaries, replace_text, sync
-from batchcap.layout import MANIFEST, PARTS, Layout
+from batchcap.files import check_replaceable, remove_temporaries, replace_text, replacing, sync
+from batchcap.layout import Layout
 from batchcap.locking import locked
 from batchcap.row_files import (
     WAYS_OUT,
@@ -82,10 +82,12 @@ class CaptionFolder:
         files: list[RowFile],
         index: RowIndex,
         overwrite: bool,
+        like: os.stat_result | None,
     ) -> None:
         self.layout, self.metadata, self.index = layout, metadata, index
         self._files = files  # those of the index first, in its order
         self._overwrite = overwrite
+        self._like = like  # whose mode and owner new files get
         self._begun = False
         self._pending: list[pa.Table] = []
         self._superseded: dict[int, set[str]] = {}
@@ -121,8 +123,7 @@ class CaptionFolder:
         self._drop_superseded()
         part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
         table = pa.concat_tables(self._pending)
-        write_rows(part.path, [table], self.metadata)
-        self.layout.publish(part.path)
+        self._write(part.path, [table])
         self._files.append(part)
         self._pending = []
         self._write_manifest(complete=False)
@@ -166,19 +167,32 @@ class CaptionFolder:
         self._begin()
         if not layout.is_file:
             self._write_manifest(complete=True)
+            with saying_where(layout):
+                mark = layout.mark(digest_of(self._files))
+                mark.touch()
+                sync(mark.parent)
+            layout.publish(mark)
         else:
             tables = (table for file in self._files for table in verified(file.path))
-            write_rows(layout.output, regrouped(tables), self.metadata)
-            layout.publish(layout.output)
+            self._write(layout.output, regrouped(tables))
             with saying_where(layout.parts):
                 _remove_folder(layout.parts)
+
+    def _write(self, path: Path, tables: Iterable[pa.Table]) -> int:
+        staged = self.layout.staged(path)
+        rows = write_rows(path, tables, self.metadata, staged=staged, like=self._like)
+        self.layout.publish(path)
+        return rows
 
     def _begin(self) -> None:
         """Make the folder of parts, at the first change and not before."""
         if self._begun:
             return
         with saying_where(self.layout):
-            if (self.layout.parts / MANIFEST).exists():
+            for mark in self.layout.marks():
+                mark.unlink()
+                self.layout.publish(mark)
+            if not self.layout.is_file and self.layout.manifest.exists():
                 self._write_manifest(complete=False)
             if self._overwrite:
                 self._clear()
@@ -223,8 +237,7 @@ class CaptionFolder:
                 table.filter(pc.invert(pc.is_in(table["image_id"], dropped)))
                 for table in verified(file.path)
             )
-            file.rows = write_rows(file.path, kept, self.metadata)
-            self.layout.publish(file.path)
+            file.rows = self._write(file.path, kept)
         self._superseded = {}
 
     def _ids_of(self, file: int) -> Iterator[str]:
@@ -242,7 +255,7 @@ class CaptionFolder:
     def _write_manifest(self, complete: bool) -> None:
         if self.layout.is_file:
             return
-        manifest = self.layout.parts / MANIFEST
+        manifest = self.layout.manifest
         with saying_where(self.layout):
             replace_text(manifest, manifest_text(complete, self.metadata, self._files))
         self.layout.publish(manifest)
@@ -263,12 +276,21 @@ def _parts_told(files: list[RowFile]) -> list[dict[str, str | int]]:
     return [{"name": file.path.name, "rows": file.rows} for file in files]
 
 
+def digest_of(files: list[RowFile]) -> str:
+    """Of the names of a data set's parts and the numbers of their rows."""
+    return hashlib.sha256(json.dumps(_parts_told(files)).encode()).hexdigest()[:16]
+
+
 def is_whole(layout: Layout, files: list[RowFile]) -> bool:
     """Whether a run has made these rows whole, so that nothing is left to be done."""
     if layout.is_file:
         return layout.output.exists() and not layout.parts.is_dir()
-    try:
-        told = json.loads((layout.parts / MANIFEST).read_text(encoding="utf-8"))
+    if layout.mark(digest_of(files)).exists():
+        return True
+    if layout.manifest.parent != layout.output:
+        return False
+    try:  # by an earlier version, which made no mark
+        told = json.loads(layout.manifest.read_text(encoding="utf-8"))
         return bool(told["complete"]) and told["parts"] == _parts_told(files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -295,15 +317,30 @@ def open_captions(
     with saying_where(layout):
         if not layout.is_file:
             layout.output.mkdir(exist_ok=True)
-        _check_writable(layout.lock.parent)
+        for folder in (layout.lock.parent, layout.summary.parent):
+            _check_writable(folder)
+        if layout.is_file and not layout.output.is_dir():
+            check_replaceable(layout.output)
     with locked(layout.lock):
         with saying_where(layout):
             _remove_leftovers(layout)
         layout.refresh()
+        with saying_where(layout):
+            layout.move_out()
+            like = _like_of(layout)
         paths = existing_rows(layout, on_existing)
         metadata = check_identity(layout, paths, identity)
         files, index = index_of(paths, partial(_set_aside, layout))
-        yield CaptionFolder(layout, metadata, files, index, on_existing is OnExisting.OVERWRITE)
+        overwrite = on_existing is OnExisting.OVERWRITE
+        yield CaptionFolder(layout, metadata, files, index, overwrite, like)
+
+
+def _like_of(layout: Layout) -> os.stat_result | None:
+    """The status of the newest file of an output: of OUTPUT itself, or of its last part."""
+    files = layout.row_files()
+    if layout.is_file and layout.output.exists():
+        files.append(layout.output)
+    return files[-1].stat() if files else None
 
 
 def _check_writable(folder: Path) -> None:
@@ -412,24 +449,22 @@ def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _set_aside(layout: Layout, path: Path, error: DamagedError) -> None:
-    aside = path.with_name(f".{path.name}.{time.time_ns()}.damaged")
+    staged = layout.staged(path)
+    aside = staged.with_name(f".{staged.name.removeprefix('.')}.{time.time_ns()}.damaged")
     with saying_where(path):
         path.rename(aside)
     layout.publish(path)
-    log.warning("%s: kept as %s; its photos are captioned again", error, aside.name)
+    log.warning("%s: kept as %s; its photos are captioned again", error, aside)
 
 
 def _remove_leftovers(layout: Layout) -> None:
     """What killed runs have left under temporary names."""
     parts = layout.parts
-    remove_temporaries(layout.summary.parent, escape(layout.summary.name))
+    for folder, names in layout.temporaries():
+        remove_temporaries(folder, names)
     if layout.is_file:
-        remove_temporaries(layout.output.parent, escape(layout.output.name))
         for leftover in ("new", "old"):
             shutil.rmtree(parts.with_name(f"{parts.name}.{leftover}"), ignore_errors=True)
-    if parts.is_dir():
-        for names in (PARTS, MANIFEST):
-            remove_temporaries(parts, names)
 
 
 def _remove_folder(folder: Path) -> None:
@@ -445,5 +480,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        sync(target)
+        with replacing(target, like=source.stat()) as temporary:
+            shutil.copyfile(source, temporary)

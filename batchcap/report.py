@@ -22,7 +22,7 @@ from batchcap.caption_files import check_out, read_rows
 from batchcap.contracts import InputError
 from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
-from batchcap.files import replace_text
+from batchcap.files import followed, replace_text
 from batchcap.layout import Layout
 from batchcap.model.config import DecodeSettings
 from batchcap.page.cards import Digest, digest_rows, grid_of
@@ -113,7 +113,7 @@ def render_page(
         seed=settings.seed,
         made_with=made_with(digest.metadata),
         attention=digest.metadata.get("batchcap.attention", ""),
-        last_run=last_run(read_summary(Layout(settings.captions).summary)),
+        last_run=last_run(read_summary(Layout(followed(settings.captions)).summary)),
         histogram=histogram(digest.confidences),
         scores={METRIC_NAMES.get(key, key): f"{value:.1f}" for key, value in scores.items()},
         signature=signature,

@@ -27,10 +27,16 @@ def table_of(rows: list[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, ARROW_SCHEMA)
 
 
-def write_rows(path: Path, tables: Iterable[pa.Table], metadata: Mapping[str, str]) -> int:
+def write_rows(
+    path: Path,
+    tables: Iterable[pa.Table],
+    metadata: Mapping[str, str],
+    staged: Path | None = None,
+    like: os.stat_result | None = None,
+) -> int:
     """Write tables as the row groups of `path`, which appears, or is replaced, when it is whole.
 
-    Returns how many rows it has.
+    Returns how many rows it has. `staged` and `like` are those of `replacing`.
 
     Raises:
         OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
@@ -38,10 +44,10 @@ def write_rows(path: Path, tables: Iterable[pa.Table], metadata: Mapping[str, st
     if path.is_dir():
         raise OutputError(f"{path} is a directory: name a .parquet file")
     schema = ARROW_SCHEMA.with_metadata(dict(metadata))
-    with saying_where(path), replacing(path) as temporary:
+    with saying_where(path), replacing(path, staged, like) as temporary:
         rows = 0
         with (
-            temporary.open("xb") as file,
+            temporary.open("wb") as file,
             pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as parquet,
         ):
             for table in tables:

@@ -129,7 +129,7 @@ def _layout(settings: RunSettings) -> Layout:
 
 def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder, which its shares lie in; its own folder must exist."""
-    if layout.output.parent == settings.output:
+    if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
             layout.output.parent.mkdir(exist_ok=True)
 

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.distribution import training_strategy
 from batchcap.evaluation.metrics import score_captions, signature
 from batchcap.evaluation.tokenisation import profile_of
+from batchcap.files import followed
 from batchcap.history import CURVES_FILE, HISTORY_FILE
 from batchcap.model.backbones import (
     build_backbone,
@@ -41,6 +42,7 @@ from batchcap.model.runtime import precision_of, start_tensorflow
 from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
 from batchcap.objectives import FineTuning, Likelihood, Phase, SelfCritical
+from batchcap.row_files import saying_where
 from batchcap.settings import Objective, TokenKind, TrainSettings
 from batchcap.trainer import Record, Trainer
 from batchcap.training_data import (
@@ -75,6 +77,8 @@ def train_captioner(settings: TrainSettings) -> Path:
         ModelError: the backbone or its weights.
         OutputError: the place of the model can't be written to.
     """
+    with saying_where(settings.out):
+        settings = replace(settings, out=followed(settings.out))
     if settings.out.exists():
         raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
     score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing

@@ -94,7 +94,8 @@ def committed(output: Path) -> Photos:
 def check_readable(output: Path) -> int:
     """Read all that stands under a final name as users would; returns how many rows that is."""
     layout = Layout(output)
-    for name in (layout.summary, layout.parts / "_manifest.json"):
+    names = [layout.summary] if layout.is_file else [layout.summary, layout.manifest]
+    for name in names:
         if name.exists():
             json.loads(name.read_text(encoding="utf-8"))
     committed(output)

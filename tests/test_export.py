@@ -534,13 +534,31 @@ def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ExportFormat)
-def test_links_and_devices_are_not_replaced(form: ExportFormat, captions: Path) -> None:
+def test_pipes_and_devices_are_not_replaced(form: ExportFormat, captions: Path) -> None:
     """`export captions.parquet /dev/full` by root once left a plain file there."""
     pipe, link = captions.with_name("pipe"), captions.with_name("link")
     os.mkfifo(pipe)
-    link.symlink_to("elsewhere.json")
+    link.symlink_to("pipe")
     for out in (pipe, link):
         with pytest.raises(UsageError, match="no plain file"):
             export(captions, out.name, form)
     assert pipe.is_fifo()
-    assert link.is_symlink()
+
+
+def test_writes_where_a_symlink_leads(captions: Path) -> None:
+    """Links were refused."""
+    out, link = captions.with_name("far") / "out.json", captions.with_name("link.json")
+    out.parent.mkdir()
+    link.symlink_to("far/out.json")
+    for _ in range(2):  # dangling at first
+        export(captions, link.name, ExportFormat.COCO)
+        assert json.loads(out.read_text())
+        assert link.is_symlink()
+    link.unlink()
+    link.symlink_to(captions)
+    with pytest.raises(UsageError, match="written over"):
+        export(captions, link.name, ExportFormat.COCO)
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(OutputError, match="symbolic links"):
+        export(captions, link.name, ExportFormat.COCO)

@@ -1,6 +1,7 @@
 """Shares of an output to one: which there are, what is refused, what stands under the name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from rows import METADATA, captioned_row
 
 from batchcap import merge
 from batchcap.contracts import InputError, LockedError, OtherOutputError, OutputError, UsageError
-from batchcap.layout import MANIFEST, check_shares, layout_of, shares_there
+from batchcap.layout import check_shares, layout_of, shares_there
 from batchcap.locking import locked
 from batchcap.merge import merge_captions
 from batchcap.output import open_captions
@@ -21,7 +22,7 @@ OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
 def write(output: Path, *image_ids: object, share: tuple[int, int] = (0, 1), **metadata: str):
     """What a run leaves that has made a part of each photo."""
     layout = layout_of(output, share)
-    layout.output.parent.mkdir(exist_ok=True)
+    layout.output.parent.mkdir(exist_ok=True, parents=True)
     with open_captions(layout, METADATA | metadata, OnExisting.RESUME) as folder:
         for image_id in image_ids:
             folder.append([captioned_row(image_id)])
@@ -45,7 +46,7 @@ def test_rows_of_all_shares_stand_in_one_output(tmp_path, name, target):
     said = merged(tmp_path / name, tmp_path / target)
     assert said == f"{tmp_path / target}: 6 rows of 3 outputs"
     assert ids_in(tmp_path / target) == ["0a", "0b", "1a", "1b", "2a", "2b"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == []
+    assert [*tmp_path.glob(".merged*")] == [*tmp_path.glob(".merged.manifest.json")]
 
 
 def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_path, monkeypatch):
@@ -55,7 +56,7 @@ def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_pa
     merged(tmp_path / "many", tmp_path / "few")
     parts = sorted((tmp_path / "few").glob("part-*"))
     assert [ids_in(part) for part in parts] == [["0", "1", "2", "3"], ["4", "5", "6"]]
-    told = json.loads((tmp_path / "few" / MANIFEST).read_text())
+    told = json.loads((layout_of(tmp_path / "few").manifest).read_text())
     assert (told["complete"], told["rows"], told["metadata"]) == (True, 7, METADATA)
     write(tmp_path / "few", 7)
     assert len(ids_in(tmp_path / "few")) == 8
@@ -71,6 +72,42 @@ def test_shares_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
         assert sorted(ids_in(tmp_path / name)) == ["0", "1"]
     else:
         assert {"captions-00000-of-00002.parquet", "captions-00001-of-00002.parquet"} <= names
+
+
+def test_shares_are_whole_wherever_they_are_moved(tmp_path):
+    """A manifest that lies beside a folder stays behind when that is moved or copied."""
+    for index in range(2):
+        write(tmp_path / f"machine{index}" / "captions", index, share=(index, 2))
+        (share,) = (tmp_path / f"machine{index}" / "captions").iterdir()
+        shutil.copytree(share, tmp_path / "here" / share.name)
+    merged(tmp_path / "here", tmp_path / "merged")
+    assert ids_in(tmp_path / "merged") == ["0", "1"]
+    (tmp_path / "merged").rename(tmp_path / "moved")
+    merged(tmp_path / "moved", tmp_path / "merged.parquet")
+
+
+def test_a_share_that_lacks_a_part_is_not_whole(tmp_path):
+    write(tmp_path / "captions", "a", "b")
+    (tmp_path / "captions" / "part-000002.parquet").unlink()
+    with pytest.raises(InputError, match="is not finished"):
+        merged(tmp_path / "captions", tmp_path / "merged")
+
+
+@OUTPUTS
+def test_follows_symlinked_shares(tmp_path, name):
+    """Shares of a linked OUTPUT lay beside the link, where runs on the target missed them."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    for index in range(2):
+        write((tmp_path if index else tmp_path / "far") / name, index, share=(index, 2))
+    for captions in (tmp_path / name, tmp_path / "far" / name):
+        assert shares_there(captions) == {(0, 2), (1, 2)}
+    assert (tmp_path / name).is_symlink()
+    target = tmp_path / "merged.parquet"
+    target.symlink_to("far/all.parquet")
+    merged(tmp_path / name, target)
+    assert target.is_symlink()
+    assert ids_in(tmp_path / "far" / "all.parquet") == ["0", "1"]
 
 
 @OUTPUTS
@@ -109,7 +146,7 @@ def test_two_rows_of_an_id_are_refused_and_nothing_is_left(tmp_path, target):
     write(tmp_path / "captions", "c", "b", share=(1, 2))
     with pytest.raises(InputError, match="00001-of-00002 has a second row of b"):
         merged(tmp_path / "captions", tmp_path / target)
-    assert [path.name for path in tmp_path.iterdir()] == ["captions"]
+    assert [*tmp_path.glob("*merged*")] == []
 
 
 def test_shares_of_different_models_are_refused(tmp_path):

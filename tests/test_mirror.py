@@ -74,7 +74,53 @@ def test_parts_are_there_when_committed_and_the_manifest_follows(store):
         folder.append([captioned_row(1)])
         assert names(store) == []
         folder.commit()
-        assert names(store) == ["out/_manifest.json", "out/part-000001.parquet"]
+        assert names(store) == [".out.manifest.json", "out/part-000001.parquet"]
+
+
+def test_nothing_but_parts_and_their_mark_are_in_the_folder(store, tmp_path, monkeypatch):
+    url = "memory://bucket/out"
+    run(url, 1)
+    run(url, 1, share=(0, 2))
+    (mark, part) = (
+        name for name in names(store) if name.startswith("out/") and "shard" not in name
+    )
+    assert (mark[:14], part) == ("out/.complete-", "out/part-000001.parquet")
+    assert store.cat_file(f"/bucket/{mark}") == b""
+    assert set(names(store)) - {mark, part} == {
+        ".out.manifest.json",
+        ".out.shard-00000-of-00002.manifest.json",
+        f"out/shard-00000-of-00002/{mark.removeprefix('out/')}",
+        "out/shard-00000-of-00002/part-000001.parquet",
+    }
+    on_machine(tmp_path / "other", monkeypatch)
+    run(url, 2)
+    assert len([name for name in names(store) if name.startswith("out/.complete-")]) == 1
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_old_names_are_moved_out_of_the_folder(store, is_elsewhere, tmp_path, monkeypatch):
+    url = "memory://bucket/out"
+    run(url, 1)
+    for name in names(store):
+        if name != "out/part-000001.parquet":
+            store.rm(f"/bucket/{name}")
+    for name in ("_manifest.json", "_summary.json"):
+        store.pipe(f"/bucket/out/{name}", b"{}")
+    if is_elsewhere:
+        on_machine(tmp_path / "other", monkeypatch)
+    run(url)
+    found = [name for name in names(store) if ".complete-" not in name]
+    assert found == [".out.manifest.json", ".out.summary.json", "out/part-000001.parquet"]
+    assert store.cat_file("/bucket/.out.summary.json") == b"{}"
+    assert store.cat_file("/bucket/.out.manifest.json") != b"{}"
+
+
+def test_a_bucket_has_nothing_beside_it(store):
+    run("memory://bucket", 1)
+    found = [name for name in names(store) if ".complete-" not in name]
+    assert found == ["_manifest.json", "part-000001.parquet"]
+    run("memory://bucket", 2)
+    assert ids_in("memory://bucket") == ["1", "2"]
 
 
 def test_one_file_is_there_when_it_is_whole(store):

@@ -4,13 +4,18 @@ import json
 import logging
 import os
 import shutil
+import stat
+import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import datasets
 import duckdb
+import pandas as pd
+import polars as pl
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +24,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from rows import METADATA, captioned_row, failed_row, sum_of
 
-from batchcap.contracts import LockedError, OtherOutputError, OutputError
+from batchcap.contracts import LockedError, OtherOutputError, OutputError, UsageError
 from batchcap.files import replacing
-from batchcap.layout import MANIFEST, Layout
-from batchcap.output import ROWS_PER_GROUP, CaptionFolder, open_captions
+from batchcap.layout import Layout, layout_of
+from batchcap.output import ROWS_PER_GROUP, CaptionFolder, RowFile, is_whole, open_captions
 from batchcap.row_files import Row, table_of, write_rows
+from batchcap.run_report import RunSummary, read_rate, write_summary
 from batchcap.settings import OnExisting
 
 RESUME, OVERWRITE, ERROR = OnExisting.RESUME, OnExisting.OVERWRITE, OnExisting.ERROR
@@ -82,12 +88,10 @@ def test_a_run_leaves_its_rows_and_nothing_else(layout, tmp_path):
     if layout.is_file:
         assert names_in(tmp_path) == {"out.parquet"}
     else:
-        assert names_in(tmp_path) == {"out"}
-        assert names_in(layout.output) == {
-            "part-000001.parquet",
-            "part-000002.parquet",
-            MANIFEST,
-        }
+        assert names_in(tmp_path) == {"out", ".out.manifest.json"}
+        (mark,) = layout.marks()
+        assert mark.stat().st_size == 0
+        assert names_in(layout.output) == {"part-000001.parquet", "part-000002.parquet", mark.name}
 
 
 def test_what_is_committed_can_be_read_at_once_by_others(layout):
@@ -102,6 +106,44 @@ def test_what_is_committed_can_be_read_at_once_by_others(layout):
             assert sorted(table["image_id"].to_pylist()) == [f"{n}" for n in range(1, number + 1)]
             query = f"select count(*), max(caption) from '{layout.parts}/*.parquet'"
             assert duckdb.sql(query).fetchall() == [(number, "一只photo")]
+
+
+def readers_of(folder: Path, cache: Path) -> dict[str, set[str]]:
+    """The ids that each program finds in a folder, by name."""
+    query = f"select image_id from '{folder}/**/*.parquet'"
+    loaded = datasets.load_dataset(
+        "parquet", data_dir=str(folder), split="train", cache_dir=str(cache)
+    )
+    return {
+        "polars": {*pl.scan_parquet(folder).select("image_id").collect()["image_id"]},
+        "duckdb": {name for (name,) in duckdb.sql(query).fetchall()},
+        "pandas": {*pd.read_parquet(folder)["image_id"]},
+        "pyarrow": {*ds.dataset(folder, format="parquet").to_table()["image_id"].to_pylist()},
+        "datasets": {*loaded["image_id"]},
+    }
+
+
+def test_a_folder_is_read_by_other_programs_during_a_run_and_after_it(folder, tmp_path):
+    """Polars and Hugging Face's `datasets` failed on the manifest and the summary in it."""
+    datasets.disable_progress_bars()
+    share = layout_of(folder.output, (1, 2))
+    share.output.mkdir(parents=True)
+    (share.output / "part-000001.parquet").write_bytes(b"PAR1")  # is set aside
+    with opened(share) as captions:
+        captions.append([captioned_row("first")])
+        captions.commit()
+        write_summary(share.summary, RunSummary("out", "run", "now"))
+        part = share.output / "part-000002.parquet"
+        with replacing(part, share.staged(part)) as temporary:
+            temporary.write_bytes(b"PAR1, and more to follow")
+            assert share.lock.exists()
+            found = readers_of(folder.output, tmp_path / "during")
+            assert found == {program: {"first"} for program in found}
+        part.unlink()
+        captions.append([captioned_row("last")])
+        captions.finish()
+    found = readers_of(folder.output, tmp_path / "after")
+    assert found == {program: {"first", "last"} for program in found}
 
 
 def test_one_file_is_replaced_at_the_end_only(file):
@@ -130,7 +172,7 @@ def test_an_output_without_rows_is_a_table_without_rows(layout):
     if layout.is_file:
         assert pq.read_schema(layout.output).names == table_of([]).column_names
     else:
-        assert json.loads((layout.output / MANIFEST).read_text())["complete"] is True
+        assert json.loads(layout.manifest.read_text())["complete"] is True
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(layout):
@@ -193,7 +235,7 @@ def test_rows_of_images_that_are_gone_are_dropped(layout):
 
 def test_manifest_tells_what_is_there(folder):
     stop_before_the_end(folder, [captioned_row(1), failed_row(2)], [captioned_row(3)])
-    manifest = folder.output / MANIFEST
+    manifest = folder.manifest
     assert json.loads(manifest.read_text()) == {
         "complete": False,
         "metadata": METADATA,
@@ -225,7 +267,7 @@ def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatc
     fail_at(monkeypatch, lambda path: path.name == "part-000002.parquet" or path.stem[-1] == "1")
     with suppress(OutputError):
         run(folder, [captioned_row(1, "new")], on_existing=on_existing)
-    assert json.loads((folder.output / MANIFEST).read_text())["complete"] is False
+    assert json.loads(folder.manifest.read_text())["complete"] is False
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
@@ -251,11 +293,11 @@ def test_damaged_parts_are_set_aside_and_their_images_done_again(folder, caplog)
         captions.append([captioned_row(1)])
         captions.finish()
     assert sorted(ids_of(folder)) == ["1", "2"]
-    (aside,) = folder.output.glob(".*.damaged")
+    (aside,) = folder.output.parent.glob(".out.part-000001.parquet.*.damaged")
     assert aside.read_bytes() == damaged
     (message,) = caplog.messages
     assert str(part) in message
-    assert message.endswith(f"kept as {aside.name}; its photos are captioned again")
+    assert message.endswith(f"kept as {aside}; its photos are captioned again")
 
 
 def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
@@ -382,13 +424,15 @@ def test_leftovers_of_killed_runs_go_and_other_files_stay(file, tmp_path):
     assert names_in(tmp_path) == {"out.parquet", *others}
 
 
-def test_leftovers_in_a_folder_go(folder):
+def test_leftovers_of_a_folder_go_those_of_earlier_versions_too(folder, tmp_path):
     run(folder, [captioned_row(1)])
-    before = names_in(folder.output)
-    for name in ("part-000002.parquet", MANIFEST, "_summary.json"):
+    before = names_in(folder.output), names_in(tmp_path)
+    for name in ("part-000002.parquet", "_manifest.json", "_summary.json"):
         (folder.output / f".{name}.0123abcd.tmp").touch()
+    for name in ("part-000002.parquet", "manifest.json", "summary.json"):
+        (tmp_path / f"..out.{name}.0123abcd.tmp").touch()
     run(folder)
-    assert names_in(folder.output) == before
+    assert (names_in(folder.output), names_in(tmp_path)) == before
 
 
 def test_leftovers_of_an_output_with_glob_characters_in_its_name(tmp_path):
@@ -396,6 +440,155 @@ def test_leftovers_of_an_output_with_glob_characters_in_its_name(tmp_path):
     (tmp_path / ".ab.parquet.0123abcd.tmp").touch()
     run(Layout(tmp_path / "a[b]*.parquet"))
     assert names_in(tmp_path) == {"a[b]*.parquet", ".ab.parquet.0123abcd.tmp"}
+
+
+def as_earlier_versions_left_it(folder: Layout) -> dict[str, bytes]:
+    """A data set with all in its folder; returns the contents of what is no part."""
+    folder.output.parent.mkdir(exist_ok=True)
+    run(folder, [captioned_row(1)])
+    for mark in folder.marks():
+        mark.unlink()
+    folder.manifest.rename(folder.output / "_manifest.json")
+    (folder.output / "_summary.json").write_text('{"images_per_second": 5}')
+    (folder.output / ".part-000002.parquet.17.damaged").write_text("damaged")
+    return {
+        f".out{new}": (folder.output / old).read_bytes()
+        for old, new in (
+            ("_manifest.json", ".manifest.json"),
+            ("_summary.json", ".summary.json"),
+            (".part-000002.parquet.17.damaged", ".part-000002.parquet.17.damaged"),
+        )
+    }
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_old_names_move_out_of_a_folder_and_a_failure_at_any_step_is_made_good(killed, tmp_path):
+    disk = Disk()
+    try:
+        for number in range(100):
+            folder = Layout(tmp_path / str(number) / "out")
+            before = as_earlier_versions_left_it(folder)
+            files = [RowFile(path, 1) for path in folder.row_files()]
+            assert is_whole(folder, files)
+            assert read_rate(folder.summary) == 5
+            disk.countdown, disk.killed = number, killed
+            with suppress(OutputError, _Killed):
+                run(folder)
+            undisturbed = disk.countdown is not None
+            disk.countdown, disk.dead = None, False
+            assert read_rate(folder.summary) == 5
+            run(folder)
+            assert is_whole(folder, files)
+            assert names_in(folder.output) == {
+                "part-000001.parquet",
+                *(m.name for m in folder.marks()),
+            }
+            after = {path.name: path.read_bytes() for path in folder.output.parent.glob(".*")}
+            assert after == before
+            if undisturbed:
+                assert number > 5
+                return
+    finally:
+        disk.close()
+    pytest.fail("there is no end to the changes")
+
+
+def test_where_nothing_can_lie_beside_a_folder_all_lies_in_it(folder):
+    """The folder is a mount point, which no rename leads into."""
+    folder.output.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder.output)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a file system")
+    try:
+        run(folder, [captioned_row(1)])
+        assert folder.summary == folder.output / "_summary.json"
+        part = folder.output / "part-000002.parquet"
+        assert folder.staged(part) == part
+        names = {"part-000001.parquet", "_manifest.json", *(mark.name for mark in folder.marks())}
+        assert names_in(folder.output) == names
+        assert names_in(folder.output.parent) == {"out"}
+        run(folder, [captioned_row(2)])
+        assert ids_of(folder) == ["1", "2"]
+    finally:
+        subprocess.run(["umount", str(folder.output)], check=True)
+
+
+def test_follows_a_symlinked_output(layout, tmp_path):
+    """A relative link into another folder ended every run for good: a link to itself was committed.
+
+    An absolute one was replaced by a file, and its target stayed old.
+    """
+    (tmp_path / "far").mkdir()
+    layout.output.symlink_to(f"far/{layout.output.name}")  # dangling
+    target = Layout(tmp_path / "far" / layout.output.name)
+    run(layout_of(layout.output), [captioned_row(1)])
+    assert ids_of(target) == ["1"]
+    stop_before_the_end(layout_of(layout.output), [captioned_row(2)])
+    with opened(layout_of(layout.output)) as captions:
+        assert len(captions.index) == 2
+        with pytest.raises(LockedError), opened(target):
+            pass
+        captions.append([captioned_row(3)])
+        captions.finish()
+    assert ids_of(target) == ["1", "2", "3"]
+    assert layout.output.is_symlink()
+    assert names_in(tmp_path) == {"far", layout.output.name}
+    assert layout_of(layout.output).summary.parent.samefile(tmp_path / "far")
+
+
+def test_links_that_lead_nowhere_are_said(layout, tmp_path):
+    layout.output.symlink_to(f"none/{layout.output.name}")
+    with pytest.raises(OutputError, match=r"cannot write .*none/out.*: "):
+        run(layout_of(layout.output))
+    layout.output.unlink()
+    layout.output.symlink_to(layout.output)
+    with pytest.raises(OutputError, match="symbolic links"):
+        layout_of(layout.output)
+    layout.output.unlink()
+    layout.output.symlink_to("out2" if layout.is_file else "out2.parquet")
+    with pytest.raises(UsageError, match="both must end in"):
+        layout_of(layout.output)
+    assert names_in(tmp_path) == {layout.output.name}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_rows_of_a_private_output_stay_private(layout, has_links, monkeypatch):
+    """The next run made them readable for all, and so did each part while it ran."""
+
+    def refuse(*_paths: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    run(layout, [captioned_row(1)])
+    for path in layout.row_files():
+        path.chmod(0o600)
+    for number in (2, 3):
+        with opened(layout) as captions:
+            captions.append([captioned_row(number), captioned_row(1, number)])
+            captions.commit()
+            assert modes_of(layout) == {0o600}
+            captions.finish()
+        assert modes_of(layout) == {0o600}
+    for path in layout.row_files():
+        path.write_bytes(path.read_bytes()[:-20])
+    run(layout, [captioned_row(1)])
+    assert modes_of(layout) == {0o600}
+    run(layout, [captioned_row(1)], on_existing=OVERWRITE)
+    assert modes_of(layout) == {0o600}
+
+
+def modes_of(layout: Layout) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in layout.row_files()}
+
+
+def test_what_cannot_be_replaced_is_said_before_any_work(file):
+    os.mkfifo(file.output)
+    with pytest.raises(OutputError, match="no plain file"), opened(file):
+        pass
+    assert file.output.is_fifo()
 
 
 def test_only_one_may_write(layout):
@@ -485,7 +678,7 @@ class Disk:
         patch = pytest.MonkeyPatch()
         self._stack.callback(patch.undo)
         for owner, name in (
-            *((Path, name) for name in ("replace", "rename", "mkdir", "unlink")),
+            *((Path, name) for name in ("replace", "rename", "mkdir", "unlink", "touch")),
             (os, "link"),
         ):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))

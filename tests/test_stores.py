@@ -97,7 +97,7 @@ def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine)
     assert first.found == 6
     assert len(parts) == 2
     assert_same(rows_in(s3, *parts), of_folder, *TIMES)
-    assert s3.cat_file("sets/out/_summary.json").startswith(b"{")
+    assert s3.cat_file("sets/.out.summary.json").startswith(b"{")
     shutil.rmtree(machine)  # another machine
     settings = RunSettings(source="s3://photos/all/", output="s3://sets/out")
     assert "s3://sets/out/: 0 new, 0 changed" in plan_run(settings)

@@ -110,7 +110,10 @@ def settings_for(squares: Path, out: Path) -> TrainSettings:
 
 @pytest.fixture(scope="module")
 def trained(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_captioner(settings_for(squares, tmp_path_factory.mktemp("trained") / "model"))
+    """A model whose --out was a dangling link."""
+    link = tmp_path_factory.mktemp("link") / "latest"
+    link.symlink_to(tmp_path_factory.mktemp("trained") / "model")
+    return train_captioner(settings_for(squares, link))
 
 
 def history_of(model: Path) -> list[dict[str, float]]:
@@ -148,6 +151,7 @@ def test_the_model_directory_is_whole_and_nothing_is_left_beside_it(trained: Pat
         "vocabulary.txt",
     ]
     assert [path.name for path in trained.parent.iterdir()] == ["model"]
+    assert not trained.is_symlink()
 
 
 def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: Path) -> None:

@@ -136,7 +136,7 @@ def _exported(
         arrays = _export(backbone, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("xb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, graph=arrays["graph"], weights=arrays["weights"])
     except OSError as error:
         log.warning("the exported backbone is not kept: %s cannot be written (%s)", path, error)
