@@ -46,6 +46,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback unless `--verbose`."""
+    _open_standard_streams()
     stop_on_signals()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -66,6 +67,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             log.debug("where it happened", exc_info=True)
         sys.exit(_report(error))
+
+
+def _open_standard_streams() -> None:
+    """Open those that this program was started without (`2>&-`), to write to nowhere.
+
+    Else the next file to be opened, such as the output, would get the number of one, and with it
+    what libraries print there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets the lowest number that is free, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _report(error: Exception) -> int:

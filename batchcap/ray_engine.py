@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, compress, islice
@@ -27,7 +27,7 @@ from batchcap.contracts import BatchcapError, ImageRef, UsageError
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.inputs import shards_in
 from batchcap.inventory import Inventory, Tally, list_images_of
-from batchcap.model.runtime import no_stderr
+from batchcap.last_words import kept_back
 from batchcap.options import WorkerSettings
 from batchcap.remote import is_url
 from batchcap.row_files import Row
@@ -238,7 +238,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _check_answers(address)
-        with no_stderr():  # where it tells that it is quiet
+        # Workers would look for modules in this process's working directory first.
+        with chdir(os.sep), kept_back("Ray"):  # it prints that it is quiet
             ray.init(address, **INIT)
     except (OSError, ValueError) as error:
         raise UsageError(

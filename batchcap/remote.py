@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-
-import fsspec
 
 from batchcap.contracts import UsageError
 
@@ -169,6 +168,7 @@ def _moment(info: dict[str, Any]) -> float | None:
 @contextmanager
 def _reaching(url: str) -> Iterator[tuple[Any, str]]:
     """The store of a URL and the path there, with what goes wrong as an OSError."""
+    fsspec = _import_fsspec()
     scheme = url.partition("://")[0].lower()
     try:
         # Without its cache of listings, which would tell what was there before.
@@ -183,6 +183,21 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
         if scheme not in fsspec.available_protocols():
             raise UsageError(f"{scheme}:// is no kind of URL that batchcap knows") from error
         raise OSError(errno.EIO, _reason(error)) from error
+
+
+def _import_fsspec() -> Any:
+    """Imported when it is needed, for it reads the user's settings.
+
+    Raises:
+        UsageError: these are wrong.
+    """
+    try:
+        return import_module("fsspec")
+    except ValueError as error:
+        raise UsageError(
+            f"fsspec cannot read its settings ({_reason(error)}): see to the files in "
+            "~/.config/fsspec and to the variables FSSPEC_*"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
+    {"surroundings", "last_words"},
     {"remote"},
     {"shards"},
     {"evaluation.metrics", "evaluation.bootstrap", "evaluation.penn_treebank"},
@@ -42,14 +43,14 @@ FLOORS = [
 
 HOMES = {
     "click": {"cli"},
-    "fsspec": {"remote"},
+    "fsspec": set(),  # by `_import_fsspec`
     "ray": {"ray_engine"},
     "tqdm": {"progress"},
     "jieba": {"model.text"},
     "jinja2": {"report"},
     "PIL": {"model.images", "bench"},
     "openvino": set(),  # by `import_openvino`
-    "matplotlib": {"attention_figure", "history"},
+    "matplotlib": set(),  # by `import_matplotlib`
     "pyarrow": {
         "contracts",
         "output",
