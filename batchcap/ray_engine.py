@@ -274,10 +274,11 @@ def _check_version(ray: Any) -> None:
     """
     here = version("batchcap")
     task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # by value, whatever is there
-    try:
-        there = ray.get(task.remote())
-    except PackageNotFoundError:
-        there = "none"
+    with _saying_what_failed():
+        try:
+            there = ray.get(task.remote())
+        except PackageNotFoundError:
+            there = "none"
     if there != here:
         raise UsageError(
             f"the Ray cluster has another batchcap ({there}) than this one ({here}): install the "

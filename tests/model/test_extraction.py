@@ -22,7 +22,7 @@ from batchcap.model.runtime import choose_execution
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
     return tmp_path
 
 
