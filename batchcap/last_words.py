@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DID_NOT_START = "batchcap: {} did not start; it printed:\n"
 KEEPER = """
 import os, sys
 text = sys.stdin.buffer.read().strip()
 if text:
-    library = os.fsencode(sys.argv[1])
-    os.write(2, b"batchcap: %s did not start; it printed:\\n%s\\n" % (library, text))
+    os.write(2, os.fsencode(sys.argv[1]) + text + b"\\n")
 """
 
 
@@ -25,7 +25,7 @@ def kept_back(library: str) -> Iterator[None]:
 
     It is shown if the block raises an Exception, or if the process ends in it.
     """
-    command = [sys.executable, "-I", "-S", "-c", KEEPER, library]
+    command = [sys.executable, "-I", "-S", "-c", KEEPER, DID_NOT_START.format(library)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -33,16 +33,25 @@ def kept_back(library: str) -> Iterator[None]:
         start_new_session=True,  # what ends this process does not end it
     ) as keeper:
         assert keeper.stdin is not None
-        stderr = os.dup(2)
-        os.dup2(keeper.stdin.fileno(), 2)
-        failed = False
         try:
-            yield
+            with stderr_to(keeper.stdin.fileno()):
+                yield
         except Exception:
-            failed = True
             raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            if not failed:
-                keeper.kill()
+        except BaseException:  # the run is to stop
+            keeper.kill()
+            raise
+        else:
+            keeper.kill()
+
+
+@contextmanager
+def stderr_to(descriptor: int) -> Iterator[None]:
+    """Write to an open file what this process, C++ code too, prints on stderr in the block."""
+    stderr = os.dup(2)
+    os.dup2(descriptor, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -27,7 +27,8 @@ from batchcap.contracts import BatchcapError, ImageRef, UsageError
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.inputs import shards_in
 from batchcap.inventory import Inventory, Tally, list_images_of
-from batchcap.last_words import kept_back
+from batchcap.last_words import DID_NOT_START, kept_back, stderr_to
+from batchcap.model.runtime import start_tensorflow
 from batchcap.options import WorkerSettings
 from batchcap.remote import is_url
 from batchcap.row_files import Row
@@ -36,11 +37,14 @@ from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
 from batchcap.shards import Unread
 from batchcap.stopping import SIGNALS
+from batchcap.surroundings import cache_folder
 from batchcap.worker import CaptionWorker
 
 CALLS_AT_ONCE = 2  # of a worker: while one waits for the model, the other loads photos
 PHOTOS_PER_PIECE = 256
 CONNECT_S = 10.0
+STARTS = 3  # of TensorFlow in a worker
+TENSORFLOW_DIED = DID_NOT_START.format("TensorFlow")
 INIT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 # What Ray would tell of itself, with tracebacks; what matters of it is told by us.
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
@@ -148,6 +152,7 @@ class RayWorker:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
+                _start_tensorflow(context.get_actor_id())
                 self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
                 _ = self.worker.captioner  # read while the folder is there
             except BatchcapError as error:  # tells of the copy
@@ -187,6 +192,28 @@ class RayWorker:
             *(np.concatenate(seen), unread),
         )
         yield Chunk(self.worker.metadata, tally=tally)
+
+
+def _start_tensorflow(worker_id: str) -> None:
+    """Start it in a worker, which Ray starts again, with the same id, as often as it dies.
+
+    Raises:
+        BatchcapError: that has happened too often; says what TensorFlow printed.
+    """
+    file = cache_folder("ray") / worker_id
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as printed:
+        printed.seek(0)
+        _, *deaths = printed.read().decode(errors="replace").split(TENSORFLOW_DIED)
+        if len(deaths) < STARTS:
+            with stderr_to(printed.fileno()):
+                start_tensorflow()
+    file.unlink()
+    if len(deaths) >= STARTS:
+        raise BatchcapError(
+            f"TensorFlow ended a worker on {socket.gethostname()} {STARTS} times; it printed:\n"
+            f"{deaths[-1].strip()}"
+        )
 
 
 def workers_on(
