@@ -46,6 +46,18 @@ def test_help_shows_a_verb_and_loads_no_tensorflow(verb: str) -> None:
     assert done.stdout.startswith(f"Usage: batchcap {verb}")
 
 
+def test_files_never_get_the_number_of_a_closed_stream() -> None:
+    """Else what libraries print on stderr would go into the output."""
+    program = (
+        "import os, batchcap.cli as cli\n"
+        "try: cli.main(['no-such-verb'])\n"
+        "finally: assert os.open(os.devnull, os.O_RDONLY) > 2\n"
+    )
+    command = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, program], check=False)
+    assert done.returncode == 2
+
+
 def test_version_is_the_package_s() -> None:
     assert __version__ in invoke("--version").output
 
