@@ -37,12 +37,11 @@ def kept_back(library: str) -> Iterator[None]:
             with stderr_to(keeper.stdin.fileno()):
                 yield
         except Exception:
-            raise
+            raise  # its input ends, and the keeper shows it
         except BaseException:  # the run is to stop
             keeper.kill()
             raise
-        else:
-            keeper.kill()
+        keeper.kill()
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from batchcap.contracts import BatchcapError
 from batchcap.last_words import kept_back
+from batchcap.model.runtime import start_tensorflow
 
 
 def start(printed: bytes, error: BaseException) -> None:
@@ -34,6 +36,12 @@ def test_a_start_that_is_stopped_is_silent(capfd: pytest.CaptureFixture[str]) ->
     with pytest.raises(KeyboardInterrupt):
         start(b"chatter\n", KeyboardInterrupt())
     assert capfd.readouterr().err == ""
+
+
+def test_a_tensorflow_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(BatchcapError, match="TensorFlow cannot be imported"):
+        start_tensorflow()
 
 
 def test_a_death_of_tensorflow_at_its_start_shows_the_reason() -> None:

@@ -84,7 +84,8 @@ def _ask(lines: Sequence[str]) -> list[str]:
 
 def _reason(error: Exception) -> str:
     """What Java printed, less the answers and where in its code it failed."""
-    printed = [getattr(error, stream, None) or "" for stream in ("stdout", "stderr")]
-    lines = "\n".join(map(str, printed)).splitlines()
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = f"{error.stdout}\n{error.stderr}".splitlines()
     told = [line for line in lines if not re.match(r"[\d\s]|Picked up |$", line)]
     return "; ".join(told[:REASON_LINES]) or str(error)
