@@ -1,30 +1,45 @@
 """Captions that people wrote: the references of evaluation, the examples of training."""
 
+import logging
 import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from batchcap.contracts import InputError
 from batchcap.records import (
-    MISSING,
     Problems,
+    counted,
     entries,
-    first_line,
-    json_lines,
+    holds_records,
+    printable,
     read_bytes,
-    read_json,
+    read_records,
     shown,
     text_lines,
 )
 
+Record = tuple[str, dict[str, Any]]  # and its place in the file
 SPLITS = ("train", "val", "test")
+# Names of Karpathy's files and of Hugging Face for these.
+SPLIT_SYNONYMS = {"restval": "train", "validation": "val"}
 FLICKR_LINE = re.compile(
     r"(?P<name>.+?)#(?:(?P<kind>[^#\s]+)#)?(?P<number>\d+)(?:\s+(?P<caption>.*))?"
 )
+KNOWN_FORMATS = (
+    "Known formats: Flickr8k text (`<file name>#<number> <caption>` a line), COCO captions, "
+    "Karpathy's JSON, AI Challenger's JSON, and JSON lines or CSV with `image_id` or `file_name` "
+    "and `captions`, `caption` or `text`."
+)
+EMPTY_CAPTION = ("empty caption", "empty captions")
+STRAY_CAPTION = ("caption of an unknown photo", "captions of unknown photos")
+UNCAPTIONED = ("photo without a caption", "photos without a caption")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,24 +58,26 @@ class AnnotatedImage:
 def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
     """Read captions in any known format, told by its content, in order of first appearance.
 
-    Captions come back in NFC with single spaces.
+    Captions come back in NFC with single spaces. Empty ones, those of unknown photos and photos
+    without any are left out, and the log counts them.
 
     Raises:
         UsageError: there is no such file.
         InputError: it is wrong; counts the places and shows the first ten.
     """
-    return ANNOTATION_READERS[detect_format(path)](Path(path))
-
-
-def detect_format(path: str | os.PathLike[str]) -> str:
-    """The key of `ANNOTATION_READERS` for a file, by its first line that is not blank."""
-    first = first_line(Path(path))
-    if first.startswith(b"["):
-        return "ai-challenger"
-    if not first.startswith(b"{"):
-        return "flickr8k"
-    is_one_record = first.endswith(b"}") and b'"annotations"' not in first
-    return "jsonl" if is_one_record or Path(path).suffix == ".jsonl" else "coco"
+    annotations = _Annotations(Path(path))
+    data = read_bytes(annotations.path)
+    if not holds_records(data):
+        _add_flickr8k(annotations, data)
+        return annotations.finish()
+    for place, record in read_records(annotations.path, data, annotations.problems):
+        if not isinstance(record, dict):
+            annotations.problems.report(place, f"{shown(record)} is not an object")
+        elif name_of(record) is None and not record.keys().isdisjoint(("images", "annotations")):
+            _add_document(annotations, record)
+        else:
+            _add_record(annotations, place, record)
+    return annotations.finish()
 
 
 class _Annotations:
@@ -72,34 +89,52 @@ class _Annotations:
         self.captions: dict[str, list[str]] = {}
         self.splits: dict[str, str] = {}
         self.numbers: dict[str, int] = {}
+        self._left_out: dict[tuple[str, str], list[str]] = {}
 
-    def add_image(self, place: str, image_id: object, split: object) -> bool:
+    def add_image(
+        self, place: str, image_id: object, split: object = None, number: object = None
+    ) -> bool:
         """Whether it is one; a photo that stands in several places is the same photo."""
         if not isinstance(image_id, str) or not image_id:
             self.problems.report(place, f"the name of the photo is {shown(image_id)}, not a text")
             return False
         self.captions.setdefault(image_id, [])
-        if isinstance(split, str) and self.splits.setdefault(image_id, split) != split:
-            self.problems.report(place, f"{image_id} stands in two splits")
+        if type(number) is int:
+            self.numbers[image_id] = number
+        if isinstance(split, str) and split:
+            split = SPLIT_SYNONYMS.get(split, split)
+            if (other := self.splits.setdefault(image_id, split)) != split:
+                self.problems.report(place, f"{image_id} is in two splits, {other} and {split}")
         return True
 
     def add_caption(self, place: str, image_id: str, caption: object) -> None:
-        reason = caption_problem(caption)
-        if reason is None:
-            self.captions[image_id].append(clean(str(caption)))
-        else:
+        if caption is None or (isinstance(caption, str) and not caption.strip()):
+            self.leave_out(EMPTY_CAPTION, f"{self.path}{place}")
+        elif reason := caption_problem(caption):
             self.problems.report(place, reason)
+        else:
+            self.captions[image_id].append(clean(str(caption)))
+
+    def leave_out(self, noun: tuple[str, str], example: str) -> None:
+        """Count something, a noun and its plural, that is no reason to refuse the file."""
+        self._left_out.setdefault(noun, []).append(example)
 
     def finish(self) -> list[AnnotatedImage]:
-        self.problems.raise_if_any()
-        if not self.captions:
-            self.problems.report("", "no captions")
-            self.problems.raise_if_any()
+        captioned = {image_id: captions for image_id, captions in self.captions.items() if captions}
+        self.problems.raise_if_any("" if captioned else KNOWN_FORMATS)
+        for image_id in self.captions:
+            if image_id not in captioned:
+                self.leave_out(UNCAPTIONED, image_id)
+        for noun, examples in self._left_out.items():
+            left_out = f"{counted(len(examples), *noun)}, such as {printable(examples[0])}"
+            log.warning("%s: left out %s", self.path, left_out)
+        if not captioned:
+            raise InputError(f"{self.path} has no captions. {KNOWN_FORMATS}")
         return [
             AnnotatedImage(
                 image_id, tuple(captions), self.splits.get(image_id), self.numbers.get(image_id)
             )
-            for image_id, captions in self.captions.items()
+            for image_id, captions in captioned.items()
         ]
 
 
@@ -107,8 +142,6 @@ def caption_problem(caption: object) -> str | None:
     """Why a value can't be a caption, or None."""
     if not isinstance(caption, str):
         return f"the caption is {shown(caption)}, not a text"
-    if not caption.strip():
-        return "empty caption"
     if re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", caption, re.DOTALL):
         return "the caption is a list written as text; write one caption each"
     if re.search("[\ud800-\udfff]", caption):
@@ -121,12 +154,10 @@ def clean(caption: str) -> str:
     return " ".join(unicodedata.normalize("NFC", caption).split())
 
 
-def _read_flickr8k(path: Path) -> list[AnnotatedImage]:
+def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
     """`<file name>#<kind>#<n> <caption>` a line, `#<kind>` optional; splits in files beside."""
-    annotations = _Annotations(path)
-    splits = _splits_beside(annotations)
     seen: set[tuple[str, str | None, str]] = set()
-    for place, line in text_lines(path, annotations.problems):
+    for place, line in text_lines(data, annotations.problems):
         match = FLICKR_LINE.fullmatch(line)
         if match is None:
             annotations.problems.report(place, "not `<file name>#<number> <caption>`")
@@ -135,88 +166,126 @@ def _read_flickr8k(path: Path) -> list[AnnotatedImage]:
         if (name, kind, number) in seen:
             annotations.problems.report(place, f"caption {number} of {name} stands twice")
         seen.add((name, kind, number))
-        split = splits.get(name) or splits.get(posixpath.splitext(name)[0])
-        if annotations.add_image(place, name, split):
-            annotations.add_caption(place, name, caption or "")
-    return annotations.finish()
+        annotations.add_image(place, name)
+        annotations.add_caption(place, name, caption)
+    _add_splits_beside(annotations)
 
 
-def _splits_beside(annotations: _Annotations) -> dict[str, str]:
-    """Split by photo name, with or without extension as the lists have it."""
-    splits: dict[str, str] = {}
+def _add_splits_beside(annotations: _Annotations) -> None:
+    """Splits by lists beside, which name photos with or without extension.
+
+    A file of such a name is a list if most of its lines name photos; others are the user's own.
+    """
+    photos: dict[str, list[str]] = {}
+    for image_id in annotations.captions:
+        for name in {image_id, posixpath.splitext(image_id)[0]}:
+            photos.setdefault(name, []).append(image_id)
     for split in SPLITS:
         path = annotations.path.with_name(f"{split}.txt")
         if path == annotations.path or not path.is_file():
             continue
-        for name in read_bytes(path).decode("utf-8", "surrogateescape").split():
-            if splits.setdefault(name, split) != split:
-                annotations.problems.report(
-                    "", f"{name} stands in {splits[name]}.txt and in {path.name}"
-                )
-    return splits
+        lines = read_bytes(path).decode("utf-8", "replace").split("\n")
+        names = [name for line in lines if (name := line.strip())]
+        known = [name for name in names if name in photos]
+        if 2 * len(known) > len(names):
+            for image_id in (photo for name in known for photo in photos[name]):
+                annotations.add_image("", image_id, split)
+        else:
+            log.log(
+                logging.WARNING if known else logging.INFO,
+                "%s is not taken for a list of photos: %d of %s name photos of %s",
+                path,
+                len(known),
+                counted(len(names), "line"),
+                annotations.path.name,
+            )
 
 
-def _read_jsonl(path: Path) -> list[AnnotatedImage]:
-    """`{"image_id": ..., "captions": [...]}` a line, or one `"caption"`; `"split"` optional."""
-    annotations = _Annotations(path)
-    for place, record in json_lines(path, annotations.problems):
-        _add_record(annotations, place, record)
-    return annotations.finish()
+def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -> None:
+    """`{"image_id": ..., "captions": [...]}`, or one `"caption"`; `"split"` optional.
 
-
-def _read_ai_challenger(path: Path) -> list[AnnotatedImage]:
-    """One array of `{"image_id": ..., "caption": [five texts]}`, as AI Challenger 2017 has it."""
-    annotations = _Annotations(path)
-    for place, record in entries(read_json(path)):
-        _add_record(annotations, place, record)
-    return annotations.finish()
-
-
-def _add_record(annotations: _Annotations, place: str, record: Any) -> None:
-    if not isinstance(record, dict):
-        annotations.problems.report(place, f"{shown(record)} is not an object")
+    AI Challenger 2017 has arrays of these, Hugging Face's image folders `"file_name"` and `"text"`.
+    """
+    if not any(key in record for key in ("captions", "caption", "text")):
+        annotations.problems.report(place, "the caption is missing")
         return
-    captions = record.get("captions", record.get("caption"))
-    listed = captions if isinstance(captions, list) else [captions]
-    if not listed:
-        annotations.problems.report(place, "no caption")
-    elif annotations.add_image(place, record.get("image_id"), record.get("split")):
-        for caption in listed:
-            annotations.add_caption(place, record["image_id"], caption)
+    name, captions = name_of(record), first_of(record, "captions", "caption", "text")
+    if annotations.add_image(place, name, record.get("split"), record.get("image_id")):
+        for caption in captions if isinstance(captions, list) else [captions]:
+            annotations.add_caption(place, str(name), caption)
 
 
-def _read_coco(path: Path) -> list[AnnotatedImage]:
-    """`images` with `id` and `file_name`, `annotations` with `image_id` and `caption`.
+def first_of(record: dict[str, Any], *keys: str) -> Any:
+    """The first of these fields that is there and not null, or None."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def name_of(record: dict[str, Any]) -> Any:
+    """What a record calls its photo; a file name rather than a number, which may stand beside."""
+    image_id = record.get("image_id")
+    return image_id if isinstance(image_id, str) else first_of(record, "file_name", "image_id")
+
+
+def _add_document(annotations: _Annotations, document: dict[str, Any]) -> None:
+    """A file of COCO, or of Karpathy, where photos hold their captions."""
+    images = list(_section(annotations, document, "images"))
+    if any("sentences" in image for _, image in images):
+        for place, image in images:
+            _add_karpathy(annotations, place, image)
+    else:
+        _add_coco(annotations, images, _section(annotations, document, "annotations"))
+
+
+def _add_karpathy(annotations: _Annotations, place: str, image: dict[str, Any]) -> None:
+    """`filename`, in the folder `filepath`; `sentences`, whose `raw` is text; `split`, `cocoid`."""
+    name: Any = image.get("filename")
+    folder = image.get("filepath")
+    if name and isinstance(name, str) and isinstance(folder, str):
+        name = posixpath.join(folder, name)
+    if not annotations.add_image(place, name, image.get("split"), image.get("cocoid")):
+        return
+    sentences = image.get("sentences")
+    for sentence in sentences if isinstance(sentences, list) else [sentences]:
+        if isinstance(sentence, dict):
+            annotations.add_caption(place, name, sentence.get("raw"))
+        else:
+            annotations.problems.report(place, f"a sentence is {shown(sentence)}, not an object")
+
+
+def _add_coco(
+    annotations: _Annotations, images: Iterable[Record], captions: Iterable[Record]
+) -> None:
+    """Images with `id` and `file_name`, captions with `image_id` and `caption`.
 
     An image may stand there several times, as AI Challenger's own references have it.
     """
-    document = read_json(path)
-    annotations = _Annotations(path)
-    names: dict[str, str] = {}
-    for place, image in _section(annotations, document, "images"):
-        key, name = shown(image.get("id")), image.get("file_name")
-        if key == MISSING or names.get(key, name) != name:
-            annotations.problems.report(place, f"the id is {key if key == MISSING else 'taken'}")
-        elif annotations.add_image(place, name, image.get("split")):
-            names[key] = image["file_name"]
-            if type(image["id"]) is int:
-                annotations.numbers[names[key]] = image["id"]
-    for place, annotation in _section(annotations, document, "annotations"):
-        key = shown(annotation.get("image_id"))
-        if key in names:
-            annotations.add_caption(place, names[key], annotation.get("caption"))
+    names: dict[str | int | float, str] = {}
+    for place, image in images:
+        key, name = image.get("id"), image.get("file_name")
+        if not _is_id(key):
+            annotations.problems.report(place, f"the id is {shown(key)}")
+        elif names.get(key, name) != name:
+            annotations.problems.report(place, "the id is taken")
+        elif annotations.add_image(place, name, image.get("split"), key):
+            names[key] = str(name)
+    for place, caption in captions:
+        key = caption.get("image_id")
+        if not _is_id(key):
+            annotations.problems.report(place, f"the image_id is {shown(key)}")
+        elif key in names:
+            annotations.add_caption(place, names[key], caption.get("caption"))
         else:
-            annotations.problems.report(place, f"unknown image_id ({key})")
-    for name in dict.fromkeys(names.values()):
-        if not annotations.captions[name]:
-            annotations.problems.report("", f"{name} has no caption")
-    return annotations.finish()
+            annotations.leave_out(
+                STRAY_CAPTION, f"{annotations.path}{place}: image_id {shown(key)}"
+            )
 
 
-def _section(
-    annotations: _Annotations, document: dict[str, Any], name: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of each object in one of the document's lists; others are reported."""
+def _is_id(value: object) -> TypeGuard[str | int | float]:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _section(annotations: _Annotations, document: dict[str, Any], name: str) -> Iterator[Record]:
+    """Each object in one of the document's lists; others are reported."""
     records = document.get(name)
     if not isinstance(records, list):
         annotations.problems.report("", f"no list `{name}`")
@@ -226,11 +295,3 @@ def _section(
             yield place, record
         else:
             annotations.problems.report(place, f"{shown(record)} is not an object")
-
-
-ANNOTATION_READERS: dict[str, Callable[[Path], list[AnnotatedImage]]] = {
-    "flickr8k": _read_flickr8k,
-    "ai-challenger": _read_ai_challenger,
-    "coco": _read_coco,
-    "jsonl": _read_jsonl,
-}

@@ -3,27 +3,30 @@
 Reads only. Knows no references, and no metrics.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from batchcap.annotations import caption_problem, clean
+from batchcap.annotations import caption_problem, clean, first_of, name_of
 from batchcap.contracts import InputError, UsageError
 from batchcap.layout import Layout
 from batchcap.records import (
     Problems,
-    entries,
-    first_line,
-    json_lines,
-    read_json,
+    holds_records,
+    read_bytes,
+    read_records,
     saying_which,
     shown,
 )
 from batchcap.row_files import DamagedError, read_groups
 
+KNOWN_FORMATS = (
+    "Known formats: an output of batchcap run, COCO results and AI Challenger submissions (JSON), "
+    "and JSON lines or CSV with `image_id` or `file_name`, and `caption` or `text`."
+)
 COLUMNS = ["image_id", "caption", "tokens", "mean_logprob", "finished"]
 
 
@@ -46,21 +49,19 @@ def read_captions(path: Path) -> list[GeneratedCaption]:
     """Read captions in any known format, told by its content, in the file's order.
 
     `OUTPUT.parquet` and folders of parts of `batchcap run`, COCO results and AI Challenger
-    submissions (an array of `{"image_id", "caption"}`, ids texts or numbers), JSON lines of the
-    same. Captions of others come back in NFC with single spaces.
+    submissions (an array of `{"image_id", "caption"}`, ids texts or numbers), JSON lines or CSV of
+    the same. Captions of others come back in NFC with single spaces.
 
     Raises:
         UsageError: there is no such file.
         InputError: it is wrong, damaged, or has two captions of an image.
     """
-    return CAPTION_READERS[detect_format(path)](path)
+    return _read_parquet(path) if holds_rows(path) else _read_records(path)
 
 
-def detect_format(path: Path) -> str:
-    """The key of `CAPTION_READERS` for a file or folder."""
-    if path.suffix == ".parquet" or path.is_dir():
-        return "parquet"
-    return "json" if first_line(path).startswith(b"[") else "jsonl"
+def holds_rows(path: Path) -> bool:
+    """Whether a file or folder is an output of `batchcap run`, rather than captions of others."""
+    return path.suffix == ".parquet" or path.is_dir()
 
 
 def row_paths(path: Path) -> list[Path]:
@@ -130,23 +131,12 @@ def _read_parquet(path: Path) -> list[GeneratedCaption]:
     ]
 
 
-def _read_json(path: Path) -> list[GeneratedCaption]:
-    """One array of `{"image_id": ..., "caption": ...}`: COCO results, AI Challenger submissions."""
-    records = read_json(path)
-    return _captions(path, Problems(path), entries(records))
-
-
-def _read_jsonl(path: Path) -> list[GeneratedCaption]:
-    """The same, one a line; `tokens`, `mean_logprob` and `finished` as in the rows, optional."""
+def _read_records(path: Path) -> list[GeneratedCaption]:
+    """`image_id` and `caption`; optional, as in rows: `tokens`, `mean_logprob`, `finished`."""
     problems = Problems(path)
-    return _captions(path, problems, json_lines(path, problems))
-
-
-def _captions(
-    path: Path, problems: Problems, records: Iterator[tuple[str, Any]]
-) -> list[GeneratedCaption]:
+    data = read_bytes(path)
     captions: dict[str, GeneratedCaption] = {}
-    for place, record in records:
+    for place, record in read_records(path, data, problems) if holds_records(data) else ():
         try:
             read = _caption_of(record)
         except (ValueError, TypeError) as error:
@@ -154,9 +144,9 @@ def _captions(
             continue
         if captions.setdefault(read.image_id, read) is not read:
             problems.report(place, f"a second caption of {read.image_id}")
-    problems.raise_if_any()
+    problems.raise_if_any("" if captions else KNOWN_FORMATS)
     if not captions:
-        raise InputError(f"{path} has no captions")
+        raise InputError(f"{path} has no captions. {KNOWN_FORMATS}")
     return list(captions.values())
 
 
@@ -164,12 +154,14 @@ def _caption_of(record: Any) -> GeneratedCaption:
     """A record's caption; ValueError or TypeError says what is wrong with it."""
     if not isinstance(record, dict):
         raise TypeError(f"{shown(record)} is not an object")
-    image_id, caption = record.get("image_id"), record.get("caption")
+    image_id, caption = name_of(record), first_of(record, "caption", "text")
     if type(image_id) not in (str, int) or image_id == "":
         raise TypeError(f"image_id is {shown(image_id)}, neither a text nor a whole number")
-    is_empty = isinstance(caption, str) and not caption.strip()  # is scored, as a bad caption
-    reason = None if is_empty or record.get("status") == "failed" else caption_problem(caption)
-    if reason is not None:
+    if record.get("status") == "failed":
+        caption = None
+    elif "caption" not in record and "text" not in record:
+        raise ValueError("the caption is missing")
+    if caption is not None and (reason := caption_problem(caption)):
         raise ValueError(reason)
     tokens, mean_logprob = record.get("tokens"), record.get("mean_logprob")
     return GeneratedCaption(
@@ -179,10 +171,3 @@ def _caption_of(record: Any) -> GeneratedCaption:
         float(mean_logprob) if isinstance(mean_logprob, int | float) else None,
         record["finished"] if isinstance(record.get("finished"), bool) else None,
     )
-
-
-CAPTION_READERS: dict[str, Callable[[Path], list[GeneratedCaption]]] = {
-    "parquet": _read_parquet,
-    "json": _read_json,
-    "jsonl": _read_jsonl,
-}

@@ -22,6 +22,7 @@ from batchcap import __version__
 from batchcap.contracts import BatchcapError
 from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
+from batchcap.records import read_bytes
 from batchcap.remote import is_url, without_file_scheme
 from batchcap.settings import (
     DEFAULT_MODEL,
@@ -136,8 +137,8 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tables = tomllib.loads(read_bytes(path).decode("utf-8"))
+    except (BatchcapError, ValueError) as error:
         raise click.UsageError(f"cannot read {path}: {error}") from error
     for name, table in tables.items():
         if name not in CONFIGURABLE_VERBS or not isinstance(table, dict):

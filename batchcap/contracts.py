@@ -92,6 +92,11 @@ class Rejection:
     message: str
 
 
+def int64_or_none(value: float | None) -> int | None:
+    """The value as a column of 64 bits holds it; None where it does not fit, or is not finite."""
+    return int(value) if value is not None and -(2**63) <= value < 2**63 else None
+
+
 def sha256_of(data: bytes) -> str:
     """As the column `sha256` has it."""
     return hashlib.sha256(data).hexdigest()

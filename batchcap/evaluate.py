@@ -10,7 +10,12 @@ from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.caption_files import GeneratedCaption, check_out, read_captions
 from batchcap.contracts import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
-from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
+from batchcap.evaluation.doubts import (
+    doubts_about_ids,
+    doubts_about_scores,
+    doubts_about_words,
+    doubts_about_writing,
+)
 from batchcap.evaluation.meteor import SIGNATURE as METEOR_SIGNATURE
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import METRICS, Scores, overall_of, score_captions, signature
@@ -89,13 +94,16 @@ def _compare(
     if settings.meteor:
         evaluation.signature += f"|{METEOR_SIGNATURE}"
     evaluation.scores = _with_intervals(scored.scores, settings)
-    if settings.against is not None:
-        against = _score(theirs, references, profile, settings)
-        evaluation.differences = _differences(scored.scores, against.scores, settings)
-    evaluation.calibration = _calibration(scored, settings)
     texts = [one.texts for one in references.values()]
     captions = [one.caption or "" for one in scored.captions]
     evaluation.doubt(doubts_about_words(captions, scored.words, texts))
+    evaluation.doubt(doubts_about_writing(evaluation.captions, captions, texts))
+    if evaluation.against is not None:
+        against = _score(theirs, references, profile, settings)
+        other_captions = [one.caption or "" for one in against.captions]
+        evaluation.doubt(doubts_about_writing(evaluation.against, other_captions, texts))
+        evaluation.differences = _differences(scored.scores, against.scores, settings)
+    evaluation.calibration = _calibration(scored, settings)
     evaluation.doubt(doubts_about_scores(scored.scores.overall, len(references)))
     if settings.per_image is not None:
         columns = {

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from batchcap.annotations import read_annotations
-from batchcap.caption_files import check_out, detect_format, read_captions, read_rows
+from batchcap.caption_files import check_out, holds_rows, read_captions, read_rows
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.matching import LEAST_HASH, coco_number, hashed_number, stem
@@ -57,7 +57,7 @@ def export_captions(settings: ExportSettings) -> str:
 
 
 def _check_captions(settings: ExportSettings) -> None:
-    if detect_format(settings.captions) != "parquet":
+    if not holds_rows(settings.captions):
         raise UsageError(
             f"--format {settings.format} is made of the rows of a run, which {settings.captions} "
             "does not have: name an output of batchcap run, or choose --format coco or "
@@ -95,7 +95,7 @@ def _write_coco(settings: ExportSettings) -> str:
 def _write_references(settings: ExportSettings) -> str:
     """COCO captions: photos and what people wrote of them."""
     path = settings.captions
-    if detect_format(path) == "parquet":
+    if holds_rows(path):
         raise UsageError(
             f"--references are captions of people, and {path} is an output of batchcap run: "
             "leave out --references"

@@ -1,6 +1,6 @@
-"""Which photos there are: folders, lists and shards of them, here or behind URLs, and their ids.
+"""Which photos there are: folders, lists and archives of them, here or behind URLs, and their ids.
 
-Only photos out of shards are read here. Whether one can be decoded is not known.
+Only photos in archives are read here. Whether one can be decoded is not known.
 """
 
 import fnmatch
@@ -20,13 +20,16 @@ from batchcap.shards import (
     PARQUET_SUFFIX,
     TAR_SUFFIXES,
     USUAL_COLUMNS,
+    Archive,
     Columns,
     Item,
     Unread,
+    archives_of,
+    check_columns,
+    is_parquet,
     read_parquet,
-    read_tar,
-    shards_of,
 )
+from batchcap.tars import read_tar
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ IMAGE_EXTENSIONS = frozenset(
         *("tif", "tiff", "heic", "heif", "avif", "jp2", "jxl", "psd", "ico"),
     )
 )
+
+OTHER_ARCHIVES = (".tar.zst", ".tzst", ".tar.lz4", ".tar.lz", ".tar.z", ".zip", ".7z", ".rar")
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 
@@ -57,7 +62,7 @@ ListFolder = Callable[[str, str], list[Entry]]
 
 
 def warn_unlisted(name: str, reason: str) -> None:
-    """Say that a folder is left out, or what can't be read of a shard."""
+    """Say that a folder is left out, or what can't be read of an archive."""
     logger.warning(
         "%s cannot be read, or not all of it (%s); its other photos are left out.",
         *(printable(name), reason),
@@ -65,40 +70,46 @@ def warn_unlisted(name: str, reason: str) -> None:
 
 
 def list_images(
-    source: str,
+    source: str | Archive,
     pattern: str | None = None,
     unlisted: Unread = warn_unlisted,
     columns: Columns = USUAL_COLUMNS,
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
-    All but stdin may lie behind a URL. A folder is listed by extension, in code-point order of the
-    ids, with all below it, but without dot files and without entering linked folders; a subfolder
-    is read when its turn comes. A list keeps its order and is read line by line; relative lines
-    start at the list's folder. Shards come in the order of their names, each in its own order: of
-    tars what a folder of the same files would have, of Parquet each row, by `columns`; a path there
-    is as in a list. `unlisted` is told of each subfolder and shard that can't be read. An id may
-    come twice.
+    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A folder is
+    listed by extension, in code-point order of the ids, with all below it, but without dot files
+    and without entering linked folders; a subfolder is read when its turn comes. A list keeps its
+    order and is read line by line; relative lines start at the list's folder. Archives come in the
+    order of their names, each in its own order: of tars what a folder of the same files would have,
+    of Parquet each row, by `columns`; a path there is as in a list. `unlisted` is told of each
+    subfolder and archive that can't be read. An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
     the relative path if it holds a `/`, or else against the file name.
 
-    Raises UsageError if there is no such source, or a Parquet file has no such column; InputError
-    if it cannot be read or is none of these.
+    Raises UsageError if there is no such source, or the first Parquet file has no such column;
+    InputError if it cannot be read or is none of these.
     """
-    source, is_wanted = without_file_scheme(source), _matcher(pattern)
+    is_wanted = _matcher(pattern)
+    if isinstance(source, Archive):
+        return _archive_refs(source, is_wanted, unlisted, columns)
+    source = without_file_scheme(source)
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed: give the list of photos there, or name it")
         return _read_list(sys.stdin.buffer, "standard input", "", is_wanted)
     if not is_url(source) and Path(source).is_dir():
         return _list_folder(source, _local_entries, is_wanted or _has_image_extension, unlisted)
-    name = source.lower()
-    shards = shards_in(source)
-    if shards is not None:
-        read = _tar_refs if name.endswith(TAR_SUFFIXES) else _parquet_refs
-        return (ref for shard in shards for ref in read(shard, is_wanted, unlisted, columns))
-    if name.endswith(".txt") or not (is_url(source) or Path(source).exists()):
+    archives = archives_in(source)
+    if archives is not None:
+        check_columns(archives[0], columns)
+        return (
+            ref
+            for archive in archives
+            for ref in _archive_refs(archive, is_wanted, unlisted, columns)
+        )
+    if source.lower().endswith(".txt") or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
         return _read_list(lines, source, posixpath.dirname(source) or ".", is_wanted)
@@ -110,21 +121,30 @@ def list_images(
     )
 
 
-def shards_in(source: str) -> list[str] | None:
-    """The names of the shards that a source consists of; None where it does not.
+def archives_in(source: str) -> list[Archive] | None:
+    """The archives that a source consists of; None where it does not.
 
-    Raises UsageError if there are none of these names, InputError if they can't be listed.
+    Raises UsageError if there are none of these names, or it names archives of another kind;
+    InputError if they can't be listed.
     """
     source = without_file_scheme(source)
-    if not _names_shards(source):
+    if not _names_archives(source):
         return None
     with saying_which(source):
-        return shards_of(source)
+        return archives_of(source)
 
 
-def _names_shards(source: str) -> bool:
-    is_shard = source.lower().endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
-    return is_shard and (is_url(source) or not Path(source).is_dir())
+def _names_archives(source: str) -> bool:
+    """Whether these are tars or Parquet files. Raises UsageError if they are other archives."""
+    name = source.lower()
+    if not is_url(source) and Path(source).is_dir():
+        return False
+    if name.endswith(OTHER_ARCHIVES):
+        raise UsageError(
+            f"{source} is an archive of a kind that is not read: unpack it, or pack the photos as "
+            f"{', '.join(TAR_SUFFIXES)} or {PARQUET_SUFFIX}"
+        )
+    return name.endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))
 
 
 def is_list(source: str) -> bool:
@@ -135,7 +155,7 @@ def is_list(source: str) -> bool:
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)
-    return not (source == "-" or is_url(source) or _names_shards(source))
+    return not (source == "-" or is_url(source) or _names_archives(source))
 
 
 def image_id_of(path: str) -> str:
@@ -245,30 +265,37 @@ def _leads_to_folder(link: os.DirEntry[str]) -> bool:
         return False
 
 
-def _tar_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, _columns: Columns
+def _archive_refs(
+    archive: Archive, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
-    is_photo = is_wanted or _has_image_extension
-    for item in read_tar(shard, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
-        yield _ref_in(shard, item)
+    if is_parquet(archive):
+        return _parquet_refs(archive, is_wanted, unlisted, columns)
+    return _tar_refs(archive.path, is_wanted or _has_image_extension, unlisted)
+
+
+def _tar_refs(
+    archive: str, is_photo: Callable[[str], bool], unlisted: Unread
+) -> Iterator[ImageRef]:
+    for item in read_tar(archive, lambda name: is_photo(name) and not _is_hidden(name), unlisted):
+        yield _ref_in(archive, item)
 
 
 def _parquet_refs(
-    shard: str, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
+    archive: Archive, is_wanted: Callable[[str], bool] | None, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
-    for item in read_parquet(shard, columns, unlisted):
+    for item in read_parquet(archive, columns, unlisted):
         name = _normalised(item.name)
         if is_wanted is not None and not is_wanted(name):
             continue
         if item.data is None:
-            path = _located(posixpath.dirname(shard) or ".", _normalised(item.path))
+            path = _located(posixpath.dirname(archive.path) or ".", _normalised(item.path))
             yield ImageRef(image_id_of(name), path)
         else:
-            yield _ref_in(shard, item._replace(name=name))
+            yield _ref_in(archive.path, item._replace(name=name))
 
 
-def _ref_in(shard: str, item: Item) -> ImageRef:
-    path = f"{shard}: {item.name}"
+def _ref_in(archive: str, item: Item) -> ImageRef:
+    path = f"{archive}: {item.name}"
     return ImageRef(image_id_of(item.name), path, item.size, item.mtime_ns, item.data)
 
 

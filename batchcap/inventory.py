@@ -19,7 +19,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Columns, Unread
+from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
@@ -181,15 +181,24 @@ class Inventory:
             return
         self.doubled += 1
         if self.doubled == 1:
+            remedy = "; name a column of unique ids with --id-column"
             log.warning(
-                "%s has the id of a photo before it; such photos are left out", printable(name)
+                "%s has the id of a photo before it; such photos are left out%s",
+                printable(name),
+                remedy if self.settings.source.lower().endswith(PARQUET_SUFFIX) else "",
             )
 
 
-def list_images_of(settings: RunSettings, unlisted: Unread) -> Iterator[ImageRef]:
-    """The photos of a run's input."""
-    columns = Columns(settings.image_column, settings.id_column)
-    return list_images(settings.source, settings.glob, unlisted, columns)
+def list_images_of(
+    settings: RunSettings, unlisted: Unread, archive: Archive | None = None
+) -> Iterator[ImageRef]:
+    """The photos of a run's input, or of one of its archives."""
+    return list_images(archive or settings.source, settings.glob, unlisted, columns_of(settings))
+
+
+def columns_of(settings: RunSettings) -> Columns:
+    """The columns of a Parquet input."""
+    return Columns(settings.image_column, settings.id_column)
 
 
 def chunks(

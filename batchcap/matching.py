@@ -3,6 +3,7 @@
 import hashlib
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,13 +54,19 @@ def _places(keys: Iterable[str | None]) -> dict[str, int]:
 
 
 def stem(image_id: str) -> str:
-    """The file name without folders and extension."""
-    return posixpath.splitext(posixpath.basename(image_id))[0]
+    """The file name without folders and extension; `x.parquet:0000012`, a row, is kept whole."""
+    name, extension = posixpath.splitext(posixpath.basename(image_id))
+    return name + extension if ":" in extension else name
+
+
+def _same_in_nfc(key: Callable[[str], str]) -> Callable[[str], str]:
+    """Compare what `key` gives in NFC: file systems of macOS give names back decomposed."""
+    return lambda image_id: unicodedata.normalize("NFC", key(image_id))
 
 
 WAYS: dict[str, Callable[[str], str]] = {
-    "file name": posixpath.basename,
-    "file name without extension": stem,
+    "file name": _same_in_nfc(posixpath.basename),
+    "file name without extension": _same_in_nfc(stem),
 }
 
 

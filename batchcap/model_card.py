@@ -130,7 +130,7 @@ def read_card(directory: Path) -> str:
     """
     path = model_file(directory, CARD_FILE)
     try:
-        return path.read_text(encoding="utf-8").rstrip()
+        return path.read_text(encoding="utf-8-sig").rstrip()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read ({error}): copy the model again") from error
 
@@ -167,7 +167,7 @@ def _word_count(config: ModelConfig) -> str:
 
 def _describe_metrics(path: Path) -> dict[str, str]:
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8-sig"))
         values = [f"{METRIC_NAMES[key]} {metrics['validation'][key]:.1f}" for key in METRICS]
         return {"validation": ", ".join(values), "signature": str(metrics["signature"])}
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -25,8 +25,8 @@ import pyarrow as pa
 
 from batchcap.contracts import BatchcapError, ImageRef, UsageError
 from batchcap.id_hashes import IdSet, hashes_of
-from batchcap.inputs import shards_in
-from batchcap.inventory import Inventory, Tally, list_images_of
+from batchcap.inputs import archives_in
+from batchcap.inventory import Inventory, Tally, columns_of, list_images_of
 from batchcap.last_words import DID_NOT_START, kept_back, stderr_to
 from batchcap.model.runtime import start_tensorflow
 from batchcap.options import WorkerSettings
@@ -35,7 +35,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Unread
+from batchcap.shards import Archive, Unread, check_columns
 from batchcap.stopping import SIGNALS
 from batchcap.surroundings import cache_folder
 from batchcap.worker import CaptionWorker
@@ -51,8 +51,8 @@ QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 
 log = logging.getLogger(__name__)
 
-# A shard, or some photos of a folder or a list.
-Piece = str | list[ImageRef]
+# An archive, or some photos of a folder or a list.
+Piece = Archive | list[ImageRef]
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,17 @@ class Workers(NamedTuple):
 
 
 def pieces_of(settings: RunSettings, unlisted: Unread) -> Iterator[Piece]:
-    """The input in pieces that workers can take one at a time: its shards, or lists of photos.
+    """The input in pieces that workers can take one at a time: its archives, or lists of photos.
 
     Paths are whole, since workers run elsewhere.
 
     Raises:
         UsageError, InputError: as `list_images` does.
     """
-    shards = shards_in(settings.source)
-    if shards is not None:
-        yield from map(_whole, shards)
+    archives = archives_in(settings.source)
+    if archives is not None:
+        check_columns(archives[0], columns_of(settings))
+        yield from (archive._replace(path=_whole(archive.path)) for archive in archives)
         return
     met = IdSet()
     refs = list_images_of(settings, unlisted)
@@ -179,9 +180,8 @@ class RayWorker:
         # The index is there for all workers of a machine, who can't write in it.
         inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
         refs: Iterable[ImageRef]
-        if isinstance(piece, str):
-            shard = replace(self.settings, source=piece)
-            refs = list_images_of(shard, lambda *what_and_why: unread.append(what_and_why))
+        if isinstance(piece, Archive):
+            refs = list_images_of(self.settings, lambda *one: unread.append(one), piece)
         else:
             refs = piece
         rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))

@@ -1,9 +1,15 @@
-"""Text files of records that users bring: JSON, JSON lines, plain lines.
+"""Text files of records that users bring: JSON, JSON lines, CSV, plain lines; gzip files of them.
 
 Everything that is wrong with a file is gathered and told at once, each with its place.
 """
 
+import codecs
+import csv
+import gzip
+import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +17,10 @@ from typing import Any
 
 from batchcap.contracts import InputError, UsageError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+LONGEST_HEADER = 10_000  # bytes
+NAME_COLUMNS = frozenset({"image_id", "file_name"})
+UNREADABLE_JSON = "lists or objects nested too deeply, or a number of too many digits"
 SHOWN_PROBLEMS = 10
 MISSING = "missing"
 
@@ -27,11 +36,11 @@ class Problems:
         """Note one."""
         self._reports.append(f"{self.path}{place}: {reason}")
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, advice: str = "") -> None:
         """Tell of all of them.
 
         Raises:
-            InputError: counts them, and shows the first ten.
+            InputError: counts them, shows the first ten, and ends with the advice.
         """
         if not self._reports:
             return
@@ -40,6 +49,7 @@ class Problems:
         raise InputError(
             f"{self.path} has {counted(count, 'wrong entry', 'wrong entries')}; "
             f"correct or remove {'it' if count == 1 else 'them'}:\n{shown}"
+            + (f"\n{advice}" if advice else "")
         )
 
 
@@ -58,29 +68,88 @@ def shown(value: object) -> str:
     return MISSING if value is None else repr(value)[:40]
 
 
-def first_line(path: Path) -> bytes:
-    """The first line that is not blank, stripped; empty if there is none.
+def holds_records(data: bytes) -> bool:
+    """Whether a text is JSON, JSON lines or CSV with a column of photos, told by its beginning."""
+    if _is_json(data):
+        return True
+    header = data.lstrip().partition(b"\n")[0][:LONGEST_HEADER].decode("utf-8", "replace")
+    columns = next(csv.reader([header.strip()], skipinitialspace=True), [])
+    return not NAME_COLUMNS.isdisjoint(columns)
+
+
+def _is_json(data: bytes) -> bool:
+    return re.match(rb"\s*[{\[]", data) is not None
+
+
+def read_records(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each record of a JSON array, of JSON lines or of a CSV file with a header.
+
+    Any other JSON value is the only record. `data` holds records; lines and rows that are wrong
+    are reported.
 
     Raises:
-        UsageError: there is no such file.
-        InputError: it cannot be read.
+        InputError: it is not UTF-8, or not JSON.
     """
-    with saying_which(path), path.open("rb") as file:
-        stripped = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in file)
-        return next((line for line in stripped if line), b"")
+    if not _is_json(data):
+        yield from _csv_rows(path, data, problems)
+        return
+    has_lines = ".jsonl" in path.suffixes and data.lstrip().startswith(b"{")
+    value = None if has_lines else _json_document(path, data)
+    if value is None:
+        yield from _json_lines(data, problems)
+    elif isinstance(value, list):
+        yield from entries(value)
+    else:
+        yield ":1", value
 
 
-def text_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank; lines that are not UTF-8 are reported.
+def _csv_rows(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
+    text = io.StringIO(_decoded(path, data).lstrip(), newline="")
+    reader = csv.DictReader(text, skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                problems.report(f":{reader.line_num}", "more cells than the header has")
+            else:
+                yield f":{reader.line_num}", row
+    except csv.Error as error:
+        problems.report(f":{reader.line_num + 1}", str(error))  # where the row begins
 
-    Raises:
-        UsageError: there is no such file.
-        InputError: it cannot be read.
-    """
-    data = read_bytes(path)
+
+def _json_document(path: Path, data: bytes) -> Any | None:
+    """The value that the file is; None if it has a line for the first of several values."""
+    text = _decoded(path, data)
+    start = len(text) - len(text.lstrip())
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+        if not text[end:].strip():
+            return value
+        if "\n" not in text[start:end]:
+            return None
+        raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: {UNREADABLE_JSON}") from error
+
+
+def _json_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line that is not blank; lines that are not JSON are reported."""
+    for place, line in text_lines(data, problems):
+        try:
+            yield place, json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.report(f"{place}:{error.colno}", error.msg)
+        except (RecursionError, ValueError):
+            problems.report(place, UNREADABLE_JSON)
+
+
+def text_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line that is not blank; lines that are not UTF-8 are reported."""
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
-            text = line.decode("utf-8").strip()
+            # Files that were joined have byte order marks inside.
+            text = line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError:
             problems.report(f":{number}", "not UTF-8")
             continue
@@ -88,55 +157,41 @@ def text_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
             yield f":{number}", text
 
 
-def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line that is not blank; lines that are no JSON are reported.
-
-    Raises:
-        UsageError: there is no such file.
-        InputError: it cannot be read.
-    """
-    for place, line in text_lines(path, problems):
-        try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.report(f"{place}:{error.colno}", error.msg)
-        except RecursionError:
-            problems.report(place, "lists or objects within each other without end")
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        UsageError: there is no such file.
-        InputError: it cannot be read, is not UTF-8, or not JSON.
-    """
-    data = read_bytes(path)
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8; save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: lists or objects within each other without end") from error
-
-
 def entries(records: list[Any], name: str = "entry") -> Iterator[tuple[str, Any]]:
     """(place, value) of each of a JSON file's records."""
     return ((f": {name} {number}", record) for number, record in enumerate(records, start=1))
 
 
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8; save the file as UTF-8.") from error
+
+
 def read_bytes(path: Path) -> bytes:
-    """A file without its byte order mark.
+    """A text file in UTF-8 without its byte order mark, unpacked if it is a gzip file.
+
+    A byte order mark of UTF-16 is obeyed; without one the bytes stay as they are.
 
     Raises:
         UsageError: there is no such file.
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is damaged.
     """
     with saying_which(path):
-        return path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+        data = path.read_bytes()
+    if data.startswith(GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is a damaged gzip file ({error}); copy it again") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = data.decode("utf-16").encode("utf-8")
+        except UnicodeError as error:
+            raise InputError(f"{path} is damaged UTF-16; save it as UTF-8") from error
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class RunSettings(ModelOptions):
     )
     image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
     id_column: str | None = _option(
-        None, "Column of a Parquet INPUT: ids of the photos [their paths]."
+        None, "Column of a Parquet INPUT: ids of the photos [their paths, or file and row]."
     )
     shard: str | None = _option(
         None, "Caption share I of N only, as I/N with I from 0, into a part of OUTPUT of its own."

@@ -1,15 +1,16 @@
-"""Photos in files of many: tars in WebDataset's naming, Parquet with a column of bytes or paths.
+"""Archives of photos, by name or glob; Parquet files with a column of bytes or paths.
 
-Shards are read as streams, one photo at a time. What could be read of a damaged one counts; whoever
-lists is told of the rest. Nothing is unpacked: names in a shard are ids, and open no file.
+Archives (tars and Parquet files) are read as streams, one photo at a time. The photos before any
+damage count; the rest is reported. Nothing is unpacked: names in an archive are ids, and open no
+file.
 """
 
 import glob
+import posixpath
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,29 +20,40 @@ import pyarrow.parquet as pq
 from batchcap.contracts import ErrorType, Rejection, UsageError
 from batchcap.remote import is_url, matching, open_file
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 PARQUET_SUFFIX = ".parquet"
-MAX_PHOTO_BYTES = 1 << 26  # some two hundred photos of shards are in memory at a time
+MAX_PHOTO_BYTES = 1 << 26  # some two hundred photos of archives are in memory at a time
 ROWS_READ = 16  # of a Parquet file at a time
 BUFFER_BYTES = 1 << 20
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _WILD = re.compile(r"[*?[]")
+_VARIABLE = re.compile(rf"{_RANGE.pattern}|{_WILD.pattern}")
 
-NOT_A_FILE = Rejection(ErrorType.NOT_A_FILE, "This is a link or a device in a tar, no photo file.")
 TOO_LARGE = Rejection(
-    ErrorType.TOO_LARGE, f"In a shard, a photo has {MAX_PHOTO_BYTES:,} bytes at most; unpack it."
+    ErrorType.TOO_LARGE, f"In an archive, a photo has {MAX_PHOTO_BYTES:,} bytes at most; unpack it."
 )
 NO_BYTES = Rejection(ErrorType.MISSING, "The row has neither bytes nor a path.")
 
-# (folder or shard, why it, or the rest of it, can't be read)
+# (folder or archive, why it, or the rest of it, can't be read)
 Unread = Callable[[str, str], object]
 
 
-class Item(NamedTuple):
-    """One photo of a shard.
+class Archive(NamedTuple):
+    """A tar or a Parquet file of an input.
 
-    name: in a tar its path, without `./`; in Parquet what the id column says, or the path.
+    name: its path below the folder that holds all archives of the input: the same on every machine.
+    """
+
+    path: str
+    name: str
+
+
+class Item(NamedTuple):
+    """One photo of an archive.
+
+    name: in a tar its path, without `./`; in Parquet the value of the id column or the path or,
+        where that is null or empty, file and row: `photos-00000.parquet:0000012`.
     data: its bytes, or why there are none; None where `path` leads to them.
     """
 
@@ -62,7 +74,7 @@ class Columns(NamedTuple):
 USUAL_COLUMNS = Columns()
 
 
-def shards_of(source: str) -> list[str]:
+def archives_of(source: str) -> list[Archive]:
     """The tars or Parquet files that `a-{000..999}.tar`, a glob or a name stands for, sorted.
 
     Raises:
@@ -70,13 +82,20 @@ def shards_of(source: str) -> list[str]:
         OSError: the store can't be reached.
     """
     if not is_url(source) and Path(source).exists():
-        return [source]
-    shards: set[str] = set()
+        return [Archive(source, posixpath.basename(source))]
+    paths: set[str] = set()
     for name in _numbered(source):
-        shards.update(_matching(name) if _WILD.search(name) else [name])
-    if not shards:
+        paths.update(_matching(name) if _WILD.search(name) else [name])
+    if not paths:
         raise UsageError(f"There is no {source}; check the path.")
-    return sorted(shards)
+    folder = _without_scheme(_VARIABLE.split(source)[0]).rpartition("/")[0]
+    names = {path: _without_scheme(path).removeprefix(folder).lstrip("/") for path in paths}
+    return [Archive(path, names[path]) for path in sorted(paths)]
+
+
+def _without_scheme(path: str) -> str:
+    """The path alone: a store that is asked for `s3a://` lists `s3://`."""
+    return path.partition("://")[2].lstrip("/") if is_url(path) else path
 
 
 def _numbered(source: str) -> Iterator[str]:
@@ -95,67 +114,64 @@ def _matching(pattern: str) -> list[str]:
     return matching(pattern) if is_url(pattern) else glob.glob(pattern)  # noqa: PTH207, keeps `./`
 
 
-def read_tar(shard: str, is_wanted: Callable[[str], bool], unread: Unread) -> Iterator[Item]:
-    """The members of a tar whose names are wanted, in its order, folders left out."""
-    with (
-        _telling(shard, unread),
-        open_file(shard) as file,
-        tarfile.open(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar,
-    ):
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined] # or it would keep each
-            name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
-            if not member.isdir() and is_wanted(name):
-                data = _member_bytes(tar, member)
-                yield Item(name, "", data, member.size, round(member.mtime * 1e9))
-        _check_end(tar)
+def is_parquet(archive: Archive) -> bool:
+    """Whether its name says so."""
+    return archive.path.lower().endswith(PARQUET_SUFFIX)
 
 
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Rejection:
-    if member.size > MAX_PHOTO_BYTES:
-        return TOO_LARGE
-    if not member.isreg() or member.issparse() or (file := tar.extractfile(member)) is None:
-        return NOT_A_FILE
-    return file.read()
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """`tarfile` takes a damaged header, and an end that comes early, for the end."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it is damaged, or ends early")
-
-
-def read_parquet(shard: str, columns: Columns, unread: Unread) -> Iterator[Item]:
-    """The photos of a Parquet file, in its order.
+def check_columns(archive: Archive, columns: Columns) -> None:
+    """Check an archive that is a Parquet file; one that can't be read is left to its reader.
 
     Raises:
-        UsageError: it has no such column, or nothing to make ids of.
+        UsageError: it has no such columns.
     """
+    if not is_parquet(archive):
+        return
+    with reporting(archive.path, lambda *_: None), _opened_parquet(archive) as file:
+        if problem := _problem(file.schema_arrow, columns):
+            raise UsageError(f"{archive.path} {problem}")
+
+
+def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator[Item]:
+    """The photos of a Parquet file, in its order."""
+    with reporting(archive.path, unread), _opened_parquet(archive) as file:
+        if problem := _problem(file.schema_arrow, columns):
+            raise ValueError(f"it {problem}")
+        wanted = [name for name in columns if name is not None]
+        rows = count()
+        for batch in file.iter_batches(ROWS_READ, columns=wanted):
+            items = [_item(photo) for photo in batch.column(columns.image).to_pylist()]
+            names = [item.name for item in items]
+            if columns.image_id is not None:
+                names = _ids_in(batch.column(columns.image_id))
+            for item, name, row in zip(items, names, rows, strict=False):
+                yield item._replace(name=name or f"{archive.name}:{row:07}")
+
+
+@contextmanager
+def _opened_parquet(archive: Archive) -> Iterator[pq.ParquetFile]:
     with (
-        _telling(shard, unread),
-        open_file(shard) as opened,
+        open_file(archive.path) as opened,
         pq.ParquetFile(opened, buffer_size=BUFFER_BYTES) as file,
     ):
-        _check_columns(shard, file.schema_arrow, columns)
-        wanted = [name for name in columns if name is not None]
-        for batch in file.iter_batches(ROWS_READ, columns=wanted):
-            ids = batch.column(columns.image_id).to_pylist() if columns.image_id else None
-            for row, photo in enumerate(batch.column(columns.image).to_pylist()):
-                item = _item(photo)
-                if ids is not None:
-                    item = item._replace(name="" if ids[row] is None else str(ids[row]))
-                if item.name:
-                    yield item
-                else:
-                    unread(shard, "a photo has no id")
+        yield file
+
+
+def _ids_in(column: pa.Array) -> list[str]:
+    """Ids as texts, empty where there is none."""
+    if pa.types.is_temporal(column.type):  # Python has no nanoseconds, nor years after 9999
+        column = column.cast(pa.string())
+    return ["" if value is None else _text(value) for value in column.to_pylist()]
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _item(photo: Any) -> Item:
     """Of bytes, of a path, or of Hugging Face's struct of both; the path is the name."""
     if isinstance(photo, dict):
-        item = _item(photo.get("bytes"))
+        item = _item(photo["bytes"])
         path = photo.get("path") or ""
         return Item(path, path) if item.data is NO_BYTES and path else item._replace(name=path)
     if isinstance(photo, str):
@@ -166,36 +182,59 @@ def _item(photo: Any) -> Item:
     return Item("", "", TOO_LARGE if too_large else photo, len(photo))
 
 
-def _check_columns(shard: str, schema: pa.Schema, columns: Columns) -> None:
+def _problem(schema: pa.Schema, columns: Columns) -> str | None:
+    """Why a file of this schema has no photos for these columns; None where it may have."""
     for flag, name in (("--image-column", columns.image), ("--id-column", columns.image_id)):
         if name is not None and name not in schema.names:
-            raise UsageError(
-                f"{shard} has no column {name!r}: name one of {', '.join(schema.names)} with {flag}"
-            )
+            return f"has no column {name!r}: name one of {', '.join(schema.names)} with {flag}"
     kind = schema.field(columns.image).type
-    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_bytes or is_path or _is_hugging_face(kind)):
-        raise UsageError(
-            f"{shard}: column {columns.image!r} is {kind}, neither bytes nor paths of photos: name "
-            "another with --image-column"
-        )
-    if is_bytes and columns.image_id is None:
-        raise UsageError(f"{shard} has photos as bytes: name the column of their ids, --id-column")
+    if _is_bytes(kind) or _is_path(kind) or _is_hugging_face(kind):
+        return None
+    return (
+        f"has a column {columns.image!r} that is {kind}, neither bytes nor paths of photos: name "
+        "another with --image-column"
+    )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    kind = _decoded(kind)
+    is_any = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return pa.types.is_fixed_size_binary(kind) or any(is_one(kind) for is_one in is_any)
+
+
+def _is_path(kind: pa.DataType) -> bool:
+    kind = _decoded(kind)
+    is_any = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(is_one(kind) for is_one in is_any)
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_hugging_face(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    """Whether this is a struct of bytes and a path, one of which may be null in all rows."""
+    if not pa.types.is_struct(kind):
+        return False
+    fields = {field.name: field.type for field in kind}
+    data, path = fields.get("bytes", pa.int8()), fields.get("path", pa.null())
+    return (_is_bytes(data) or pa.types.is_null(data)) and (
+        _is_path(path) or pa.types.is_null(path)
+    )
 
 
 @contextmanager
-def _telling(shard: str, unread: Unread) -> Iterator[None]:
-    """Tell of what can't be read of a shard, whose photos until there have been given out."""
+def reporting(archive: str, unread: Unread) -> Iterator[None]:
+    """Report why an archive could not be read to its end.
+
+    Raises:
+        UsageError: what is wrong is not the archive.
+    """
     try:
         yield
     except UsageError:
         raise
     except OSError as error:
-        unread(shard, error.strerror or str(error))
+        unread(archive, error.strerror or str(error))
     except Exception as error:  # tars, their compression and Parquet have nothing in common
-        unread(shard, (str(error).splitlines() or [type(error).__name__])[0])
+        unread(archive, (str(error).splitlines() or [type(error).__name__])[0])

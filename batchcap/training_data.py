@@ -25,7 +25,7 @@ from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
 from batchcap.progress import progress
-from batchcap.records import printable
+from batchcap.records import counted, printable
 from batchcap.settings import TrainSettings
 from batchcap.surroundings import cache_folder
 from batchcap.views import PLAIN, View, augmented, seen
@@ -50,8 +50,8 @@ class Example:
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
     """Training and validation examples, by the annotations' split or a seeded draw.
 
-    Photos without a file or a split are left out of both, validation photos out of training, and
-    it is said.
+    Photos without a file, a split or a word are left out of both, validation and test photos out of
+    training, and the log counts them.
 
     Raises:
         UsageError: more photos are to be held out than there are.
@@ -72,7 +72,14 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
 def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
     annotated = read_annotations(settings.annotations)
     if settings.validation_annotations is not None:
-        return annotated, read_annotations(settings.validation_annotations)
+        validating = read_annotations(settings.validation_annotations)
+        training = [image for image in annotated if image.split != "test"]
+        if tested := len(annotated) - len(training):
+            log.info("not training on %s of split test", counted(tested, "annotated photo"))
+        validation = [image for image in validating if image.split == "val"] or validating
+        if others := len(validating) - len(validation):
+            log.info("not validating on %s of other splits", counted(others, "annotated photo"))
+        return training, validation
     if any(image.split for image in annotated):
         training = [image for image in annotated if image.split == "train"]
         validation = [image for image in annotated if image.split == "val"]
@@ -102,24 +109,46 @@ def _without(training: list[Example], validation: list[Example]) -> list[Example
 
 
 def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example]:
-    present = [image for image in annotated if (images / image.image_id).is_file()]
-    if missing := len(annotated) - len(present):
-        log.warning("%d of %d annotated photos are not in %s", missing, len(annotated), images)
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda image: _file_digest(images / image.image_id), present)
-        return [
-            Example(image.image_id, images / image.image_id, digest, _words(image.captions))
-            for image, digest in zip(present, digests, strict=True)
-        ]
+        digests = list(pool.map(lambda image: _file_digest(images / image.image_id), annotated))
+    examples, missing, wordless = [], [], []
+    for image, digest in zip(annotated, digests, strict=True):
+        if digest is None:
+            missing.append(image.image_id)
+            continue
+        captions = _words(image.captions)
+        if len(captions) < len(image.captions):
+            wordless.append(image.image_id)
+        if captions:
+            path = images / image.image_id
+            examples.append(Example(image.image_id, path, digest, captions))
+    if missing:
+        log.warning(
+            "%d of %d annotated photos are not in %s or cannot be read, such as %s",
+            len(missing),
+            len(annotated),
+            images,
+            printable(missing[0]),
+        )
+    if wordless:
+        photos = f"{counted(len(wordless), 'photo')}, such as {printable(wordless[0])}"
+        log.warning("left out captions without a word of %s", photos)
+    return examples
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_digest(path: Path) -> str | None:
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # may not be read, or has a name that is too long
+        return None
 
 
 def _words(captions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(segment(caption)) for caption in captions)
+    """The words of each caption that has some."""
+    return tuple(filter(None, (tuple(segment(caption)) for caption in captions)))
 
 
 def token_table(examples: Sequence[Example], vocabulary: Vocabulary, max_length: int) -> Tokens:

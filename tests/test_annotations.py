@@ -1,19 +1,20 @@
 """Caption files as users have them, made by each test."""
 
+import gzip
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from rows import METADATA, captioned_row, failed_row
 
-from batchcap.annotations import (
-    ANNOTATION_READERS,
-    AnnotatedImage,
-    detect_format,
-    read_annotations,
-)
+from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.contracts import InputError, UsageError
+from batchcap.export import export_captions
+from batchcap.row_files import table_of, write_rows
+from batchcap.settings import ExportFormat, ExportSettings
 
 FLICKR8K = Path(
     os.environ.get("BATCHCAP_FLICKR8K", Path(__file__).parents[2] / "shared/data/flickr8k-cn")
@@ -51,22 +52,106 @@ FORMATS = {
     "coco": COCO,
     "jsonl": jsonl(
         {"image_id": "b.jpg", "caption": "两只猫"},
-        {"image_id": "a.jpg", "captions": ["一只狗", "狗"]},
+        {"image_id": "a.jpg", "captions": ["一只狗", "狗"], "annotations": 2, "images": 1},
     ),
+    "Karpathy": {
+        "dataset": "flickr8k",
+        "images": [
+            {"filename": "b.jpg", "split": "test", "sentences": [{"raw": "两只猫", "tokens": []}]},
+            {"filename": "a.jpg", "sentences": [{"raw": "一只狗"}, {"raw": "狗"}]},
+        ],
+    },
+    "imagefolder": jsonl(
+        {"file_name": "b.jpg", "text": "两只猫", "mean_logprob": -0.5},
+        {"file_name": "a.jpg", "text": ["一只狗", "狗"]},
+    ),
+    "CSV": "file_name,width,text\nb.jpg,3,两只猫\na.jpg,3,一只狗\na.jpg,3,狗\n",
 }
 
 
-@pytest.mark.parametrize("format_name", ANNOTATION_READERS)
+B_AND_A = [("b.jpg", ("两只猫",)), ("a.jpg", ("一只狗", "狗"))]
+
+
+def read(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    return [(image.image_id, image.captions) for image in read_annotations(path)]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_each_format_is_detected_and_read_in_order_of_first_appearance(tmp_path, format_name):
     path = write(tmp_path / "captions", FORMATS[format_name])
-    assert detect_format(path) == format_name
-    read = [(image.image_id, image.captions) for image in read_annotations(path)]
-    assert read == [("b.jpg", ("两只猫",)), ("a.jpg", ("一只狗", "狗"))]
+    assert read(path) == B_AND_A
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "gzip"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_each_format_is_read_in_other_encodings(tmp_path, format_name, encoding):
+    path = write(tmp_path / "captions", FORMATS[format_name])
+    text = path.read_text(encoding="utf-8")
+    if encoding == "gzip":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text("\ufeff" * encoding.endswith("be") + text, encoding=encoding)
+    assert read(path) == B_AND_A
 
 
 def test_pretty_printed_coco_is_detected(tmp_path):
-    path = write(tmp_path / "captions.json", json.dumps(COCO, indent=2))
-    assert detect_format(path) == "coco"
+    assert read(write(tmp_path / "captions.json", json.dumps(COCO, indent=2))) == B_AND_A
+
+
+def test_karpathys_splits_and_coco_ids_are_read(tmp_path):
+    splits = ["train", "restval", "val", "test"]
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"{split}.jpg",
+            "cocoid": number,
+            "imgid": 0,
+            "split": split,
+            "sentences": [{"raw": "一只 狗", "tokens": ["一只", "狗"]}],
+        }
+        for number, split in enumerate(splits, start=391895)
+    ]
+    path = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    assert read_annotations(path) == [
+        AnnotatedImage("val2014/train.jpg", ("一只 狗",), "train", 391895),
+        AnnotatedImage("val2014/restval.jpg", ("一只 狗",), "train", 391896),
+        AnnotatedImage("val2014/val.jpg", ("一只 狗",), "val", 391897),
+        AnnotatedImage("val2014/test.jpg", ("一只 狗",), "test", 391898),
+    ]
+
+
+def test_exported_imagefolder_is_read(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    rows = [table_of([captioned_row("a.jpg", "狗"), failed_row("b.jpg")])]
+    write_rows(tmp_path / "captions.parquet", rows, METADATA)
+    path = tmp_path / "metadata.jsonl"
+    export_captions(
+        ExportSettings(
+            captions=tmp_path / "captions.parquet", out=path, format=ExportFormat.IMAGEFOLDER
+        )
+    )
+    assert read(path) == [("a.jpg", ("一只狗",))]
+
+
+def test_number_beside_a_file_name_is_the_coco_id(tmp_path):
+    record = {"image_id": 391895, "file_name": "a.jpg", "caption": "狗"}
+    assert read_annotations(write(tmp_path / "c.jsonl", jsonl(record))) == [
+        AnnotatedImage("a.jpg", ("狗",), number=391895)
+    ]
+
+
+def test_coco_ids_are_compared_whole(tmp_path):
+    same_start = "2017/train/a-long-folder-name/photo-number-"
+    path = write(
+        tmp_path / "coco.json",
+        {
+            "images": [{"id": f"{same_start}{i}", "file_name": f"{i}.jpg"} for i in range(2)],
+            "annotations": [
+                {"image_id": f"{same_start}{i}", "caption": f"狗{i}"} for i in range(2)
+            ],
+        },
+    )
+    assert read(path) == [("0.jpg", ("狗0",)), ("1.jpg", ("狗1",))]
 
 
 def test_plain_flickr8k_has_no_kind(tmp_path):
@@ -85,9 +170,30 @@ def test_flickr8k_splits_stand_in_files_beside(tmp_path, extension):
 def test_photo_in_two_split_files_is_wrong(tmp_path):
     path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\n")
     write(tmp_path / "train.txt", "a\n")
-    write(tmp_path / "val.txt", "a\n")
-    with pytest.raises(InputError, match=r"a stands in train\.txt and in val\.txt"):
+    write(tmp_path / "val.txt", "a.jpg\n")
+    with pytest.raises(InputError, match=r"a\.jpg is in two splits, train and val"):
         read_annotations(path)
+
+
+def test_files_beside_that_are_no_lists_give_no_splits(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\nb.jpg#zhc#0 乙\n")
+    write(tmp_path / "train.txt", "a\nb.jpg\n")
+    write(tmp_path / "val.txt", "一个 人\n两个 人\n")
+    write(tmp_path / "test.txt", "looked at on Monday:\na.jpg\n")
+    assert [image.split for image in read_annotations(path)] == ["train", "train"]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "INFO",
+            f"{tmp_path}/val.txt is not taken for a list of photos: "
+            "0 of 2 lines name photos of c.txt",
+        ),
+        (
+            "WARNING",
+            f"{tmp_path}/test.txt is not taken for a list of photos: "
+            "1 of 2 lines name photos of c.txt",
+        ),
+    ]
 
 
 def test_split_is_read_from_coco_and_jsonl(tmp_path):
@@ -104,13 +210,12 @@ def test_captions_are_nfc_with_single_spaces(tmp_path):
 
 def test_bom_and_crlf_are_tolerated(tmp_path):
     path = tmp_path / "c.txt"
-    path.write_bytes("\ufeffa.jpg#zhc#0 甲\r\n\r\nb.jpg#zhc#0 乙\r\n".encode())
+    path.write_bytes("\ufeffa.jpg#zhc#0 甲\r\n\r\n\ufeffb.jpg#zhc#0 乙\r\n".encode())
     assert [image.captions for image in read_annotations(path)] == [("甲",), ("乙",)]
 
 
 WRONG = {
     "line without a caption number": ("a.jpg 一只狗\n", ":1: not `<file name>"),
-    "line without caption": ("a.jpg#zhc#0 甲\nb.jpg#zhc#0\n", ":2: empty caption"),
     "caption number that stands twice": (
         "a.jpg#zhc#0 甲\na.jpg#zhc#0 乙\n",
         ":2: caption 0 of a.jpg stands twice",
@@ -121,8 +226,6 @@ WRONG = {
     ),
     "caption that is a number": (jsonl({"image_id": "a", "caption": 3}), ":1: the caption is 3"),
     "caption that is missing": (jsonl({"image_id": "a"}), ":1: the caption is missing"),
-    "empty list of captions": (jsonl({"image_id": "a", "captions": []}), ":1: no caption"),
-    "blank caption": (jsonl({"image_id": "a", "caption": " \u3000"}), ":1: empty caption"),
     "lone surrogate": (r'{"image_id": "a", "caption": "\ud800"}', ":1: the caption holds half"),
     "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the name of the photo"),
     "record that is no object": ('{"image_id": "a", "caption": "甲"}\n[1]\n', ":2: \\[1\\] is not"),
@@ -132,25 +235,30 @@ WRONG = {
     ),
     "photo in two splits": (
         jsonl(*({"image_id": "a", "caption": "甲", "split": s} for s in ("train", "test"))),
-        ":2: a stands in two splits",
+        ":2: a is in two splits, train and test",
     ),
     "array entry without caption": ([{"image_id": "a"}], ": entry 1: the caption is missing"),
     "array entry that is no object": ([3], ": entry 1: 3 is not an object"),
-    "annotation of an unknown image": (
-        {**COCO, "annotations": [*COCO["annotations"], {"image_id": 8, "caption": "x"}]},
-        ": annotations entry 4: unknown image_id \\(8\\)",
+    "image id that is a list": (
+        {**COCO, "annotations": [{"image_id": [3], "caption": "狗"}]},
+        ": annotations entry 1: the image_id is \\[3\\]",
     ),
     "image id that stands twice": (
         {**COCO, "images": [*COCO["images"], {"id": 7, "file_name": "c.jpg"}]},
         ": images entry 3: the id is taken",
     ),
-    "image without captions": (
-        {**COCO, "images": [*COCO["images"], {"id": 9, "file_name": "c.jpg"}]},
-        ": c.jpg has no caption",
-    ),
     "COCO without images": ({"annotations": []}, ": no list `images`"),
+    "COCO without captions": ({"images": []}, ": no list `annotations`"),
+    "sentence that is no object": (
+        {"images": [{"filename": "a.jpg", "sentences": ["狗"]}]},
+        ": images entry 1: a sentence is '狗', not an object",
+    ),
+    "row with too many cells": ("file_name,text\na.jpg,狗,猫\n", ":2: more cells than"),
+    "quote without an end": ('file_name,text\na.jpg,"狗\nb.jpg,猫\n', ":2: unexpected end of data"),
+    "number of too many digits": ('[{"id": ' + "1" * 5000 + "}]", ": lists or objects .* digits"),
     "broken JSON": ('[\n {"image_id": "a",\n]', ":3:1: "),
-    "empty file": ("", ": no captions"),
+    "empty file": ("", " has no captions. Known formats: Flickr8k"),
+    "log": ("12:00 started\n", ":1: not `<file name>.*\nKnown formats: Flickr8k"),
 }
 
 
@@ -159,6 +267,70 @@ def test_wrong_annotations_are_named_with_their_place(tmp_path, name):
     content, expected = WRONG[name]
     with pytest.raises(InputError, match=f"captions.in{expected}"):
         read_annotations(write(tmp_path / "captions.in", content))
+
+
+LEFT_OUT = {
+    "line without caption": (
+        "a.jpg#zhc#0 狗\nb.jpg#zhc#0\n",
+        ["1 empty caption, such as {}:2", "1 photo without a caption, such as b.jpg"],
+    ),
+    "blank caption beside another": (
+        jsonl({"image_id": "a.jpg", "captions": [" \u3000", "狗", None]}),
+        ["2 empty captions, such as {}:1"],
+    ),
+    "lists of no captions": (
+        jsonl(
+            {"image_id": "b.jpg", "captions": []},
+            {"image_id": "a.jpg", "caption": "狗"},
+            {"image_id": "c.jpg", "captions": []},
+        ),
+        ["2 photos without a caption, such as b.jpg"],
+    ),
+    "caption that is null": (
+        [{"image_id": "a.jpg", "caption": "狗"}, {"image_id": "b.jpg", "caption": None}],
+        ["1 empty caption, such as {}: entry 2", "1 photo without a caption, such as b.jpg"],
+    ),
+    "COCO's captions of another image, and an image of none": (
+        {
+            "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "\x1b[2J.jpg"}],
+            "annotations": [{"image_id": 8, "caption": "猫"}, {"image_id": 1, "caption": "狗"}],
+        },
+        [
+            "1 caption of an unknown photo, such as {}: annotations entry 1: image_id 8",
+            "1 photo without a caption, such as ?[2J.jpg",
+        ],
+    ),
+    "photo without sentences": (
+        {
+            "images": [
+                {"filename": "b.jpg", "sentences": []},
+                {"filename": "a.jpg", "sentences": [{"raw": "狗"}]},
+            ]
+        },
+        ["1 photo without a caption, such as b.jpg"],
+    ),
+    "row without a cell": (
+        "file_name,text\na.jpg,狗\nb.jpg\n",
+        ["1 empty caption, such as {}:3", "1 photo without a caption, such as b.jpg"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_photos_and_captions_of_no_use_are_left_out_and_counted(tmp_path, caplog, name):
+    content, left_out = LEFT_OUT[name]
+    path = write(tmp_path / "captions.in", content)
+    assert read(path) == [("a.jpg", ("狗",))]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: left out {reason.format(path)}" for reason in left_out
+    ]
+
+
+def test_damaged_gzip_file_is_named(tmp_path):
+    path = tmp_path / "c.json.gz"
+    path.write_bytes(gzip.compress(b"[]" * 1000)[:-9])
+    with pytest.raises(InputError, match=r"c\.json\.gz is a damaged gzip file .*copy it again"):
+        read_annotations(path)
 
 
 def test_all_wrong_lines_are_counted_and_ten_are_shown(tmp_path):
@@ -199,11 +371,3 @@ def test_flickr8k_cn_is_read_whole():
     images = read_annotations(FLICKR8K / "captions.zh.txt")
     assert Counter(image.split for image in images) == {"train": 6000, "val": 1000}
     assert {len(image.captions) for image in images} == {5}
-
-
-def test_report_on_annotations_moves_no_cursor(tmp_path):
-    document = {"images": [{"id": 1, "file_name": "\x1b[2J.jpg"}], "annotations": []}
-    (tmp_path / "c.json").write_text(json.dumps(document))
-    with pytest.raises(InputError) as caught:
-        read_annotations(tmp_path / "c.json")
-    assert "?[2J.jpg has no caption" in str(caught.value)

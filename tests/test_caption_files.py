@@ -70,6 +70,22 @@ def test_json_lines_may_tell_what_rows_tell(tmp_path: Path) -> None:
     assert second == GeneratedCaption("b", None)
 
 
+def test_image_folders_and_csv_are_captions(tmp_path: Path) -> None:
+    metadata = write(tmp_path / "metadata.jsonl", '{"file_name": "a.jpg", "text": "一只狗"}\n')
+    assert read_captions(metadata) == [GeneratedCaption("a.jpg", "一只狗")]
+    rows = "\ufeffimage_id,status,caption\na.jpg,ok,一只狗\nb.jpg,failed,\n"
+    table = write(tmp_path / "captions.csv", rows)
+    assert read_captions(table) == [
+        GeneratedCaption("a.jpg", "一只狗"),
+        GeneratedCaption("b.jpg", None),
+    ]
+
+
+def test_a_photo_whose_caption_is_null_has_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.json", '[{"image_id": "a", "caption": null}]')
+    assert read_captions(path) == [GeneratedCaption("a", None)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -82,11 +98,13 @@ def test_json_lines_may_tell_what_rows_tell(tmp_path: Path) -> None:
         ("c.json", '[{"image_id": true, "caption": "a"}]', "image_id is True"),
         ("c.json", '[{"caption": "a"}]', "image_id is missing"),
         ("c.json", '[{"image_id": 1}]', "the caption is missing"),
+        ("c.txt", "a dog\n", "has no captions. Known formats: an output of batchcap run"),
+        ("c.json", '{"images": []}', "image_id is missing"),
         ("c.json", '[{"image_id": 1, "caption": ["a"]}]', "the caption is \\['a'\\]"),
         ("c.json", """[{"image_id": 1, "caption": "['a', 'b']"}]""", "list written as text"),
         ("c.json", "[3]", "3 is not an object"),
         ("c.json", "[]", "has no captions"),
-        ("c.json", "[" * 100_000, "without end"),
+        ("c.json", "[" * 100_000, "nested too deeply"),
         ("c.jsonl", '{"image_id": "a"\n', "c.jsonl:1:"),
         ("c.jsonl", "", "has no captions"),
     ],

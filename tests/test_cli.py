@@ -1,5 +1,6 @@
 """The door: help without weight, settings by precedence, exit codes, no traceback."""
 
+import codecs
 import os
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 from batchcap import __version__
 from batchcap.cli import batchcap, main
 from batchcap.contracts import ModelError
-from batchcap.model_card import describe
+from batchcap.model.text import Vocabulary
+from batchcap.model_card import describe, read_card
 from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
@@ -115,6 +117,17 @@ def test_flag_beats_environment_beats_file_beats_default(
     assert settings.attention == "summary"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_may_begin_with_a_byte_order_mark(
+    asked_of_run: list[RunSettings], tmp_path: Path, encoding: str
+) -> None:
+    config = tmp_path / "nightly.toml"
+    config.write_text("[run]\nbatch-size = 5\n", encoding=encoding)
+    result = invoke("run", "in", "out.parquet", "--config", config)
+    assert result.exit_code == 0, result.output
+    assert asked_of_run[0].batch_size == 5
+
+
 def test_an_unknown_setting_in_a_file_is_named(tmp_path: Path) -> None:
     config = tmp_path / "typo.toml"
     config.write_text("[run]\nbatch-sise = 5\n")
@@ -198,6 +211,17 @@ def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
     path.write_bytes(metrics.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=r"metrics\.json is damaged"):
         describe(tmp_path / "model")
+
+
+def test_model_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    names = ("config.json", "vocabulary.txt", "metrics.json", "README.md", "model.safetensors")
+    for name in names:
+        mark = b"" if name == "model.safetensors" else codecs.BOM_UTF8
+        (tmp_path / name).write_bytes(mark + (DEFAULT_MODEL / name).read_bytes())
+    lines, expected = (describe(model).splitlines() for model in (tmp_path, DEFAULT_MODEL))
+    assert lines[2:] == expected[2:]  # after the name and the fingerprint
+    assert read_card(tmp_path) == read_card(DEFAULT_MODEL)
+    assert Vocabulary.load(tmp_path / names[1]) == Vocabulary.load(DEFAULT_MODEL / names[1])
 
 
 def test_model_card_names_data_licence_and_limits() -> None:

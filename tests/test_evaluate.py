@@ -181,6 +181,15 @@ def test_references_without_words_are_told_of(tmp_path: Path, good: Path) -> Non
     assert "1 reference without a word, left out" in evaluation.doubts
 
 
+def test_captions_in_another_script_are_warned_of(tmp_path: Path, references: Path) -> None:
+    simplified = results(tmp_path / "s.json", {"bike.jpg": "一个男人骑着车", "cat.jpg": "猫"})
+    traditional = results(tmp_path / "t.json", {"bike.jpg": "一個男人騎着車", "cat.jpg": "貓"})
+    settings = EvaluateSettings(captions=simplified, references=references, against=traditional)
+    (doubt,) = [doubt for doubt in evaluate_captions(settings).doubts if "script" in doubt]
+    assert "t.json: captions and references are in different scripts" in doubt
+    assert "100 % in captions are traditional, 0 % in references" in doubt
+
+
 @pytest.mark.parametrize("flag", ["--against", "--per-image"])
 def test_what_needs_references_asks_for_them(good: Path, flag: str) -> None:
     result = invoke(good, flag, "x.parquet")

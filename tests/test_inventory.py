@@ -92,12 +92,13 @@ def test_a_line_that_a_list_has_twice_is_one_photo(tmp_path):
     found.check_whole()
 
 
-def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path):
+def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path, caplog):
     for number in range(2):
         file = tmp_path / f"{number}.parquet"
         write_parquet(file, image=[f"{number}.jpg"], key=["same"])
     found = inventory(f"{tmp_path}/*.parquet", id_column="key")
     assert [Path(ref.path).name for ref in left(found)] == ["0.jpg"]
+    assert "left out; name a column of unique ids with --id-column" in caplog.text
     assert found.doubled == 1
 
 

@@ -16,6 +16,7 @@ def named(*names: str) -> list[tuple[str, int | None]]:
         ("COCO id", "391895", ("COCO_val2014_000000391895.jpg", 391895)),
         ("COCO id", "7", ("b.jpg", 7)),
         ("file name", "photos/a.jpg", ("train/a.jpg", None)),
+        ("file name", "photos/cafe\u0301.jpg", ("caf\u00e9.jpg", None)),
         ("file name without extension", "photos/a.jpg", ("a", None)),
         ("number in the name", "391895", ("COCO_val2014_000000391895.jpg", None)),
         ("number in the name", str(coco_number("dog.jpg")), ("x/dog.png", None)),
@@ -62,3 +63,9 @@ def test_other_names_have_a_hash_above_all_numbers(name: str) -> None:
 def test_numbers_are_whole_in_javascript_too(name: str) -> None:
     assert 0 <= coco_number(name) < 2**53
     assert float(hashed_number(name)) == hashed_number(name)
+
+
+def test_rows_of_a_parquet_file_have_numbers_of_their_own() -> None:
+    assert coco_number("a/x.parquet:0000012") == 12
+    names = [f"x-00000.v1.parquet:{row:07}" for row in range(3)]
+    assert len({coco_number(name) for name in names}) == 3

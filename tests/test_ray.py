@@ -24,6 +24,7 @@ from shard_files import write_tar
 from batchcap.contracts import UsageError
 from batchcap.ray_engine import Workers, pieces_of, workers_on
 from batchcap.settings import DEFAULT_MODEL, Engine, RunSettings
+from batchcap.shards import Archive
 
 PHOTOS, SHARDS = 240, 8
 FLAGS = ("--batch-size", 8, "--rows-per-part", 8)
@@ -221,7 +222,7 @@ def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
     assert paths == [*(f"{tmp_path}/{name}" for name in names), "s3://b/x.jpg"]
     tars = [write_tar(tmp_path / f"{number}.tar", []) for number in range(3)]
     pieces = pieces_of(RunSettings(source="*.tar", output=Path("o")), print)
-    assert list(pieces) == [*map(str, tars)]
+    assert list(pieces) == [Archive(str(tar), tar.name) for tar in tars]
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:

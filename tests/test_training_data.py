@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,47 @@ def test_photos_without_a_file_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "2").unlink()
     training, _ = load_examples(settings)
     assert ids(training) == ["1"]
+    assert f"1 of 2 annotated photos are not in {tmp_path} or cannot be read" in caplog.text
+
+
+def test_photo_whose_name_is_too_long_is_left_out(tmp_path, caplog):
+    settings = data_set(tmp_path, {"1": "train", "2": "val"})
+    write_annotations(tmp_path / "captions.jsonl", {"1": "train", "x" * 300: "train", "2": "val"})
+    training, _ = load_examples(settings)
+    assert ids(training) == ["1"]
     assert "1 of 2 annotated photos" in caplog.text
+
+
+def test_captions_without_a_word_are_left_out(tmp_path, caplog):
+    settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val"})
+    captions = {"1": ["。", "一只狗"], "2": ["。"], "3": ["狗"]}
+    lines = [
+        {"image_id": name, "captions": texts, "split": "val" if name == "3" else "train"}
+        for name, texts in captions.items()
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (training,), _ = load_examples(settings)
+    assert (training.image_id, training.captions) == ("1", (("一只", "狗"),))
+    assert "left out captions without a word of 2 photos, such as 1" in caplog.text
+
+
+def test_karpathys_test_photos_are_never_trained_on(tmp_path):
+    splits = ["train", "restval", "val", "test"]
+    folder = tmp_path / "val2014"
+    folder.mkdir()
+    for split in splits:
+        (folder / split).write_bytes(split.encode())
+    images = [
+        {"filepath": "val2014", "filename": split, "split": split, "sentences": [{"raw": "狗"}]}
+        for split in splits
+    ]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images}))
+    settings = TrainSettings(annotations=path, images=tmp_path, out=tmp_path / "model")
+    for validating in (settings, replace(settings, validation_annotations=path)):
+        training, validation = load_examples(validating)
+        assert ids(training) == ["val2014/train", "val2014/restval"]
+        assert ids(validation) == ["val2014/val"]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from batchcap.annotations import AnnotatedImage
 from batchcap.caption_files import GeneratedCaption
+from batchcap.evaluation.scripts import traditional_share
 from batchcap.evaluation.tokenisation import HAN
 from batchcap.matching import Match
 from batchcap.records import counted, printable
 
-# Shares of letters that are Chinese characters, in captions and in references.
+# Shares in captions and in references: of letters that are Chinese characters, and of characters
+# which tell the script that are traditional.
 MOST_HAN_DIFFERENCE = 0.5
+MOST_SCRIPT_DIFFERENCE = 0.1
 LEAST_CIDER_D = 1.0
 
 
@@ -30,7 +33,7 @@ def doubts_about_ids(
         yield f"{name}: {_several(alone, 'image')} of the references without a caption, left out"
     failed = [generated[i].image_id for i, _ in matched.pairs if generated[i].caption is None]
     if failed:
-        yield f"{name}: {_several(failed, 'photo')} that could not be read, left out"
+        yield f"{name}: {_several(failed, 'photo')} without a caption, left out"
 
 
 def _several(image_ids: list[str], noun: str) -> str:
@@ -40,7 +43,7 @@ def _several(image_ids: list[str], noun: str) -> str:
 def doubts_about_words(
     captions: Sequence[str], words: Sequence[list[str]], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Captions without words, too few references, another language.
+    """Captions without words, too few references.
 
     Args:
         captions: the texts.
@@ -54,12 +57,28 @@ def doubts_about_words(
             "one reference an image: scores are lower and less certain than with several, and "
             "compare with others of one reference only"
         )
-    ours = _han_share(captions)
-    theirs = _han_share(text for texts in references for text in texts)
+
+
+def doubts_about_writing(
+    name: str, captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> Iterator[str]:
+    """Captions of `name` in another language or script than references, the texts of each image."""
+    written = [text for texts in references for text in texts]
+    ours, theirs = _han_share(captions), _han_share(written)
     if abs(ours - theirs) > MOST_HAN_DIFFERENCE:
         yield (
-            f"{100 * ours:.0f} % of the letters in captions are Chinese, of those in references "
-            f"{100 * theirs:.0f} %: they are in different languages"
+            f"{name}: {100 * ours:.0f} % of the letters in captions are Chinese, of those in "
+            f"references {100 * theirs:.0f} %: they are in different languages"
+        )
+    our_script, their_script = map(traditional_share, (captions, written))
+    if our_script is None or their_script is None:
+        return
+    if abs(our_script - their_script) > MOST_SCRIPT_DIFFERENCE:
+        yield (
+            f"{name}: captions and references are in different scripts; of the characters that "
+            f"only one script has, {100 * our_script:.0f} % in captions are traditional, "
+            f"{100 * their_script:.0f} % in references. A word in two scripts is scored as two "
+            "words: convert one of the files"
         )
 
 

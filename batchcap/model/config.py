@@ -4,6 +4,7 @@ The directory holds `config.json`, `vocabulary.txt`, `model.safetensors` (weight
 them `metrics.json` and the card `README.md`, which change no caption. Nothing in it is code.
 """
 
+import codecs
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ def read_config(directory: Path) -> ModelConfig:
     """
     path = model_file(directory, CONFIG_FILE)
     try:
-        return TypeAdapter(ModelConfig).validate_json(path.read_bytes())
+        return TypeAdapter(ModelConfig).validate_json(
+            path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"

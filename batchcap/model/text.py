@@ -95,7 +95,7 @@ class Vocabulary:
     def load(cls, path: Path) -> Self:
         """Read a file of one word a line; ModelError names the line that is wrong."""
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:

@@ -1,6 +1,11 @@
 from batchcap.annotations import AnnotatedImage
 from batchcap.caption_files import GeneratedCaption
-from batchcap.evaluation.doubts import doubts_about_ids, doubts_about_scores, doubts_about_words
+from batchcap.evaluation.doubts import (
+    doubts_about_ids,
+    doubts_about_scores,
+    doubts_about_words,
+    doubts_about_writing,
+)
 from batchcap.matching import match
 
 FIVE = ["一只狗"] * 5
@@ -23,12 +28,13 @@ def test_images_of_one_side_only_are_counted_and_one_is_named() -> None:
 def test_photos_that_failed_are_counted() -> None:
     ours = [GeneratedCaption("a", "狗"), GeneratedCaption("b", None)]
     (doubt,) = about_ids(ours, ["a", "b"])
-    assert doubt == "c.json: 1 photo ('b', for one) that could not be read, left out"
+    assert doubt == "c.json: 1 photo ('b', for one) without a caption, left out"
 
 
 def test_equal_ids_leave_no_doubt() -> None:
     assert about_ids([GeneratedCaption("a", "狗")], ["a"]) == []
     assert list(doubts_about_words(["狗"], [["狗"]], [FIVE])) == []
+    assert list(doubts_about_writing("c.json", ["一只狗"], [FIVE])) == []
     assert list(doubts_about_scores({"cider_d": 80.0}, 100)) == []
 
 
@@ -43,9 +49,17 @@ def test_one_reference_an_image_is_told_of() -> None:
 
 
 def test_captions_in_another_language_are_told_of() -> None:
-    (doubt,) = doubts_about_words(["a dog"], [["a", "dog"]], [FIVE])
+    (doubt,) = doubts_about_writing("c.json", ["a dog"], [FIVE])
     assert doubt.startswith(
-        "0 % of the letters in captions are Chinese, of those in references 100"
+        "c.json: 0 % of the letters in captions are Chinese, of those in references 100"
+    )
+
+
+def test_captions_in_another_script_are_told_of() -> None:
+    (doubt,) = doubts_about_writing("c.json", ["一个男孩在踢足球", "两辆车"], [["一個男孩"]])
+    assert doubt.startswith(
+        "c.json: captions and references are in different scripts; of the characters that only "
+        "one script has, 0 % in captions are traditional, 100 % in references."
     )
 
 
