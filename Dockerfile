@@ -18,7 +18,7 @@ RUN /opt/batchcap/bin/pip install --no-deps /src
 FROM python:3.12-slim-bookworm
 RUN useradd --uid 10001 --create-home batchcap
 COPY --from=build /opt/batchcap /opt/batchcap
-ENV PATH=/opt/batchcap/bin:$PATH MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache
+ENV PATH=/opt/batchcap/bin:$PATH XDG_CACHE_HOME=/tmp/cache
 USER 10001
 WORKDIR /tmp
 ENTRYPOINT ["batchcap"]

@@ -3,15 +3,16 @@
 import math
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import font_manager
-from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 
 from batchcap.contracts import InputError, OutputError
 from batchcap.files import replacing
+from batchcap.surroundings import import_matplotlib
+
+matplotlib = import_matplotlib()
 
 # Ships Noto Sans CJK as a PyPI package, for machines without a Chinese font.
 FONT_PACKAGE = "noto_cjk_sans_otc"
@@ -40,7 +41,7 @@ def draw_attention(
     font = find_font("".join(words))
     lines = math.ceil((len(words) + 1) / MOST_COLUMNS)
     columns = math.ceil((len(words) + 1) / lines)
-    figure = Figure(figsize=(2.4 * columns, 2.7 * lines), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(2.4 * columns, 2.7 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
@@ -58,7 +59,7 @@ def draw_attention(
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def find_font(text: str) -> font_manager.FontProperties:
+def find_font(text: str) -> Any:
     """A font of this system, or of the package noto-cjk-sans-otc, with every character of `text`.
 
     Raises:
@@ -67,8 +68,8 @@ def find_font(text: str) -> font_manager.FontProperties:
     needed = {ord(char) for char in text}
     for path in _font_files():
         try:
-            if needed <= FT2Font(path).get_charmap().keys():
-                return font_manager.FontProperties(fname=path, size=14)
+            if needed <= matplotlib.ft2font.FT2Font(path).get_charmap().keys():
+                return matplotlib.font_manager.FontProperties(fname=path, size=14)
         except (OSError, RuntimeError):  # a font that matplotlib can't open is not ours to judge
             continue
     raise InputError(
@@ -79,7 +80,7 @@ def find_font(text: str) -> font_manager.FontProperties:
 
 def _font_files() -> list[str]:
     """Fonts likely to have Chinese: named as such first, then the package's."""
-    installed = font_manager.findSystemFonts()
+    installed = matplotlib.font_manager.findSystemFonts()
     likely = [path for path in sorted(installed) if any(n in path for n in PREFERRED_FONTS)]
     try:
         package = Path(str(import_module(FONT_PACKAGE).__file__)).parent

@@ -47,6 +47,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback unless `--verbose`."""
+    _open_standard_streams()
+    _read_names_as_utf8()
     stop_on_signals()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -67,6 +69,34 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             log.debug("where it happened", exc_info=True)
         sys.exit(_report(error))
+
+
+def _open_standard_streams() -> None:
+    """Open to nowhere those that this program was started without, as by `2>&-`.
+
+    Else the next file to be opened, such as the output, would get the number of one, and with it
+    what libraries print there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets the lowest number that is free, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _read_names_as_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding.
+
+    Else a photo's id would depend on the locale. The terminal gets the encoding that it has.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _report(error: Exception) -> int:

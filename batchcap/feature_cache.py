@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from batchcap.contracts import OutputError
+
 INDEX_FILE = "index.txt"
 FEATURES_FILE = "features.f16"
 
@@ -38,13 +40,23 @@ class FeatureCache:
             yield
 
     def append(self, keys: Sequence[str], rows: npt.NDArray[np.float16]) -> None:
-        """Add rows `float16[n, G, D]`. A crash loses at most these."""
-        with (self.folder / FEATURES_FILE).open("ab") as features:
-            features.write(rows.tobytes())
-            features.flush()
-            os.fsync(features.fileno())
-        with (self.folder / INDEX_FILE).open("a", encoding="utf-8") as index:
-            index.writelines(f"{key}\n" for key in keys)
+        """Add rows `float16[n, G, D]`. A crash loses at most these.
+
+        Raises:
+            OutputError: they can't be written.
+        """
+        try:
+            with (self.folder / FEATURES_FILE).open("ab") as features:
+                features.write(rows.tobytes())
+                features.flush()
+                os.fsync(features.fileno())
+            with (self.folder / INDEX_FILE).open("a", encoding="utf-8") as index:
+                index.writelines(f"{key}\n" for key in keys)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write features to {self.folder}: {error.strerror or error}; free the "
+                "disk, or set XDG_CACHE_HOME to a folder with room, and run again"
+            ) from error
         self.row_of |= {key: self.row_count + i for i, key in enumerate(keys)}
         self.row_count += len(keys)
 

@@ -3,9 +3,10 @@
 import csv
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from batchcap.files import replacing
+from batchcap.surroundings import import_matplotlib
+
+matplotlib = import_matplotlib()
 
 HISTORY_FILE = "history.csv"
 CURVES_FILE = "history.png"
@@ -18,7 +19,7 @@ def write_history(history: list[dict[str, float]], folder: Path) -> None:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(history)
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 4), layout="constrained")
     panels = {
         "loss (nats a word)": ("loss", "val_loss"),
         "share of words right": ("accuracy", "val_accuracy"),

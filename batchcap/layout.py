@@ -16,13 +16,12 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-import platformdirs
-
 from batchcap.contracts import OtherOutputError, UsageError
 from batchcap.files import followed, is_mounted_apart, sync
 from batchcap.mirror import Mirror
 from batchcap.remote import RemoteFile, describe, list_folder
 from batchcap.row_files import saying_where
+from batchcap.surroundings import cache_folder
 
 PARTS = f"part-{'[0-9]' * 6}.parquet"
 MANIFEST = "manifest.json"
@@ -271,7 +270,7 @@ def _share_of(output: Path | str, mark: str) -> Path | str:
 def _mirrored(url: str) -> Layout:
     folder, name = _parted(url)
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    home = platformdirs.user_cache_path("batchcap") / "outputs" / digest
+    home = cache_folder("outputs") / digest
     copy = home / name
     files, place = (home, folder) if _is_file(name) else (copy, url.rstrip("/"))
     around, data_set = _data_set_of(url)

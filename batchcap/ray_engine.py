@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, compress, islice
@@ -27,7 +27,8 @@ from batchcap.contracts import BatchcapError, ImageRef, UsageError
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.inputs import archives_in
 from batchcap.inventory import Inventory, Tally, columns_of, list_images_of
-from batchcap.model.runtime import no_stderr
+from batchcap.last_words import DID_NOT_START, kept_back, stderr_to
+from batchcap.model.runtime import start_tensorflow
 from batchcap.options import WorkerSettings
 from batchcap.remote import is_url
 from batchcap.row_files import Row
@@ -36,11 +37,14 @@ from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
 from batchcap.shards import Archive, Unread, check_columns
 from batchcap.stopping import SIGNALS
+from batchcap.surroundings import cache_folder
 from batchcap.worker import CaptionWorker
 
 CALLS_AT_ONCE = 2  # of a worker: while one waits for the model, the other loads photos
 PHOTOS_PER_PIECE = 256
 CONNECT_S = 10.0
+STARTS = 3  # of TensorFlow in a worker
+TENSORFLOW_DIED = DID_NOT_START.format("TensorFlow")
 INIT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 # What Ray would tell of itself, with tracebacks; what matters of it is told by us.
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
@@ -153,6 +157,7 @@ class RayWorker:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
+                _start_tensorflow(context.get_actor_id())
                 self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
                 _ = self.worker.captioner  # read while the folder is there
             except BatchcapError as error:  # tells of the copy
@@ -196,6 +201,28 @@ class RayWorker:
             *(np.concatenate(seen), unread, inventory.left_out),
         )
         yield Chunk(self.worker.metadata, tally=tally)
+
+
+def _start_tensorflow(worker_id: str) -> None:
+    """Start it in a worker, which Ray starts again, with the same id, as often as it dies.
+
+    Raises:
+        BatchcapError: that has happened too often; says what TensorFlow printed.
+    """
+    file = cache_folder("ray") / worker_id
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as printed:
+        printed.seek(0)
+        _, *deaths = printed.read().decode(errors="replace").split(TENSORFLOW_DIED)
+        if len(deaths) < STARTS:
+            with stderr_to(printed.fileno()):
+                start_tensorflow()
+    file.unlink()
+    if len(deaths) >= STARTS:
+        raise BatchcapError(
+            f"TensorFlow ended a worker on {socket.gethostname()} {STARTS} times; it printed:\n"
+            f"{deaths[-1].strip()}"
+        )
 
 
 def workers_on(
@@ -247,7 +274,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _check_answers(address)
-        with no_stderr():  # where it tells that it is quiet
+        # Workers would look for modules in this process's working directory first.
+        with chdir(os.sep), kept_back("Ray"):  # it prints that it is quiet
             ray.init(address, **INIT)
     except (OSError, ValueError) as error:
         raise UsageError(
@@ -282,10 +310,11 @@ def _check_version(ray: Any) -> None:
     """
     here = version("batchcap")
     task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # by value, whatever is there
-    try:
-        there = ray.get(task.remote())
-    except PackageNotFoundError:
-        there = "none"
+    with _saying_what_failed():
+        try:
+            there = ray.get(task.remote())
+        except PackageNotFoundError:
+            there = "none"
     if there != here:
         raise UsageError(
             f"the Ray cluster has another batchcap ({there}) than this one ({here}): install the "

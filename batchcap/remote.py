@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
-
-import fsspec
 
 from batchcap.contracts import UsageError, int64_or_none
 
@@ -216,9 +215,10 @@ def _moment(info: dict[str, Any]) -> float | None:
 @contextmanager
 def _reaching(url: str) -> Iterator[tuple[Any, str]]:
     """The store of a URL and the path there, with what goes wrong as an OSError."""
+    fsspec = _import_fsspec()
     scheme = url.partition("://")[0].lower()
     try:
-        yield _store_and_path(scheme + url[len(scheme) :])
+        yield _store_and_path(fsspec, scheme + url[len(scheme) :])
     except ImportError as error:
         package = PACKAGES.get(scheme, str(error))
         raise UsageError(f"{scheme}:// needs a package: pip install '{package}'") from error
@@ -228,7 +228,7 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
         raise _as_os_error(_answer_of(error) if _is_web(url) else error) from error
 
 
-def _store_and_path(url: str) -> tuple[Any, str]:
+def _store_and_path(fsspec: Any, url: str) -> tuple[Any, str]:
     """The store of a URL and the path there, without a cache of listings, which may be outdated.
 
     Fsspec splits URLs at every `::`, even within names; this does only where another URL follows.
@@ -257,6 +257,21 @@ def _as_os_error(error: Exception) -> OSError:
         number = error.errno or NUMBERS.get(type(error), errno.EIO)
         return OSError(number, error.strerror or _reason(error))
     return OSError(errno.EIO, _reason(error))
+
+
+def _import_fsspec() -> Any:
+    """Imported when it is needed, for it reads the user's settings.
+
+    Raises:
+        UsageError: these are wrong.
+    """
+    try:
+        return import_module("fsspec")
+    except ValueError as error:
+        raise UsageError(
+            f"fsspec cannot read its settings ({_reason(error)}): see to the files in "
+            "~/.config/fsspec and to the variables FSSPEC_*"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

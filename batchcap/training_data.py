@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 import tensorflow as tf
 
 from batchcap.annotations import AnnotatedImage, read_annotations
@@ -28,6 +27,7 @@ from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirror
 from batchcap.progress import progress
 from batchcap.records import counted, printable
 from batchcap.settings import TrainSettings
+from batchcap.surroundings import cache_folder
 from batchcap.views import PLAIN, View, augmented, seen
 
 EXTRACTION_BATCH = 32
@@ -251,7 +251,7 @@ def extract_all(
         InputError: none of them is one.
     """
     name = hashlib.sha256(f"{config} {weights_digest(backbone)}".encode()).hexdigest()[:16]
-    root = cache_root or platformdirs.user_cache_path("batchcap") / "features"
+    root = cache_root or cache_folder("features")
     rows, columns, channels = backbone.output_shape[1:]
     cache = FeatureCache(root / name, (rows * columns, channels))
     with cache.writing():

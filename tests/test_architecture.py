@@ -11,6 +11,7 @@ PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
     {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
+    {"surroundings", "last_words"},
     {"remote"},
     {"shards"},
     {"tars"},
@@ -51,7 +52,7 @@ FLOORS = [
 
 HOMES = {
     "click": {"cli"},
-    "fsspec": {"remote"},
+    "fsspec": set(),  # by `_import_fsspec`
     "ray": {"ray_engine"},
     "tqdm": {"progress"},
     "jieba": {"model.text"},
@@ -59,7 +60,7 @@ HOMES = {
     "pi_heif": {"model.images"},
     "PIL": {"model.images", "model.pixels", "bench"},
     "openvino": set(),  # by `import_openvino`
-    "matplotlib": {"attention_figure", "history"},
+    "matplotlib": set(),  # by `import_matplotlib`
     "pyarrow": {
         "contracts",
         "output",

@@ -1,9 +1,11 @@
 """`batchcap caption`: what stands on the terminal, and the figure."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from PIL import Image
 from batchcap import attention_figure
 from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.settings import CaptionSettings
+from batchcap.surroundings import cache_folder
 
 
-def caption(*arguments: object) -> subprocess.CompletedProcess[str]:
+def caption(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     program = "from batchcap.cli import main; main()"
     command = [sys.executable, "-c", program, "caption", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def test_a_photo_gets_its_caption_and_a_probability_for_each_word(photos_folder: Path) -> None:
@@ -42,10 +45,26 @@ def test_a_bad_file_is_said_and_the_others_are_captioned(
     assert "coffee.jpg" in done.stdout
 
 
-def test_the_figure_is_drawn(photos_folder: Path, tmp_path: Path) -> None:
+def test_the_figure_is_drawn_whatever_settings_libraries_have(
+    photos_folder: Path, tmp_path: Path
+) -> None:
     figure = tmp_path / "attention.png"
-    done = caption(photos_folder / "coffee.jpg", "--attention-figure", figure)
+    keras_settings = tmp_path / ".keras" / "keras.json"
+    keras_settings.parent.mkdir()
+    keras_settings.write_text('{"image_data_format": "channels_first", "floatx": "float16"}')
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nno_such_setting: 1\n")
+    surroundings = os.environ | {
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(cache_folder().parent),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+    done = caption(
+        *(photos_folder / "coffee.jpg", "--attention-figure", figure),
+        cwd=tmp_path,
+        env=surroundings,
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     with Image.open(figure) as picture:
         assert min(picture.size) > 250
         assert len(set(picture.convert("L").tobytes())) > 100
@@ -62,7 +81,7 @@ def test_each_panel_is_titled_in_a_font_that_has_its_characters() -> None:
 
 
 def test_without_a_font_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_figure.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(attention_figure.matplotlib.font_manager, "findSystemFonts", list)
     monkeypatch.setattr(attention_figure, "FONT_PACKAGE", "no_such_font_package")
     with pytest.raises(InputError, match="pip install noto-cjk-sans-otc"):
         attention_figure.find_font("狗")

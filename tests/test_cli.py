@@ -1,6 +1,7 @@
 """The door: help without weight, settings by precedence, exit codes, no traceback."""
 
 import codecs
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,36 @@ def test_help_shows_a_verb_and_loads_no_tensorflow(verb: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Usage: batchcap {verb}")
+
+
+def test_files_never_get_the_number_of_a_closed_stream() -> None:
+    """Else what libraries print on stderr would go into the output."""
+    program = (
+        "import os, batchcap.cli as cli\n"
+        "try: cli.main(['no-such-verb'])\n"
+        "finally: assert os.open(os.devnull, os.O_RDONLY) > 2\n"
+    )
+    command = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, program], check=False)
+    assert done.returncode == 2
+
+
+def test_names_of_files_do_not_depend_on_the_locale() -> None:
+    program = (
+        "import os, sys\n"
+        "from batchcap.cli import main\n"
+        "try: main(['--version'])\n"
+        "finally: print(ascii(os.fsdecode(b'\\xe7\\x8b\\x97')), sys.stdout.encoding)\n"
+    )
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | locale,
+    )
+    assert done.stdout.splitlines()[-1] == r"'\u72d7' ascii"
 
 
 def test_version_is_the_package_s() -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 from collections.abc import Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from batchcap.contracts import OutputError
 from batchcap.feature_cache import FEATURES_FILE, INDEX_FILE, FeatureCache
 
 ROW_SHAPE = (1, 2)
@@ -38,6 +40,19 @@ def assert_holds(cache: FeatureCache, keys: Sequence[str]) -> None:
     assert set(cache.row_of) == set(keys)
     for key in keys:
         np.testing.assert_array_equal(cache.rows()[cache.row_of[key]], row_of(key))
+
+
+def test_a_full_disk_is_reported_with_what_to_do(tmp_path):
+    cache = FeatureCache(tmp_path, ROW_SHAPE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(OutputError, match=f"cannot write features to {tmp_path}: File too"):
+            append(cache, "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append(cache, "bcd")
+    assert_holds(reopened(tmp_path), ["bcd"])
 
 
 def test_what_is_appended_is_found_by_the_next_process(tmp_path):

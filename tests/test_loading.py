@@ -83,6 +83,16 @@ def test_a_photo_comes_as_it_was_loaded():
     assert image.sha256 == "a.jpg"
 
 
+def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
+    """Modules that a reader needs were looked for in the working directory first."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("array", "pickle", "struct", "types"):
+        (tmp_path / f"{module}.py").write_text("open('executed', 'w'); raise ImportError")
+    with readers(load, 1, 60) as read:
+        assert one(read, "a.jpg").sha256 == "a.jpg"
+    assert not (tmp_path / "executed").exists()
+
+
 def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
     names = [f"{kind}{n}" for n in range(3) for kind in ("good", "fine", "kill", "well")]
     names += ["exit", "raise"]

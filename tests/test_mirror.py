@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -30,8 +29,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Ab
 
 
 def on_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dirs = SimpleNamespace(user_cache_path=lambda _: cache)
-    monkeypatch.setattr(layouts, "platformdirs", dirs)
+    monkeypatch.setattr(layouts, "cache_folder", lambda name: cache / name)
 
 
 def opened(layout: Layout) -> Iterator[CaptionFolder]:

@@ -1,6 +1,7 @@
 """Files behind URLs, of a store in memory and a server: what is told of them, what goes wrong."""
 
 import gzip
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,15 @@ def store() -> Iterator[fsspec.AbstractFileSystem]:
 
 def load(url: str) -> LoadedImage:
     return load_image(url, LoadSettings(32))
+
+
+def test_broken_settings_of_fsspec_are_reported(tmp_path, monkeypatch):
+    (tmp_path / "conf.json").write_text("{")
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
+    for module in [name for name in sys.modules if name.partition(".")[0] == "fsspec"]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(UsageError, match="fsspec cannot read its settings"):
+        remote.describe("memory://b/a.jpg")
 
 
 @pytest.mark.parametrize("name", ["s3://b/a.jpg", "gs://b", "memory://x", "S3://b/a"])

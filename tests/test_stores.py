@@ -5,7 +5,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -66,8 +65,7 @@ def of_folder(photos: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where working copies of outputs are kept."""
     cache = tmp_path / "cache"
-    dirs = SimpleNamespace(user_cache_path=lambda _: cache)
-    monkeypatch.setattr(layouts, "platformdirs", dirs)
+    monkeypatch.setattr(layouts, "cache_folder", lambda name: cache / name)
     return cache
 
 

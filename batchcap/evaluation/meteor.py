@@ -7,6 +7,7 @@ English.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ JAR = "meteor/meteor-1.5.jar"
 # Where numbers have a comma it can't read its own ones; a language without a country is not enough.
 LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 FIELD = " ||| "
+REASON_LINES = 5
 TIMEOUT_S = 3600.0  # 30,000 captions take half a minute
 
 
@@ -76,6 +78,14 @@ def _ask(lines: Sequence[str]) -> list[str]:
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
     except (OSError, subprocess.SubprocessError) as error:
-        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        raise BatchcapError(f"METEOR's program failed: {told[-1] if told else error}") from error
+        raise BatchcapError(f"METEOR's program failed: {_reason(error)}") from error
     return done.stdout.splitlines()
+
+
+def _reason(error: Exception) -> str:
+    """What Java printed, less the answers and where in its code it failed."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = f"{error.stdout}\n{error.stderr}".splitlines()
+    told = [line for line in lines if not re.match(r"[\d\s]|Picked up |$", line)]
+    return "; ".join(told[:REASON_LINES]) or str(error)

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
@@ -28,6 +27,7 @@ from batchcap.files import replacing
 from batchcap.model.backbones import extract_features, feature_grid
 from batchcap.model.config import BackboneConfig
 from batchcap.model.runtime import import_openvino
+from batchcap.surroundings import cache_folder
 
 # uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor
 Extract = Callable[[npt.NDArray[np.uint8]], Any]
@@ -128,7 +128,7 @@ def _exported(
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """OpenVINO's `graph` and `weights` of a backbone, from the cache where they are there."""
     key = f"{fingerprint[:32]}-{version('openvino')}-{version('batchcap')}.npz"
-    path = Path(platformdirs.user_cache_dir("batchcap")) / "openvino" / key
+    path = cache_folder("openvino") / key
     try:
         with np.load(path, allow_pickle=False) as arrays:  # checks a sum of each
             return dict(arrays)

@@ -1,15 +1,14 @@
 """What the model runs on: TensorFlow started quietly, the device, the runtime, the precision."""
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.contracts import BatchcapError, Precision, Runtime, UsageError
+from batchcap.last_words import kept_back
+from batchcap.surroundings import settle_caches
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,24 @@ def import_openvino() -> Any:
 
 
 def start_tensorflow() -> str:
-    """Import TensorFlow and find its devices; names the one that work will run on.
+    """Import TensorFlow and Keras and find the devices; names the one that work will run on.
 
-    What C++ code prints meanwhile is dropped: on a machine without a GPU it speaks of nothing else,
-    before it has read its log level.
+    What C++ code prints meanwhile is shown only if the start fails: on a machine without a GPU it
+    speaks of nothing else, before it has read its log level.
+
+    Raises:
+        BatchcapError: TensorFlow can't be imported.
     """
-    with no_stderr():
-        import tensorflow as tf
-
+    settle_caches()
+    with kept_back("TensorFlow"):
+        try:
+            import keras  # noqa: F401 - reads its settings
+            import tensorflow as tf
+        except Exception as error:
+            raise BatchcapError(
+                f"TensorFlow cannot be imported ({_first_cause(error)}): see to its installation "
+                "and to the machine's memory"
+            ) from error
         # Else float32 has 10 bits on newer GPUs, and captions change with the batch.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         gpus = tf.config.list_physical_devices("GPU")
@@ -85,14 +94,8 @@ def start_tensorflow() -> str:
         return str(tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU"))
 
 
-@contextmanager
-def no_stderr() -> Iterator[None]:
-    """What anything in this process prints there in the block, C++ code too, is dropped."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+def _first_cause(error: BaseException) -> str:
+    """What began it: TensorFlow wraps it in a message whose first line says nothing."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

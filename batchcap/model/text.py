@@ -4,7 +4,6 @@ The only home of jieba, which is imported when the first caption is cut. Knows n
 networks, and none of the START and END a decoder puts around a caption.
 """
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -18,9 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 from batchcap.contracts import ModelError
+from batchcap.surroundings import cache_folder
 
 PADDING_ID = 0
 UNKNOWN_ID = 1
@@ -66,16 +65,9 @@ def _tokenizer() -> Any:
     tokenizer = jieba.Tokenizer()
     # Set although it may not be writable: jieba's default is a file in /tmp that anyone could
     # have put there, and it works without a cache.
-    tokenizer.tmp_dir = str(_cache_folder())
+    tokenizer.tmp_dir = str(cache_folder())
     tokenizer.initialize()
     return tokenizer
-
-
-def _cache_folder() -> Path:
-    folder = platformdirs.user_cache_path("batchcap")
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
 
 
 @dataclass(frozen=True)

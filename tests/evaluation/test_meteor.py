@@ -5,7 +5,7 @@ import shutil
 import pytest
 from pycocoevalcap.meteor.meteor import Meteor
 
-from batchcap.contracts import UsageError
+from batchcap.contracts import BatchcapError, UsageError
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import Scores, score_captions
 
@@ -43,6 +43,13 @@ def test_a_language_whose_numbers_have_a_comma_changes_nothing(
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     assert scored().overall == expected
+
+
+@needs_java
+def test_why_java_does_not_start_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xss1")
+    with pytest.raises(BatchcapError, match="stack size specified is too small"):
+        scored()
 
 
 def test_without_java_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from batchcap.model.runtime import choose_execution
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
     return tmp_path
 
 
@@ -74,7 +74,8 @@ def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
 def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
     captioner, photo_crops, cache_folder, caplog
 ):
-    (cache_folder / "batchcap").write_text("in the way")
+    (cache_folder / "batchcap").mkdir()
+    (cache_folder / "batchcap" / "openvino").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         openvino_features(captioner, photo_crops[:1])
     assert "is not kept" in caplog.text

@@ -1,0 +1,124 @@
+"""What libraries would take from the user's settings and folders, set for all of them in one place.
+
+Captions must not depend on a file in the home directory, on a variable that a notebook has set, or
+on what lies beside the photos.
+"""
+
+import functools
+import logging
+import os
+import stat
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+SETTINGS = {
+    # The processes started from here would look for modules in the working directory first.
+    "PYTHONSAFEPATH": "1",
+    "KERAS_BACKEND": "tensorflow",
+    "KERAS_NNX_ENABLED": "false",
+    "MPLBACKEND": "agg",
+}
+DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    # Take a GPU's memory as needed, so that two workers fit on one card.
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    # By itself TensorFlow uses oneDNN only on CPUs with AVX-512; convolutions gain on others too.
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+}
+# They lower the precision behind the back of --precision.
+REMOVED = ("ONEDNN_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
+NO_HOME = os.devnull  # as HOME: nothing can be read or written below it
+PROBE_BYTES = 1 << 16
+
+log = logging.getLogger(__name__)
+
+
+def settle() -> None:
+    """Set the variables that libraries read when they are imported, here and in child processes."""
+    os.environ.update(SETTINGS)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for name in REMOVED:
+        os.environ.pop(name, None)
+    try:
+        Path.home()
+    except RuntimeError:  # else some libraries use a folder named ~ in the working directory
+        os.environ["HOME"] = NO_HOME
+
+
+def settle_caches() -> None:
+    """Give Keras and Matplotlib folders of ours, and not the user's, which also hold settings."""
+    os.environ["KERAS_HOME"] = str(cache_folder("keras"))
+    os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
+
+
+def import_matplotlib() -> Any:
+    """The package `matplotlib`, with its default settings."""
+    settle_caches()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it judges files named `matplotlibrc`
+    matplotlib = import_module("matplotlib")
+    matplotlib.rcdefaults()  # the working directory may have such a file, too
+    import_module("matplotlib.figure")  # and all that it needs
+    return matplotlib
+
+
+def cache_folder(name: str = "") -> Path:
+    """Where files are kept for later runs, or those named `name`; it may not exist yet.
+
+    The folder `batchcap` of the user's cache directory. Where that can't be used, is full, or can
+    be written by other users, it is a temporary folder that only this user can enter, and a warning
+    is logged once.
+    """
+    return _usable(platformdirs.user_cache_path("batchcap")) / name
+
+
+@functools.cache
+def _usable(folder: Path) -> Path:
+    problem = _problem_with(folder)
+    if not problem:
+        return folder
+    if os.environ.get("HOME") == NO_HOME:
+        problem = "this user has no home directory"
+    temporary = _temporary_folder()
+    log.warning(
+        "caches are kept in %s: %s; set XDG_CACHE_HOME to a folder of your own", temporary, problem
+    )
+    return temporary
+
+
+def _problem_with(folder: Path) -> str:
+    """Why files can't be kept in a folder, which is made; empty if they can."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        # Some caches are executed, or read by libraries that trust them.
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+            return f"other users can write in {folder}"
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"cannot write in {folder} ({error.strerror or error})"
+    return ""
+
+
+def _temporary_folder() -> Path:
+    """A folder that only this user can enter: the same one each time, unless someone else made it.
+
+    Below `NO_HOME`, where nothing can be kept, if there is no folder for temporary files.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"batchcap-{os.geteuid()}")
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            status = folder.lstat()
+            is_private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+            if status.st_uid != os.geteuid() or not is_private:
+                return Path(tempfile.mkdtemp(prefix="batchcap-"))
+        return folder
+    except OSError:
+        return Path(NO_HOME, "batchcap")
