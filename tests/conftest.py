@@ -2,14 +2,17 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from commands import models_loaded_once
 from PIL import Image
 
-from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model import captioner as captioners
+from batchcap.model.captioner import Captioner
 from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
@@ -24,9 +27,15 @@ CROPS = 200
 CROP_SIZE = read_config(DEFAULT_MODEL).backbone.image_size
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_loaded_once() -> Iterator[None]:
+    with models_loaded_once():
+        yield
+
+
 @pytest.fixture(scope="session")
-def captioner() -> Captioner:
-    return load_captioner(DEFAULT_MODEL)
+def captioner(_models_loaded_once: None) -> Captioner:
+    return captioners.load_captioner(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

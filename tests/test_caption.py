@@ -1,23 +1,19 @@
 """`batchcap caption`: what stands on the terminal, and the figure."""
 
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import batchcap_here
 from PIL import Image
 
 from batchcap import attention_figure
 from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.settings import CaptionSettings
 
-
-def caption(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = "from batchcap.cli import main; main()"
-    command = [sys.executable, "-c", program, "caption", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+caption = functools.partial(batchcap_here, "caption")
 
 
 def test_a_photo_gets_its_caption_and_a_probability_for_each_word(photos_folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+from commands import batchcap_here
 from crashes import (
     BATCHCAP,
     LONG_S,
@@ -267,10 +268,10 @@ def entries_of(folder: Path) -> dict[str, int]:
 def go(folder: Path, output: Path, *flags: object, code: int = 0) -> dict[str, int]:
     """The counts of a run; first, that --dry-run foretells them and writes nothing."""
     before = entries_of(folder.parent)
-    dry = run(folder, output, *flags, "--dry-run")
+    dry = batchcap_here("run", folder, output, *flags, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert entries_of(folder.parent) == before
-    done = run(folder, output, *flags)
+    done = batchcap_here("run", folder, output, *flags)
     assert done.returncode == code, done.stderr
     told = summary_of(output)
     assert (

@@ -190,9 +190,8 @@ def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_capt
     assert_same_captions(captions, greedy_captions)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions, batch_size):
-    captions = caption_photos(captioner, photos, batch_size=batch_size, temperature=1.0)
+def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions):
+    captions = caption_photos(captioner, photos, batch_size=7, temperature=1.0)
     assert_same_captions(captions, drawn_captions)
 
 
@@ -282,8 +281,8 @@ def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, b
     assert_same_captions(captions, beam_captions)
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 20}, {"top_p": 0.9}])
-def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos, limits):
+def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos):
+    limits = {"top_k": 20, "top_p": 0.9}
     whole = caption_photos(captioner, photos, temperature=1.0, **limits)
     assert_same_captions(
         caption_photos(captioner, photos, batch_size=7, temperature=1.0, **limits), whole
@@ -363,10 +362,10 @@ def test_rounded_weights_are_loaded_unchanged(tiny_captioner, tmp_path):
         np.testing.assert_array_equal(loaded[name], weight)
 
 
-def test_shipped_model_saved_again_captions_the_same(captioner, photos, greedy_captions, tmp_path):
-    save_captioner(captioner, tmp_path / "again")
-    again = caption_photos(load_captioner(tmp_path / "again"), photos)
-    assert_same_captions(again, greedy_captions)
+def test_shipped_model_saved_again_is_the_same(captioner, tmp_path):
+    save_captioner(captioner, tmp_path)
+    for name in MODEL_FILES:
+        assert (tmp_path / name).read_bytes() == (DEFAULT_MODEL / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
