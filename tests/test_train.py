@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from small_training import (
+from small_model import (
     COLOURS,
     FEATURES,
     SMALL,
@@ -28,6 +27,7 @@ from small_training import (
     prefer_the_newest,
     script_scores,
     settings_for,
+    small_captioner,
     start_training,
 )
 
@@ -35,16 +35,12 @@ from batchcap.contracts import InputError, ModelError, OutputError, Precision, U
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner, round_weights
 from batchcap.model.config import (
-    FORMAT_VERSION,
     BackboneConfig,
-    DecoderConfig,
     DecodeSettings,
-    ModelConfig,
 )
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
-from batchcap.model.network import build_decoder
-from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary, join_words
+from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
 from batchcap.settings import Decay, Objective, TrainSettings
 from batchcap.train import train_captioner
 from batchcap.validation import Judge
@@ -273,7 +269,7 @@ def test_a_photo_lost_before_fine_tuning_is_named(
 TWO_DEVICES = """
 import sys
 sys.path.insert(0, {tests!r})
-import small_training
+import small_model
 import tensorflow as tf
 from batchcap import cli, train
 (cpu,) = tf.config.list_physical_devices("CPU")
@@ -398,15 +394,7 @@ def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Captioner:
-    vocabulary = Vocabulary(("[PAD]", "[UNK]", "[START]", "[END]", "狗", "猫", "跑"))
-    decoder = DecoderConfig(
-        len(vocabulary), grid_cells=4, feature_size=FEATURES, units=16, key_size=8
-    )
-    config = ModelConfig(FORMAT_VERSION, BackboneConfig(SMALL, image_size=64), decoder)
-    keras.utils.set_random_seed(2)
-    return Captioner(
-        config, vocabulary, build_backbone(config.backbone, None), build_decoder(decoder)
-    )
+    return small_captioner(64)
 
 
 def test_the_loss_is_the_mean_over_words_that_count(tiny: Captioner) -> None:

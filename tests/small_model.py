@@ -1,4 +1,4 @@
-"""Trainings small enough for tests: squares of plain colour, and a CNN of three layers.
+"""A model small enough for tests: a CNN of three layers, and squares of plain colour to train on.
 
 As a program it is `batchcap` with that CNN among its backbones, where the newest epoch is the best.
 """
@@ -18,7 +18,11 @@ import pytest
 from PIL import Image
 
 from batchcap.evaluation.metrics import METRICS
-from batchcap.model.backbones import BACKBONES
+from batchcap.model.backbones import BACKBONES, build_backbone
+from batchcap.model.captioner import Captioner
+from batchcap.model.config import FORMAT_VERSION, BackboneConfig, DecoderConfig, ModelConfig
+from batchcap.model.network import build_decoder
+from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.settings import TrainSettings
 from batchcap.validation import Judge
 
@@ -50,6 +54,21 @@ def small_cnn(weights: str | None, shape: tuple[int, int, int]) -> keras.Model:
 
 
 BACKBONES[SMALL] = small_cnn
+
+
+def small_captioner(image_size: int) -> Captioner:
+    """A captioner of random weights that knows three words."""
+    backbone_config = BackboneConfig(SMALL, image_size)
+    vocabulary = Vocabulary((*SPECIAL_WORDS, "狗", "猫", "跑"))
+    keras.utils.set_random_seed(2)
+    backbone = build_backbone(backbone_config, None)
+    rows, columns, channels = backbone.output_shape[1:]
+    config = ModelConfig(
+        FORMAT_VERSION,
+        backbone_config,
+        DecoderConfig(len(vocabulary), rows * columns, channels, units=16, key_size=8),
+    )
+    return Captioner(config, vocabulary, backbone, build_decoder(config.decoder))
 
 
 def make_squares(folder: Path) -> Path:
