@@ -74,7 +74,7 @@ class Likelihood:
 
             sums.assign_add(_descend(optimizer, self.variables, share_of_loss))
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(reduce_retracing=True, autograph=False)
         def step(seen: Any, captions: Any) -> None:
             strategy.run(learn, (seen, captions))
 
@@ -130,14 +130,14 @@ class SelfCritical:
         draw_share = draw_function(self.decoder, samples)
         loss = policy_loss(self.decoder)
 
-        @tf.function
+        @tf.function(autograph=False)
         def draw(*given: Any) -> Any:
             return strategy.run(lambda *parts: draw_share(*map(share, parts)), given)
 
         def learn_share(*given: Any) -> None:
             _descend(optimizer, self.variables, lambda: (loss(*map(share, given)), None))
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(reduce_retracing=True, autograph=False)
         def learn(*given: Any) -> None:
             strategy.run(learn_share, given)
 

@@ -109,7 +109,7 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
     choose, forbid = sampler(1.0, None, 1.0), forbidder(0, REPEATED_NGRAM)
     config = decoder.config
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def write(image: Any, uniforms: Any) -> Any:
         rows, length = uniforms.shape
         image = tf.nest.map_structure(lambda tensor: tf.repeat(tensor, samples, axis=0), image)
@@ -119,7 +119,7 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
             *(decoder.step, cache, image, choose, forbid, uniforms, live, config.grid_cells)
         )
 
-    @tf.function
+    @tf.function(autograph=False)
     def draw(features: Any, uniforms: Any) -> tuple[Any, Any, Any]:
         decoded = write(decoder.keys_values(features, training=True), uniforms)
         return decoded.tokens, decoded.lengths, decoded.finished

@@ -162,7 +162,9 @@ def _features_by(
     backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
 ) -> Features:
     """Features of a backbone that is still changing."""
-    extract = tf.function(partial(extract_features, backbone, config), reduce_retracing=True)
+    extract = tf.function(
+        partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
+    )
     return lambda start, stop: extract(load_pixels(examples[start:stop], config.image_size))
 
 

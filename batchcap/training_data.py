@@ -278,7 +278,7 @@ def _extract(
 ) -> Iterator[str]:
     """Extract and cache; yield the ids of those that are no photos."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def extract(pixels: Any) -> Any:
         return tf.cast(extract_features(backbone, config, pixels), tf.float16)
 

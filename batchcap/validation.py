@@ -32,7 +32,7 @@ class Judge:
         self.tokens = token_table(examples, captioner.vocabulary, limit)
         self.references = [example.captions for example in examples]
         loss = loss_function(captioner.decoder, label_smoothing=0.0)
-        self._loss = tf.function(loss, reduce_retracing=True)
+        self._loss = tf.function(loss, reduce_retracing=True, autograph=False)
 
     def results(self) -> dict[str, float]:
         """`val_loss`, `val_accuracy` of known captions, and metrics (times 100) of greedy ones."""

@@ -1,15 +1,21 @@
 """What many tests share: the shipped model, real photos, a real data set where there is one."""
 
+import ctypes
+import gc
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from commands import models_loaded_once
 from PIL import Image
 
-from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model import captioner as captioners
+from batchcap.model.captioner import Captioner
 from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
@@ -21,12 +27,37 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 CROPS = 200
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A module's tests run in one worker; those of the compiled shipped model all in the same."""
+    for item in items:
+        has_model = "captioner" in getattr(item, "fixturenames", ())
+        group = "shipped model" if has_model else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 CROP_SIZE = read_config(DEFAULT_MODEL).backbone.image_size
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models_loaded_once() -> Iterator[None]:
+    with models_loaded_once():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    """Compiling leaves gigabytes of freed memory with the C library, more with each module."""
+    yield
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(scope="session")
-def captioner() -> Captioner:
-    return load_captioner(DEFAULT_MODEL)
+def captioner(_models_loaded_once: None) -> Captioner:
+    return captioners.load_captioner(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,13 @@
 """`batchcap bench` as a user runs it."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import batchcap_here
 
-PROGRAM = "from batchcap.cli import main; main()"
-
-
-def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, "bench", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+bench = functools.partial(batchcap_here, "bench")
 
 
 def test_json_tells_the_rate_of_each_stage_and_of_all() -> None:

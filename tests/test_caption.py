@@ -1,14 +1,15 @@
 """`batchcap caption`: what stands on the terminal, and the figure."""
 
+import functools
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from commands import batchcap_here
+from crashes import BATCHCAP
 from PIL import Image
 
 from batchcap import attention_figure
@@ -16,11 +17,7 @@ from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.settings import CaptionSettings
 from batchcap.surroundings import cache_folder
 
-
-def caption(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    program = "from batchcap.cli import main; main()"
-    command = [sys.executable, "-c", program, "caption", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+caption = functools.partial(batchcap_here, "caption")
 
 
 def test_a_photo_gets_its_caption_and_a_probability_for_each_word(photos_folder: Path) -> None:
@@ -58,10 +55,13 @@ def test_the_figure_is_drawn_whatever_settings_libraries_have(
         "XDG_CACHE_HOME": str(cache_folder().parent),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    done = caption(
-        *(photos_folder / "coffee.jpg", "--attention-figure", figure),
+    done = subprocess.run(
+        [*BATCHCAP, "caption", photos_folder / "coffee.jpg", "--attention-figure", figure],
         cwd=tmp_path,
         env=surroundings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

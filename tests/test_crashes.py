@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+from commands import batchcap_here
 from crashes import (
     BATCHCAP,
     LONG_S,
@@ -101,7 +102,7 @@ def few(photos: Path, folder: Path, count: int) -> Path:
 # Kills
 
 
-@pytest.mark.parametrize("name", ["o.parquet", "o"])
+@pytest.mark.parametrize("name", ["o.parquet", pytest.param("o", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
     name: str, photos: Path, whole: Watched, tmp_path: Path
 ) -> None:
@@ -267,10 +268,10 @@ def entries_of(folder: Path) -> dict[str, int]:
 def go(folder: Path, output: Path, *flags: object, code: int = 0) -> dict[str, int]:
     """The counts of a run; first, that --dry-run foretells them and writes nothing."""
     before = entries_of(folder.parent)
-    dry = run(folder, output, *flags, "--dry-run")
+    dry = batchcap_here("run", folder, output, *flags, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert entries_of(folder.parent) == before
-    done = run(folder, output, *flags)
+    done = batchcap_here("run", folder, output, *flags)
     assert done.returncode == code, done.stderr
     told = summary_of(output)
     assert (
@@ -474,10 +475,11 @@ def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
 
 
 def test_an_empty_folder_is_a_failure_unless_allowed(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    assert run(tmp_path / "photos", tmp_path / "o").returncode == 1
-    assert run(tmp_path / "photos", tmp_path / "p", "--allow-empty").returncode == 0
-    assert check_readable(tmp_path / "p") == 0
+    photos, output = tmp_path / "photos", tmp_path / "p"
+    photos.mkdir()
+    assert batchcap_here("run", photos, tmp_path / "o").returncode == 1
+    assert batchcap_here("run", photos, output, "--allow-empty").returncode == 0
+    assert check_readable(output) == 0
 
 
 def test_an_output_of_other_settings_is_exit_code_4_and_stays(
@@ -485,7 +487,7 @@ def test_an_output_of_other_settings_is_exit_code_4_and_stays(
 ) -> None:
     metrics, before = tmp_path / "m.prom", entries_of(whole.output)
     flags = ("--beam-size", 2, "--metrics-file", metrics)
-    done = run(photos, whole.output, *flags)
+    done = batchcap_here("run", photos, whole.output, *flags)
     assert done.returncode == 4
     assert "beam_size" in done.stderr
     assert "batchcap_run_exit_code 4\n" in metrics.read_text()
@@ -514,7 +516,8 @@ def test_every_line_on_stderr_is_json_and_metrics_are_written(whole: Watched) ->
 def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path) -> None:
     """A setting out of its limits was told as text, since it is found before the log is set up."""
     metrics = tmp_path / "m.prom"
-    done = run(*(photos, tmp_path / "o", flag, "--log-format", "json", "--metrics-file", metrics))
+    flags = (flag, "--log-format", "json", "--metrics-file", metrics)
+    done = batchcap_here("run", photos, tmp_path / "o", *flags)
     assert done.returncode == code
     (event,) = events_of(done.stderr)
     assert (event["event"], event["level"], event["exit_code"]) == ("run_failed", "error", code)

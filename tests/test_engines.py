@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_model import small_captioner
 
 from batchcap.clock import StageClock
 from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
@@ -62,15 +63,21 @@ class SmallDevice:
         return self.captioner.caption(pixels, *arguments)
 
 
+@pytest.fixture(scope="module")
+def small(photo_crops: Any) -> Captioner:
+    """Of photos of the crops' size."""
+    return small_captioner(photo_crops.shape[1])
+
+
 @pytest.fixture
-def greedy(captioner: Captioner) -> DecodeSettings:
-    return DecodeSettings(captioner.config.decoder.max_length)
+def greedy(small: Captioner) -> DecodeSettings:
+    return DecodeSettings(small.config.decoder.max_length)
 
 
-def test_batches_are_halved_until_they_fit_and_stay_so(captioner, greedy, photo_crops, caplog):
+def test_batches_are_halved_until_they_fit_and_stay_so(small, greedy, photo_crops, caplog):
     photos = photos_of(photo_crops, 8)
-    whole = BatchCaptioner(Job(captioner, greedy, 8))(photos)
-    device = SmallDevice(captioner, room=3)
+    whole = BatchCaptioner(Job(small, greedy, 8))(photos)
+    device = SmallDevice(small, room=3)
     caption = BatchCaptioner(Job(device, greedy, 8))
     with caplog.at_level(logging.WARNING):
         in_parts = caption(photos)
@@ -85,26 +92,26 @@ def test_batches_are_halved_until_they_fit_and_stay_so(captioner, greedy, photo_
     ]
 
 
-def test_no_memory_for_a_single_photo_ends_the_run(captioner, greedy, photo_crops):
+def test_no_memory_for_a_single_photo_ends_the_run(small, greedy, photo_crops):
     with pytest.raises(ModelError, match="even one photo"):
-        BatchCaptioner(Job(SmallDevice(captioner, room=0), greedy, 2))(photos_of(photo_crops, 2))
+        BatchCaptioner(Job(SmallDevice(small, room=0), greedy, 2))(photos_of(photo_crops, 2))
 
 
-def test_a_device_out_of_memory_is_a_memory_error(captioner, greedy, photo_crops, monkeypatch):
+def test_a_device_out_of_memory_is_a_memory_error(small, greedy, photo_crops, monkeypatch):
     import tensorflow as tf
 
     def fail(_pixels: Any) -> None:
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
-    monkeypatch.setattr(captioner, "extract", fail)
+    monkeypatch.setattr(small, "extract", fail)
     with pytest.raises(MemoryError):
-        captioner.caption(photo_crops[:1], np.ones(1, bool), greedy, ["a"])
+        small.caption(photo_crops[:1], np.ones(1, bool), greedy, ["a"])
 
 
-def test_rows_come_in_the_order_of_the_photos(captioner, greedy, photos_folder):
+def test_rows_come_in_the_order_of_the_photos(small, greedy, photos_folder):
     paths = [*sorted(photos_folder.rglob("*.jpg")), Path("nowhere.jpg")] * 3
     refs = [ImageRef(f"{i}", str(path)) for i, path in enumerate(paths)]
-    found = run_locally(iter(refs), Job(captioner, greedy, 4, AttentionDetail.NONE))
+    found = run_locally(iter(refs), Job(small, greedy, 4, AttentionDetail.NONE))
     rows = [row for batch in found for row in batch]
     assert [row["image_id"] for row in rows] == [ref.image_id for ref in refs]
     assert [row["error_type"] for row in rows] == [None, None, None, None, None, "missing"] * 3
@@ -139,9 +146,9 @@ def test_bytes_at_hand_do_not_pile_up_and_are_let_go_with_the_reading():
             yield ImageRef(str(number), "", 1, None, b"x")
 
     config = SimpleNamespace(backbone=SimpleNamespace(image_size=8))
-    captioner = SimpleNamespace(config=config, clock=StageClock())
+    small = SimpleNamespace(config=config, clock=StageClock())
     rejection = LoadedImage(Rejection(ErrorType.CORRUPT, "It is one byte."))
-    job = Job(captioner, None, 8, read=lambda files: [rejection for _ in files])
+    job = Job(small, None, 8, read=lambda files: [rejection for _ in files])
     for number, photo in enumerate(load_photos(refs(), job, ahead=16)):
         assert taken - number <= 16 + 2 * PHOTOS_PER_READ
         assert photo.ref == ImageRef(str(number), "", 1)
@@ -195,21 +202,21 @@ def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
     assert (row["status"], row["error_type"], "caption" in row) == ("failed", "empty", False)
 
 
-def test_a_photo_whose_bytes_have_a_caption_gets_it(captioner, greedy, photos_folder):
+def test_a_photo_whose_bytes_have_a_caption_gets_it(small, greedy, photos_folder):
     refs = [ImageRef(path.name, str(path)) for path in sorted(photos_folder.glob("*.jpg"))]
     coffee = hashlib.sha256((photos_folder / "coffee.jpg").read_bytes()).hexdigest()
     known = {coffee: {"caption": "known"}}
-    job = Job(captioner, greedy, 2, AttentionDetail.NONE, reusable=known.get)
+    job = Job(small, greedy, 2, AttentionDetail.NONE, reusable=known.get)
     rows = {row["image_id"]: row for batch in run_locally(iter(refs), job) for row in batch}
     assert [name for name, row in rows.items() if row["caption"] == "known"] == ["coffee.jpg"]
     assert rows["coffee.jpg"]["status"] == "ok"
     assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
 
 
-def test_no_batch_is_begun_once_the_run_is_over(captioner, greedy, photos_folder):
+def test_no_batch_is_begun_once_the_run_is_over(small, greedy, photos_folder):
     refs = [ImageRef(str(i), str(photos_folder / "coffee.jpg")) for i in range(100)]
     done: list[str] = []
-    job = Job(captioner, greedy, 2, AttentionDetail.NONE, is_over=lambda: bool(done))
+    job = Job(small, greedy, 2, AttentionDetail.NONE, is_over=lambda: bool(done))
     for batch in run_locally(iter(refs), job):
         done += [row["image_id"] for row in batch]
     assert done == [str(i) for i in range(len(done))]
@@ -217,11 +224,11 @@ def test_no_batch_is_begun_once_the_run_is_over(captioner, greedy, photos_folder
 
 
 def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(
-    captioner, greedy, photos_folder
+    small, greedy, photos_folder
 ):
     """Its size and time were looked up once it was back: so it counted as seen, and failed."""
     missing = LoadedImage(Rejection(ErrorType.MISSING, "There is no such file."))
     ref = ImageRef("coffee.jpg", str(photos_folder / "coffee.jpg"))
-    job = Job(captioner, greedy, 1, read=lambda paths: [missing for _ in paths])
+    job = Job(small, greedy, 1, read=lambda paths: [missing for _ in paths])
     ((row,),) = run_locally(iter([ref]), job)
     assert (row["error_type"], row["file_size"], row["mtime_ns"]) == ("missing", None, None)

@@ -111,6 +111,7 @@ def kill_node(process: subprocess.Popen[str]) -> None:
     process.kill()
 
 
+@pytest.mark.slow
 def test_two_nodes_make_the_rows_of_one_machine_though_a_worker_and_a_node_are_killed(
     tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_two_nodes_make_the_rows_of_one_machine_though_a_worker_and_a_node_are_k
     assert difference(rows_of(output), of_one_machine) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_goes_on_by_the_same_command(
     tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(
     assert difference(rows_of(output), of_one_machine) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
     tars: str, address: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Rewards against pycocoevalcap's, gradients against arithmetic."""
+"""Rewards against pycocoevalcap's, the loss against arithmetic."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
+from batchcap.model.config import DecoderConfig
+from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
-from batchcap.self_critical import CiderD, advantages, as_captions
+from batchcap.self_critical import CiderD, advantages, as_captions, policy_loss
 
 LONGEST = 7
 
@@ -61,3 +63,18 @@ def test_drawn_words_become_captions_that_end_where_end_was_reached() -> None:
         [START_ID, 6, 7, 8],
         [START_ID, END_ID, 0, 0],
     ]
+
+
+def test_the_loss_is_the_gain_times_the_log_probability_of_each_drawn_word() -> None:
+    decoder = build_decoder(
+        DecoderConfig(8, grid_cells=4, feature_size=3, max_length=4, units=8, dropout=0.0)
+    )
+    features = np.random.default_rng(1).random((2, 4, 3), np.float32)
+    captions = rows([[4, 5, END_ID], [6, END_ID]])[:, :5]
+    gains = np.array([2.0, -1.0], np.float32)
+    loss = policy_loss(decoder)(features, captions, gains)
+    logits = decoder(captions[:, :-1], decoder.keys_values(features)).numpy().astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    first = sum(log_probs[0, place, word] for place, word in enumerate([4, 5, END_ID]))
+    second = sum(log_probs[1, place, word] for place, word in enumerate([6, END_ID]))
+    assert float(loss) == pytest.approx(-(2.0 * first - 1.0 * second) / 5, rel=1e-5)

@@ -145,7 +145,8 @@ class Captioner:
             return partial(run, write)
         # By XLA: a step is a hundred small operations, which cost more to start than to do.
         # Convolutions and big products, which XLA is slow at on CPUs, stay outside.
-        return tf.function(partial(run, tf.function(write, jit_compile=True)))
+        compiled = tf.function(write, jit_compile=True, autograph=False)
+        return tf.function(partial(run, compiled), autograph=False)
 
 
 def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:

@@ -57,7 +57,9 @@ def tensorflow_extractor(
 
     @locked_cache
     def frozen(batch: int) -> Callable[[Any], Any]:
-        traced = tf.function(partial(extract_features, backbone, config)).get_concrete_function(
+        traced = tf.function(
+            partial(extract_features, backbone, config), autograph=False
+        ).get_concrete_function(
             tf.TensorSpec((batch, config.image_size, config.image_size, 3), tf.uint8)
         )
         return convert_variables_to_constants_v2(traced)
@@ -145,7 +147,9 @@ def _exported(
 
 def _export(backbone: keras.Model, config: BackboneConfig) -> dict[str, npt.NDArray[np.uint8]]:
     openvino = import_openvino()
-    traced = tf.function(partial(feature_grid, backbone, config)).get_concrete_function(
+    traced = tf.function(
+        partial(feature_grid, backbone, config), autograph=False
+    ).get_concrete_function(
         tf.TensorSpec((None, config.image_size, config.image_size, 3), tf.uint8)
     )
     frozen = convert_variables_to_constants_v2(traced).graph.as_graph_def()

@@ -48,7 +48,7 @@ from batchcap.settings import DEFAULT_MODEL
 Pixels = npt.NDArray[np.uint8]
 
 MODEL_FILES = (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE)
-BATCH = 64
+BATCH = 16  # each size of batch takes 150 MB for good, and each compiled decoder some 30
 TINY_VOCABULARY = Vocabulary((*SPECIAL_WORDS, "狗", "草地", "frisbee"))
 TINY_CONFIG = ModelConfig(
     FORMAT_VERSION,
@@ -180,19 +180,19 @@ def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixel
     return np.stack([load_image(path, LoadSettings(size)).pixels for path in paths])
 
 
+@pytest.mark.slow
 def test_captions_of_flickr8k_are_those_of_a_naive_loop(captioner, flickr8k):
     assert_captioned_naively(captioner, validation_photos(captioner, flickr8k, 200))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions, batch_size):
     captions = caption_photos(captioner, photos, batch_size=batch_size)
     assert_same_captions(captions, greedy_captions)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions, batch_size):
-    captions = caption_photos(captioner, photos, batch_size=batch_size, temperature=1.0)
+def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions):
+    captions = caption_photos(captioner, photos, batch_size=3, temperature=1.0)
     assert_same_captions(captions, drawn_captions)
 
 
@@ -271,29 +271,30 @@ def test_beam_search_of_photos_is_that_of_plain_python(captioner, photo_crops):
     assert_searched_plainly(captioner, photo_crops[:15])
 
 
+@pytest.mark.slow
 def test_beam_search_of_100_photos_of_flickr8k_is_that_of_plain_python(captioner, flickr8k):
     assert_searched_plainly(captioner, validation_photos(captioner, flickr8k, 100))
 
 
 def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, beam_captions):
     captions = caption_photos(
-        captioner, photo_crops[:20], batch_size=7, beam_size=3, length_penalty=1.0
+        captioner, photo_crops[:20], batch_size=3, beam_size=3, length_penalty=1.0
     )
     assert_same_captions(captions, beam_captions)
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 20}, {"top_p": 0.9}])
-def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos, limits):
+def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos):
+    limits = {"top_k": 20, "top_p": 0.9}
     whole = caption_photos(captioner, photos, temperature=1.0, **limits)
     assert_same_captions(
-        caption_photos(captioner, photos, batch_size=7, temperature=1.0, **limits), whole
+        caption_photos(captioner, photos, batch_size=3, temperature=1.0, **limits), whole
     )
 
 
 def test_uncompiled_captions_are_the_same(captioner, photos, greedy_captions):
     uncompiled = load_captioner(DEFAULT_MODEL, compiled=False)
-    captions = caption_photos(uncompiled, photos[:8], batch_size=4)
-    assert_same_captions(captions, greedy_captions[:8])
+    captions = caption_photos(uncompiled, photos[:3], batch_size=1)
+    assert_same_captions(captions, greedy_captions[:3])
 
 
 def test_length_limit_cuts_greedy_captions_and_changes_no_word(captioner, photos, greedy_captions):
@@ -363,10 +364,10 @@ def test_rounded_weights_are_loaded_unchanged(tiny_captioner, tmp_path):
         np.testing.assert_array_equal(loaded[name], weight)
 
 
-def test_shipped_model_saved_again_captions_the_same(captioner, photos, greedy_captions, tmp_path):
-    save_captioner(captioner, tmp_path / "again")
-    again = caption_photos(load_captioner(tmp_path / "again"), photos)
-    assert_same_captions(again, greedy_captions)
+def test_shipped_model_saved_again_is_the_same(captioner, tmp_path):
+    save_captioner(captioner, tmp_path)
+    for name in MODEL_FILES:
+        assert (tmp_path / name).read_bytes() == (DEFAULT_MODEL / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)

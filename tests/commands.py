@@ -1,0 +1,80 @@
+"""`batchcap` in the process of the tests, where TensorFlow runs and models are loaded once."""
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchcap import cli
+from batchcap.clock import StageClock
+from batchcap.settings import DEFAULT_MODEL
+from batchcap.stopping import SIGNALS
+
+
+@contextlib.contextmanager
+def models_loaded_once() -> Iterator[None]:
+    """In the block the shipped model is loaded and compiled once for each way to run it."""
+    import batchcap.bench
+    import batchcap.caption
+    import batchcap.model.captioner as module
+
+    load_anew = module.load_captioner
+    load_shipped = functools.cache(functools.partial(load_anew, DEFAULT_MODEL))
+
+    def load(directory: Path, execution: Any = None, compiled: bool = True) -> Any:
+        if directory != DEFAULT_MODEL:
+            return load_anew(directory, execution, compiled)
+        captioner = copy.copy(load_shipped(execution or module.Execution(), compiled))
+        captioner.clock = StageClock()
+        return captioner
+
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (module, batchcap.caption, batchcap.bench):
+            patch.setattr(user, "load_captioner", load)
+        yield
+
+
+def batchcap_here(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """What `batchcap` with these arguments prints, and its exit code."""
+    given = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
+    with (
+        _as_it_was(),
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryFile("w+") as told,
+        tempfile.TemporaryFile("w+") as errors,
+    ):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(given))
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
+            try:
+                cli.main([*map(str, arguments)])
+            except SystemExit as end:
+                code = int(str(end.code))
+        for file in (told, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, code, told.read(), errors.read())
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Set back what `main` sets for its whole process: the log and the signals' handlers."""
+    loggers = [logging.getLogger(name) for name in ("", *logging.root.manager.loggerDict)]
+    levels, handlers = [logger.level for logger in loggers], logging.root.handlers[:]
+    signals = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
