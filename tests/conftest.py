@@ -14,8 +14,7 @@ import pytest
 from commands import models_loaded_once
 from PIL import Image
 
-from batchcap.model import captioner as captioners
-from batchcap.model.captioner import Captioner
+from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
@@ -27,16 +26,6 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 CROPS = 200
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A module's tests run in one worker; those of the compiled shipped model all in the same."""
-    for item in items:
-        has_model = "captioner" in getattr(item, "fixturenames", ())
-        group = "shipped model" if has_model else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 CROP_SIZE = read_config(DEFAULT_MODEL).backbone.image_size
 
 
@@ -55,9 +44,10 @@ def _memory_given_back() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture(scope="session")
-def captioner(_models_loaded_once: None) -> Captioner:
-    return captioners.load_captioner(DEFAULT_MODEL)
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    """The shipped model, whose compiled functions go with the module: each keeps some memory."""
+    return load_captioner(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

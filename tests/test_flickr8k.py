@@ -16,6 +16,8 @@ from batchcap.model.text import segment
 from batchcap.run import RunSummary, run_captioning
 from batchcap.settings import RunSettings
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 FREQUENT_NOUNS = ("狗", "男人", "小孩")

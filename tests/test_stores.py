@@ -174,6 +174,7 @@ def jammed(port: int) -> Iterator[Callable[[bytes], JammedWay]]:
         opened.close()
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_killed_leaves_nothing_and_the_same_command_resumes(
     s3, jammed, port, photos_folder, tmp_path
 ):

@@ -45,6 +45,8 @@ from batchcap.settings import Decay, Objective, TrainSettings
 from batchcap.train import train_captioner
 from batchcap.validation import Judge
 
+EPOCHS = 12  # in which the colours are learned
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -63,7 +65,7 @@ def trained(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose --out was a dangling link."""
     link = tmp_path_factory.mktemp("link") / "latest"
     link.symlink_to(tmp_path_factory.mktemp("trained") / "model")
-    return train_captioner(settings_for(squares, link, epochs=30))
+    return train_captioner(settings_for(squares, link, epochs=EPOCHS))
 
 
 def history_of(model: Path) -> list[dict[str, float]]:
@@ -116,7 +118,7 @@ def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: P
 
 def test_history_has_a_row_for_each_epoch_and_a_picture(trained: Path) -> None:
     history = history_of(trained)
-    assert [row["epoch"] for row in history] == list(range(1, 31))
+    assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
     assert history[-1]["val_loss"] < history[0]["val_loss"]
     assert {"seconds", "accuracy", "bleu_4", "cider_d"} <= history[0].keys()
     with Image.open(trained / "history.png") as curves:
@@ -218,7 +220,7 @@ def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
 def test_an_interrupted_training_resumes_and_mixes_with_no_other(
     squares: Path, all_phases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = in_all_phases(squares, tmp_path / "model")
+    settings = in_all_phases(squares, tmp_path / "model", objective=Objective.LIKELIHOOD)
     with monkeypatch.context() as patch:
         script_scores(patch, [1.0, 2.0, 3.0])  # and then StopIteration, in the second phase
         with pytest.raises(StopIteration):
@@ -230,8 +232,9 @@ def test_an_interrupted_training_resumes_and_mixes_with_no_other(
                 train_captioner(replace(settings, **changed))
         script_scores(patch, itertools.count(4))
         train_captioner(settings)
-    for resumed, whole in zip(history_of(settings.out), history_of(all_phases), strict=True):
-        for name in whole.keys() & {"loss", "learning_rate"}:
+    whole_history = history_of(all_phases)[:4]
+    for resumed, whole in zip(history_of(settings.out), whole_history, strict=True):
+        for name in ("loss", "learning_rate"):
             assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 

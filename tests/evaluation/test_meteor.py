@@ -23,6 +23,7 @@ def scored() -> Scores:
     return with_meteor(score_captions(HYPOTHESES, REFERENCES), HYPOTHESES, REFERENCES)
 
 
+@pytest.mark.slow
 @needs_java
 def test_meteor_is_pycocoevalcaps_own_where_numbers_have_a_comma_too(
     monkeypatch: pytest.MonkeyPatch,

@@ -170,7 +170,7 @@ def assert_captioned_naively(captioner: Captioner, photos: Pixels) -> None:
 
 
 def test_captions_of_photos_are_those_of_a_naive_loop(captioner, photo_crops):
-    assert_captioned_naively(captioner, photo_crops[:100])
+    assert_captioned_naively(captioner, photo_crops[:48])
 
 
 def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixels:
@@ -185,9 +185,8 @@ def test_captions_of_flickr8k_are_those_of_a_naive_loop(captioner, flickr8k):
     assert_captioned_naively(captioner, validation_photos(captioner, flickr8k, 200))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions, batch_size):
-    captions = caption_photos(captioner, photos, batch_size=batch_size)
+def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions):
+    captions = caption_photos(captioner, photos, batch_size=3)
     assert_same_captions(captions, greedy_captions)
 
 
@@ -268,7 +267,7 @@ def assert_searched_plainly(captioner: Captioner, photos: Pixels) -> None:
 
 
 def test_beam_search_of_photos_is_that_of_plain_python(captioner, photo_crops):
-    assert_searched_plainly(captioner, photo_crops[:15])
+    assert_searched_plainly(captioner, photo_crops[:8])
 
 
 @pytest.mark.slow
