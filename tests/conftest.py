@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,12 @@ import pytest
 from commands import models_loaded_once
 from PIL import Image
 
-from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
+
+if TYPE_CHECKING:  # TensorFlow is not to start in the process that only hands out tests
+    from batchcap.model.captioner import Captioner
 
 # Shells let what they start in the background ignore SIGINT, and nohup SIGHUP; so would the
 # processes that tests start and stop.
@@ -45,8 +48,10 @@ def _memory_given_back() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def captioner() -> Captioner:
+def captioner() -> "Captioner":
     """The shipped model, whose compiled functions go with the module: each keeps some memory."""
+    from batchcap.model.captioner import load_captioner
+
     return load_captioner(DEFAULT_MODEL)
 
 

@@ -131,14 +131,6 @@ def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[s
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-REAL_RESULTS = Judge.results
-
-
-def prefer_the_newest(judge: Judge) -> dict[str, float]:
-    """Real results, but a CIDEr-D that rises: which epoch is best depends on a CPU's rounding."""
-    return {**REAL_RESULTS(judge), "cider_d": time.time()}
-
-
 def script_scores(patch: pytest.MonkeyPatch, scores: Iterable[float]) -> None:
     """Let validation compute nothing, and give these CIDEr-D scores, one a call."""
     others = dict.fromkeys(("val_loss", "val_accuracy", *METRICS), 0.0)
@@ -150,5 +142,6 @@ def script_scores(patch: pytest.MonkeyPatch, scores: Iterable[float]) -> None:
 if __name__ == "__main__":
     from batchcap.cli import main
 
-    Judge.results = prefer_the_newest
+    # A process that goes on after another counts on where that one was.
+    script_scores(pytest.MonkeyPatch(), iter(time.time, None))
     main()

