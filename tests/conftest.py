@@ -47,9 +47,9 @@ def _memory_given_back() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def captioner() -> "Captioner":
-    """The shipped model, whose compiled functions go with the module: each keeps some memory."""
+    """The shipped model. What is compiled for a size of batch takes memory for good."""
     from batchcap.model.captioner import load_captioner
 
     return load_captioner(DEFAULT_MODEL)

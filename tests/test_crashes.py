@@ -226,6 +226,7 @@ def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: P
     assert seconds < STOP_S
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
     code, _, seconds = _stopped(photos, output, signal.SIGINT, os.killpg, times=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_model import small_captioner
 
 from batchcap.contracts import Precision, Runtime, UsageError
 from batchcap.model import runtime as runtime_module
@@ -16,6 +17,17 @@ from batchcap.model.backbones import extract_features
 from batchcap.model.captioner import Captioner
 from batchcap.model.extraction import locked_cache, openvino_extractor
 from batchcap.model.runtime import choose_execution
+
+
+@pytest.fixture(scope="module")
+def small() -> Captioner:
+    return small_captioner(64)
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    """Photos of its size."""
+    return np.random.default_rng(1).integers(0, 256, (64, 64, 64, 3), np.uint8)
 
 
 @pytest.fixture
@@ -39,57 +51,53 @@ def assert_close(features: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(features, expected, atol=1e-3)
 
 
-def test_frozen_features_are_those_of_the_backbone(captioner, photo_crops):
-    batch = 19  # of which eight are taken at a time
-    pixels = photo_crops[:batch]
-    config = captioner.config.backbone
-    plain = [extract_features(captioner.backbone, config, pixels[i : i + 1]) for i in range(batch)]
-    assert_close(np.asarray(captioner.extract(pixels)), np.concatenate(plain))
+def test_frozen_features_are_those_of_the_backbone(small, noise):
+    """Eleven photos, of which eight are taken at a time."""
+    expected = extract_features(small.backbone, small.config.backbone, noise[:11])
+    assert_close(np.asarray(small.extract(noise[:11])), np.asarray(expected))
 
 
 def test_openvino_s_features_are_tensorflow_s(captioner, photo_crops, cache_folder):
-    expected = np.asarray(captioner.extract(photo_crops[:19]))
-    assert_close(openvino_features(captioner, photo_crops[:19]), expected)
+    expected = np.asarray(captioner.extract(photo_crops[:16]))
+    assert_close(openvino_features(captioner, photo_crops[:16]), expected)
 
 
-def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(
-    captioner, photo_crops, cache_folder
-):
-    pixels = photo_crops[:2]
-    first = openvino_features(captioner, pixels)
+def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(small, noise, cache_folder):
+    pixels = noise[:2]
+    first = openvino_features(small, pixels)
     (kept,) = (cache_folder / "batchcap" / "openvino").iterdir()
     exported = kept.stat()
-    np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
+    np.testing.assert_array_equal(openvino_features(small, pixels), first)
     assert kept.stat().st_mtime_ns == exported.st_mtime_ns
     content = bytearray(kept.read_bytes())
     content[len(content) // 2] ^= 1
     for damaged in (content, b""):
         kept.write_bytes(damaged)
-        np.testing.assert_array_equal(openvino_features(captioner, pixels), first)
+        np.testing.assert_array_equal(openvino_features(small, pixels), first)
         assert kept.read_bytes() != damaged
         # Nodes are numbered on with each export, and some numbers are longer.
-        assert kept.stat().st_size == pytest.approx(exported.st_size, rel=0.001)
+        assert kept.stat().st_size == pytest.approx(exported.st_size, rel=0.05)
 
 
 def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
-    captioner, photo_crops, cache_folder, caplog
+    small, noise, cache_folder, caplog
 ):
     (cache_folder / "batchcap").mkdir()
     (cache_folder / "batchcap" / "openvino").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        openvino_features(captioner, photo_crops[:1])
+        openvino_features(small, noise[:1])
     assert "is not kept" in caplog.text
 
 
-def test_several_threads_extract_at_once(captioner, photo_crops, cache_folder):
+def test_several_threads_extract_at_once(small, noise, cache_folder):
     extract = openvino_extractor(
-        captioner.backbone, captioner.config.backbone, Precision.FLOAT32, "fingerprint"
+        small.backbone, small.config.backbone, Precision.FLOAT32, "fingerprint"
     )
-    expected = np.asarray(captioner.extract(photo_crops[:64]))
+    expected = np.asarray(small.extract(noise[:64]))
     found: dict[int, np.ndarray] = {}
 
     def work(start: int) -> None:
-        found[start] = np.asarray(extract(photo_crops[start : start + 16]))
+        found[start] = np.asarray(extract(noise[start : start + 16]))
 
     threads = [threading.Thread(target=work, args=(start,)) for start in range(0, 64, 16)]
     for thread in threads:
