@@ -125,6 +125,7 @@ def test_a_reader_sees_whole_parts_and_no_image_twice_at_any_moment(whole: Watch
     assert check_readable(whole.output) == PHOTOS
 
 
+@pytest.mark.slow
 def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
     with running(photos, output, "--limit", 96, "--batch-size", 16, "--rows-per-part", 16) as going:
@@ -239,6 +240,7 @@ def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> Non
 # Two runs, and photos that come and go
 
 
+@pytest.mark.slow
 def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) -> None:
     for output in (tmp_path / "o", tmp_path / "o.parquet"):
         command = (photos, output, "--limit", 8)

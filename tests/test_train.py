@@ -215,6 +215,7 @@ def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
             assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_resumes_and_mixes_with_no_other(
     squares: Path, all_phases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +319,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(squares: Path, tmp_path: P
     assert "--batch-size 7 can't be shared by 2 GPUs" in log
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_a_model_of_float32(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def assert_searched_plainly(captioner: Captioner, photos: Pixels) -> None:
     assert_same_captions(captions, [naive(photo) for photo in photos])
 
 
+@pytest.mark.slow
 def test_beam_search_of_photos_is_that_of_plain_python(captioner, photo_crops):
     assert_searched_plainly(captioner, photo_crops[:8])
 

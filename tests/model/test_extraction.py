@@ -57,7 +57,14 @@ def test_frozen_features_are_those_of_the_backbone(small, noise):
     assert_close(np.asarray(small.extract(noise[:11])), np.asarray(expected))
 
 
-def test_openvino_s_features_are_tensorflow_s(captioner, photo_crops, cache_folder):
+def test_openvinos_features_are_tensorflows(small, noise, cache_folder):
+    assert_close(openvino_features(small, noise), np.asarray(small.extract(noise)))
+
+
+@pytest.mark.slow
+def test_openvinos_features_of_the_shipped_model_are_tensorflows(
+    captioner, photo_crops, cache_folder
+):
     expected = np.asarray(captioner.extract(photo_crops[:16]))
     assert_close(openvino_features(captioner, photo_crops[:16]), expected)
 
