@@ -150,7 +150,7 @@ def _flat(column: Any) -> list[Any]:
 
 
 # Each phase of a run, as a moment to kill it at: wait for the sign, then this long at most.
-PHASES = {"starting": 5.0, "captioning": 4.0, "committing": 0.03, "joining": 0.03}
+PHASES = {"starting": 5.0, "captioning": 0.1, "committing": 0.03, "joining": 0.03}
 
 
 @dataclass
@@ -162,6 +162,7 @@ class Chain:
     kills: list[str] = field(default_factory=list)  # the phases that were hit
     slowest_s: float = 0.0  # from the signal to the end
     largest_part: int = 0  # rows
+    rows_before: int = 0  # the process
 
     @property
     def output(self) -> Path:
@@ -174,6 +175,7 @@ class Chain:
         """
         before: Photos = frozenset()
         for phase in [*phases, ""]:
+            self.rows_before = len(before)
             with running(*self.arguments) as process:
                 if phase and self._comes(phase, process):
                     self._end(process, number, phase)
@@ -200,10 +202,11 @@ class Chain:
 
     def _has_begun(self, phase: str, process: subprocess.Popen[str]) -> bool:
         layout = Layout(self.output)
+        parts = layout.staged(layout.parts / "part-*.parquet")
         signs: dict[str, Callable[[], object]] = {
             "starting": lambda: True,
-            "captioning": lambda: children_of(process.pid),
-            "committing": lambda: [*layout.parts.glob(".part-*.tmp")],
+            "captioning": lambda: len(committed(self.output)) > self.rows_before,
+            "committing": lambda: [*parts.parent.glob(f".{parts.name}.*.tmp")],
             "joining": lambda: [*layout.output.parent.glob(f".{layout.output.name}.*.tmp")],
         }
         return bool(signs[phase]())

@@ -42,8 +42,7 @@ pytestmark = pytest.mark.skipif(
 PHOTOS = 200
 FLAGS = ("--rows-per-part", 32, "--batch-size", 16)
 STOP_S = 10.0  # what service managers allow
-AT_ONCE_S = 2.0
-QUICK_S = 2.0  # no time to import TensorFlow
+AT_ONCE_S = 5.0  # less than what is given to batches in flight
 ROUNDING = 1e-5  # of log-probabilities, where batches are made up otherwise
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -244,10 +243,7 @@ def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> Non
 def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) -> None:
     for output in (tmp_path / "o", tmp_path / "o.parquet"):
         command = (photos, output, "--limit", 8)
-        began = time.monotonic()
         with running(*command) as one, running(*command) as other:
-            wait_until(lambda: one.poll() is not None or other.poll() is not None)
-            assert time.monotonic() - began < 2 * QUICK_S
             told = {process.wait(LONG_S): process.communicate()[1] for process in (one, other)}
         assert sorted(told) == [0, 5]
         assert "another run" in told[5]
@@ -371,7 +367,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("cannot mount a file system")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def remount(disk: Path, options: str) -> None:
@@ -430,15 +426,16 @@ def test_a_disk_that_fills_up_costs_no_committed_row(
     assert difference(rows, rows_of(whole.output).slice(0, 96)) <= ROUNDING
 
 
-def test_a_disk_that_becomes_read_only_is_said_at_once(photos: Path, small_disk: Path) -> None:
+def test_a_read_only_disk_is_reported_before_tensorflow_starts(
+    photos: Path, small_disk: Path, tmp_path: Path
+) -> None:
     remount(small_disk, "ro")
-    began = time.monotonic()
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit(9)\n")
     for name in ("o", "o.parquet"):
-        done = run(photos, small_disk / name)
+        done = run(photos, small_disk / name, env=finding_first(tmp_path))
         assert done.returncode == 1
         assert f"cannot write {small_disk / name}: " in done.stderr
         assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 2 * QUICK_S
 
 
 def test_a_folder_without_permission_is_said_at_once(photos: Path) -> None:
@@ -465,14 +462,12 @@ def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
     photos: Path, whole: Watched
 ) -> None:
     program = [sys.executable, "-X", "importtime", *BATCHCAP[1:]]
-    began = time.monotonic()
     done = subprocess.run(
         [*program, "run", str(photos), str(whole.output)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert time.monotonic() - began < QUICK_S
     assert done.returncode == 0
     assert "0 captioned, 0 failed, 200 already done" in done.stdout
     assert "batchcap.run" in done.stderr

@@ -512,7 +512,7 @@ def test_where_nothing_can_lie_beside_a_folder_all_lies_in_it(folder):
         run(folder, [captioned_row(2)])
         assert ids_of(folder) == ["1", "2"]
     finally:
-        subprocess.run(["umount", str(folder.output)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder.output)], check=True)
 
 
 def test_follows_a_symlinked_output(layout, tmp_path):
