@@ -139,12 +139,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Ran:
     return run(photos_folder, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.mark.slow
 def test_bad_files_cost_little_memory(hostile: Hostile, alone: Ran) -> None:
     if alone.peak_mib == 0:
         pytest.skip("this system does not tell a process's peak of memory")
     assert hostile.ran.peak_mib - alone.peak_mib <= MOST_MEMORY_MIB
 
 
+@pytest.mark.slow
 def test_captions_among_bad_files_are_those_of_the_photos_alone(
     hostile: Hostile, alone: Ran
 ) -> None:

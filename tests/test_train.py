@@ -138,14 +138,29 @@ def in_all_phases(squares: Path, out: Path, **asked: Any) -> TrainSettings:
     return settings_for(squares, out, **{**usual, **asked})
 
 
-@pytest.fixture(scope="module")
-def all_phases(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fine_tuning(squares: Path, out: Path, **asked: Any) -> TrainSettings:
+    """The first two of these phases."""
+    return in_all_phases(squares, out, objective=Objective.LIKELIHOOD, **asked)
+
+
+def train_newest_best(settings: TrainSettings) -> Path:
+    """Train where each epoch scores better than the one before."""
     with pytest.MonkeyPatch.context() as patch:
         script_scores(patch, itertools.count(1))
-        out = tmp_path_factory.mktemp("phases") / "model"
-        return train_captioner(in_all_phases(squares, out))
+        return train_captioner(settings)
 
 
+@pytest.fixture(scope="module")
+def fine_tuned(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_newest_best(fine_tuning(squares, tmp_path_factory.mktemp("tuned") / "model"))
+
+
+@pytest.fixture(scope="module")
+def all_phases(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_newest_best(in_all_phases(squares, tmp_path_factory.mktemp("phases") / "model"))
+
+
+@pytest.mark.slow
 def test_phases_follow_one_another(all_phases: Path) -> None:
     history = history_of(all_phases)
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
@@ -158,9 +173,9 @@ def test_phases_follow_one_another(all_phases: Path) -> None:
     assert "self-critical" in card
 
 
-def test_a_phase_starts_from_the_weights_of_the_one_before(all_phases: Path) -> None:
-    """A decoder with new weights would begin at the loss of the first epoch."""
-    history = history_of(all_phases)
+def test_fine_tuning_starts_from_the_trained_decoder(fine_tuned: Path) -> None:
+    """One with new weights would begin at the loss of the first epoch."""
+    history = history_of(fine_tuned)
     assert history[2]["loss"] < history[0]["loss"]
 
 
@@ -177,9 +192,9 @@ def changed_weights(squares: Path, model: Path) -> set[str]:
 
 
 def test_fine_tuning_changes_the_top_of_the_backbone_but_no_statistics(
-    squares: Path, all_phases: Path
+    squares: Path, fine_tuned: Path
 ) -> None:
-    assert changed_weights(squares, all_phases) == {"conv_3/kernel", "bn_3/gamma", "bn_3/beta"}
+    assert changed_weights(squares, fine_tuned) == {"conv_3/kernel", "bn_3/gamma", "bn_3/beta"}
 
 
 def test_epochs_that_are_no_better_leave_the_weights_of_the_best_one(
@@ -187,7 +202,7 @@ def test_epochs_that_are_no_better_leave_the_weights_of_the_best_one(
 ) -> None:
     """The best is the last epoch before fine-tuning, so the backbone stays as it was."""
     script_scores(monkeypatch, [1.0, 2.0, 1.5, 1.5, 2.0])
-    wanted = in_all_phases(squares, tmp_path / "model", objective=Objective.LIKELIHOOD)
+    wanted = fine_tuning(squares, tmp_path / "model")
     model = train_captioner(wanted)
     assert changed_weights(squares, model) == set()
     assert json.loads((model / "metrics.json").read_text())["best_epoch"] == 2
@@ -217,9 +232,9 @@ def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
 
 @pytest.mark.slow
 def test_an_interrupted_training_resumes_and_mixes_with_no_other(
-    squares: Path, all_phases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    squares: Path, fine_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = in_all_phases(squares, tmp_path / "model", objective=Objective.LIKELIHOOD)
+    settings = fine_tuning(squares, tmp_path / "model")
     with monkeypatch.context() as patch:
         script_scores(patch, [1.0, 2.0, 3.0])  # and then StopIteration, in the second phase
         with pytest.raises(StopIteration):
@@ -231,8 +246,7 @@ def test_an_interrupted_training_resumes_and_mixes_with_no_other(
                 train_captioner(replace(settings, **changed))
         script_scores(patch, itertools.count(4))
         train_captioner(settings)
-    whole_history = history_of(all_phases)[:4]
-    for resumed, whole in zip(history_of(settings.out), whole_history, strict=True):
+    for resumed, whole in zip(history_of(settings.out), history_of(fine_tuned), strict=True):
         for name in ("loss", "learning_rate"):
             assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
@@ -260,7 +274,7 @@ def test_a_photo_lost_before_fine_tuning_is_named(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = shutil.copytree(squares / "images", tmp_path / "images")
-    wanted = in_all_phases(squares, tmp_path / "model", images=photos, epochs=1)
+    wanted = fine_tuning(squares, tmp_path / "model", images=photos, epochs=1)
 
     def scores_while_a_photo_is_lost() -> Iterator[float]:
         (photos / "005.png").unlink()
@@ -331,9 +345,7 @@ def test_bfloat16_trains_a_model_of_float32(
         return scripted(judge)
 
     monkeypatch.setattr(Judge, "results", results)
-    wanted = in_all_phases(
-        squares, tmp_path / "model", objective=Objective.LIKELIHOOD, precision=Precision.BFLOAT16
-    )
+    wanted = fine_tuning(squares, tmp_path / "model", precision=Precision.BFLOAT16)
     history = history_of(train_captioner(wanted))
     # The last one is of the model that was written, as others load it.
     assert computed_in == [*["bfloat16"] * 4, "float32"]

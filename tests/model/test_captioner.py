@@ -286,6 +286,7 @@ def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, b
     assert_same_captions(captions, beam_captions)
 
 
+@pytest.mark.slow
 def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos):
     limits = {"top_k": 20, "top_p": 0.9}
     whole = caption_photos(captioner, photos, temperature=1.0, **limits)
