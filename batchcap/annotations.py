@@ -15,7 +15,9 @@ from batchcap.records import (
     Problems,
     counted,
     entries,
+    first_of,
     holds_records,
+    name_of,
     printable,
     read_bytes,
     read_records,
@@ -23,9 +25,9 @@ from batchcap.records import (
     text_lines,
 )
 
-Record = tuple[str, dict[str, Any]]  # and its place in the file
+Record = tuple[str, dict[str, Any]]  # its place in the file, and its fields
 SPLITS = ("train", "val", "test")
-# Names of Karpathy's files and of Hugging Face for these.
+# Names of these splits in Karpathy's files and on Hugging Face.
 SPLIT_SYNONYMS = {"restval": "train", "validation": "val"}
 FLICKR_LINE = re.compile(
     r"(?P<name>.+?)#(?:(?P<kind>[^#\s]+)#)?(?P<number>\d+)(?:\s+(?P<caption>.*))?"
@@ -94,7 +96,7 @@ class _Annotations:
     def add_image(
         self, place: str, image_id: object, split: object = None, number: object = None
     ) -> bool:
-        """Whether it is one; a photo that stands in several places is the same photo."""
+        """Add a photo, or return False if its name is wrong; it may be added several times."""
         if not isinstance(image_id, str) or not image_id:
             self.problems.report(place, f"the name of the photo is {shown(image_id)}, not a text")
             return False
@@ -116,7 +118,7 @@ class _Annotations:
             self.captions[image_id].append(clean(str(caption)))
 
     def leave_out(self, noun: tuple[str, str], example: str) -> None:
-        """Count something, a noun and its plural, that is no reason to refuse the file."""
+        """Count something that does not make the file wrong; `noun` is singular and plural."""
         self._left_out.setdefault(noun, []).append(example)
 
     def finish(self) -> list[AnnotatedImage]:
@@ -172,9 +174,10 @@ def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
 
 
 def _add_splits_beside(annotations: _Annotations) -> None:
-    """Splits by lists beside, which name photos with or without extension.
+    """Add the splits of `train.txt`, `val.txt` and `test.txt` in the same folder.
 
-    A file of such a name is a list if most of its lines name photos; others are the user's own.
+    Their lines name photos, with or without extension. A file most of whose lines name no photo is
+    ignored.
     """
     photos: dict[str, list[str]] = {}
     for image_id in annotations.captions:
@@ -193,7 +196,7 @@ def _add_splits_beside(annotations: _Annotations) -> None:
         else:
             log.log(
                 logging.WARNING if known else logging.INFO,
-                "%s is not taken for a list of photos: %d of %s name photos of %s",
+                "%s is not used as a split: %d of %s name photos of %s",
                 path,
                 len(known),
                 counted(len(names), "line"),
@@ -215,19 +218,8 @@ def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -
             annotations.add_caption(place, str(name), caption)
 
 
-def first_of(record: dict[str, Any], *keys: str) -> Any:
-    """The first of these fields that is there and not null, or None."""
-    return next((record[key] for key in keys if record.get(key) is not None), None)
-
-
-def name_of(record: dict[str, Any]) -> Any:
-    """What a record calls its photo; a file name rather than a number, which may stand beside."""
-    image_id = record.get("image_id")
-    return image_id if isinstance(image_id, str) else first_of(record, "file_name", "image_id")
-
-
 def _add_document(annotations: _Annotations, document: dict[str, Any]) -> None:
-    """A file of COCO, or of Karpathy, where photos hold their captions."""
+    """Add a COCO file, or one of Karpathy's, whose photos contain their captions."""
     images = list(_section(annotations, document, "images"))
     if any("sentences" in image for _, image in images):
         for place, image in images:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchcap.annotations import caption_problem, clean, first_of, name_of
+from batchcap.annotations import caption_problem, clean
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import followed
 from batchcap.layout import Layout
 from batchcap.records import (
     Problems,
+    first_of,
     holds_records,
+    name_of,
     read_bytes,
     read_records,
     saying_which,
@@ -141,7 +143,8 @@ def _read_records(path: Path) -> list[GeneratedCaption]:
     problems = Problems(path)
     data = read_bytes(path)
     captions: dict[str, GeneratedCaption] = {}
-    for place, record in read_records(path, data, problems) if holds_records(data) else ():
+    records = read_records(path, data, problems) if holds_records(data) else ()
+    for place, record in records:
         try:
             read = _caption_of(record)
         except (ValueError, TypeError) as error:

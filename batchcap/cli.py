@@ -72,25 +72,25 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open to nowhere those that this program was started without, as by `2>&-`.
+    """Open the standard streams that the shell closed, as by `2>&-`, on the null device.
 
-    Else the next file to be opened, such as the output, would get the number of one, and with it
+    Otherwise the next file to be opened, such as the output, would take a stream's number and get
     what libraries print there.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # It gets the lowest number that is free, which is this one.
+            # `open` takes the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if number and getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _read_names_as_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale has another encoding.
+    """Restart in Python's UTF-8 mode where the locale has another encoding.
 
-    Else a photo's id would depend on the locale. The terminal gets the encoding that it has.
+    Otherwise a photo's id would depend on the locale. Output to the terminal stays in its encoding.
     """
     if sys.getfilesystemencoding() == "utf-8":
         return
@@ -131,11 +131,10 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
             raise click.UsageError(f"{path}: [{context.info_name}] has no setting {key!r}")
         # As text, which click then checks like a flag's.
         option = options[name]
-        items = value if isinstance(value, list) else [value]
-        if option.multiple or (option.nargs > 1 and items is value):
-            settings[name] = [str(item) for item in items]
+        if isinstance(value, list) and (option.multiple or option.nargs > 1):
+            settings[name] = [str(item) for item in value]
         else:
-            settings[name] = str(value)
+            settings[name] = [str(value)] if option.multiple else str(value)
     context.default_map = settings
 
 

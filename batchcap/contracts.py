@@ -97,6 +97,11 @@ def int64_or_none(value: float | None) -> int | None:
     return int(value) if value is not None and -(2**63) <= value < 2**63 else None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def sha256_of(data: bytes) -> str:
     """As the column `sha256` has it."""
     return hashlib.sha256(data).hexdigest()

@@ -47,6 +47,11 @@ class Scored:
     words: list[list[str]]
     scores: Scores
 
+    @property
+    def texts(self) -> list[str]:
+        """The text of each caption."""
+        return [one.caption or "" for one in self.captions]
+
 
 def evaluate_captions(settings: EvaluateSettings) -> Evaluation:
     """Say what captions are like and, where there are references, score them.
@@ -95,20 +100,18 @@ def _compare(
         evaluation.signature += f"|{METEOR_SIGNATURE}"
     evaluation.scores = _with_intervals(scored.scores, settings)
     texts = [one.texts for one in references.values()]
-    captions = [one.caption or "" for one in scored.captions]
-    evaluation.doubt(doubts_about_words(captions, scored.words, texts))
-    evaluation.doubt(doubts_about_writing(evaluation.captions, captions, texts))
+    evaluation.doubt(doubts_about_words(scored.texts, scored.words, texts))
+    evaluation.doubt(doubts_about_writing(evaluation.captions, scored.texts, texts))
     if evaluation.against is not None:
         against = _score(theirs, references, profile, settings)
-        other_captions = [one.caption or "" for one in against.captions]
-        evaluation.doubt(doubts_about_writing(evaluation.against, other_captions, texts))
+        evaluation.doubt(doubts_about_writing(evaluation.against, against.texts, texts))
         evaluation.differences = _differences(scored.scores, against.scores, settings)
     evaluation.calibration = _calibration(scored, settings)
     evaluation.doubt(doubts_about_scores(scored.scores.overall, len(references)))
     if settings.per_image is not None:
         columns = {
             "image_id": [one.image_id for one in scored.captions],
-            "caption": captions,
+            "caption": scored.texts,
             "words": scored.words,
             "references": texts,
             "mean_logprob": [one.mean_logprob for one in scored.captions],

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever stood under their names. Knows no formats."""
+"""Replace files whole or not at all; links, modes and owners are kept. Knows no formats."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-MAX_LINKS = 40  # in a row, as Linux has it
+MAX_LINKS = 40  # followed in a row, as on Linux
 
 
 @contextmanager
@@ -34,14 +34,15 @@ def replacing(
     """
     path = followed(path)
     like = check_replaceable(path) or like
-    temporary = _temporary_of(staged or path)
+    staged = staged or path
+    temporary = staged.with_name(f".{staged.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         mode = 0o666 if like is None else 0o600
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         yield temporary
         sync(temporary)
         if like is not None:
-            _hand_on(like, temporary)
+            _set_owner_and_mode(temporary, like)
         temporary.replace(path)
         sync(path.parent)
     finally:
@@ -71,8 +72,8 @@ def check_replaceable(path: Path) -> os.stat_result | None:
     """The status of a file that this process may replace; None if there is no file.
 
     Raises:
-        OSError: it is a folder, a link, a pipe or a device, read-only, mounted by itself, or not
-            for this user to replace.
+        OSError: it is a folder, a link, a pipe, a device or a mount point, or this user may not
+            replace it.
     """
     try:
         status = path.lstat()
@@ -99,6 +100,7 @@ def is_mounted_apart(path: Path, folder: Path) -> bool:
     Raises:
         OSError: one of the two is missing, or lies in a folder that can't be searched.
     """
+    # Folders only: on overlayfs a file and its folder may have different devices.
     if path.is_dir() and path.stat().st_dev != folder.stat().st_dev:
         return True
     return _mount_of(path) != _mount_of(folder)
@@ -123,29 +125,25 @@ def sync(path: Path) -> None:
 
 
 def _mount_of(path: Path) -> str | None:
-    """The number of the mount that a path is in; None where the system doesn't tell."""
+    """Return the number of the mount that holds a path; None if the system has no such number."""
     descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
     try:
-        told = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+        info = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    found = re.search(r"^mnt_id:\s*(\d+)", told, re.MULTILINE)
+    found = re.search(r"^mnt_id:\s*(\d+)", info, re.MULTILINE)
     return found[1] if found else None
 
 
-def _temporary_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-
-
-def _hand_on(status: os.stat_result, path: Path) -> None:
-    """Give a file this owner, group and mode, and a narrower mode if the group can't be set."""
-    for owner, group in ((status.st_uid, -1), (-1, status.st_gid)):
+def _set_owner_and_mode(path: Path, like: os.stat_result) -> None:
+    """Copy owner, group and mode from `like`; narrow the mode if the group can't be set."""
+    for owner, group in ((like.st_uid, -1), (-1, like.st_gid)):
         with suppress(OSError):
             os.chown(path, owner, group)
-    mode = stat.S_IMODE(status.st_mode) & 0o777
-    if path.stat().st_gid != status.st_gid:
+    mode = stat.S_IMODE(like.st_mode) & 0o777
+    if path.stat().st_gid != like.st_gid:
         mode &= 0o707 | (mode & 0o007) << 3  # our group may do what all others may
     with suppress(OSError):  # a file system without modes
         path.chmod(mode)

@@ -1,6 +1,6 @@
-"""Which photos there are: folders, lists and archives of them, here or behind URLs, and their ids.
+"""List the photos of an input (a folder, a list or archives, local or behind a URL) and their ids.
 
-Only photos in archives are read here. Whether one can be decoded is not known.
+Only photos in archives are read here. Nothing is decoded.
 """
 
 import fnmatch
@@ -18,6 +18,7 @@ from batchcap.lists import names_in
 from batchcap.model.tiff import RAW_EXTENSIONS
 from batchcap.records import printable, saying_which
 from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
+from batchcap.settings import SYSTEM_FOLDERS
 from batchcap.shards import (
     PARQUET_SUFFIX,
     TAR_SUFFIXES,
@@ -35,7 +36,7 @@ from batchcap.tars import read_tar
 
 logger = logging.getLogger(__name__)
 
-# Some of these are not decoded, but their owners believe them to be photos and want to be told.
+# Some of these can't be decoded, but users expect a row for each.
 IMAGE_EXTENSIONS = RAW_EXTENSIONS | frozenset(
     (
         *("jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "mpo", "png", "apng", "bmp", "dib", "gif"),
@@ -44,17 +45,15 @@ IMAGE_EXTENSIONS = RAW_EXTENSIONS | frozenset(
     )
 )
 
-# Folders of operating systems and storage devices, as patterns of `--exclude`.
-SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
 OTHER_ARCHIVES = (".tar.zst", ".tzst", ".tar.lz4", ".tar.lz", ".tar.z", ".zip", ".7z", ".rar")
 
 _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 
 
 class Entry(NamedTuple):
-    """What a folder holds: its path below the root, with a slash at a folder's end.
+    """A file or a folder in a folder: its path below the root, which ends in a slash for a folder.
 
-    `size` and `mtime_ns` as a store's listing tells them.
+    `size` and `mtime_ns` are those of a store's listing.
     """
 
     path: str
@@ -62,7 +61,7 @@ class Entry(NamedTuple):
     mtime_ns: int | None = None
 
 
-# Of the path of a photo or a folder, below a source.
+# Whether a photo or a folder, by its path below a source, is excluded
 IsExcluded = Callable[[str], bool]
 # (root, folder below it with a slash at its end): its entries
 ListFolder = Callable[[str, str], list[Entry]]
@@ -74,20 +73,21 @@ class Selection(NamedTuple):
     pattern: Callable[[str], bool] | None
     is_excluded: IsExcluded
 
-    def wants(self, path: str) -> bool:
-        """Whether to list a file of a folder or a tar: by the pattern, or else by extension."""
+    def is_photo(self, path: str) -> bool:
+        """Whether a file of a folder or a tar is a photo: by the pattern, or else by extension."""
         return (self.pattern or _has_image_extension)(path)
 
-    def chooses(self, path: str) -> bool:
-        """Whether to list a photo of a list or a Parquet file."""
+    def keeps(self, path: str) -> bool:
+        """Whether to keep a photo that a list or a Parquet file names."""
         return (self.pattern is None or self.pattern(path)) and not self.is_excluded(path)
 
 
 def warn_unlisted(name: str, reason: str) -> None:
-    """Say that a folder is left out, or what can't be read of an archive."""
+    """Warn that a folder or an archive could not be read, or only in part."""
     logger.warning(
-        "%s cannot be read, or not all of it (%s); its other photos are left out.",
-        *(printable(name), reason),
+        "could not fully read %s (%s); skipping its remaining photos",
+        printable(name),
+        reason,
     )
 
 
@@ -126,9 +126,8 @@ def list_images(
         return _read_list(sys.stdin.buffer, "standard input", "", selection)
     if not is_url(source) and Path(source).is_dir():
         return _list_folder(source, _local_entries, selection, unlisted)
-    archives = archives_in(source)
+    archives = archives_in(source, columns)
     if archives is not None:
-        check_columns(archives[0], columns)
         return (
             ref
             for archive in archives
@@ -146,21 +145,23 @@ def list_images(
     )
 
 
-def archives_in(source: str) -> list[Archive] | None:
-    """The archives that a source consists of; None where it does not.
+def archives_in(source: str, columns: Columns = USUAL_COLUMNS) -> list[Archive] | None:
+    """The archives that a source names; None if it names none.
 
-    Raises UsageError if there are none of these names, or it names archives of another kind;
-    InputError if they can't be listed.
+    Raises UsageError if no archive has such a name, the source names archives of another kind, or
+    the first Parquet file has no such column; InputError if the archives can't be listed.
     """
     source = without_file_scheme(source)
     if not _names_archives(source):
         return None
     with saying_which(source):
-        return archives_of(source)
+        archives = archives_of(source)
+    check_columns(archives[0], columns)
+    return archives
 
 
 def _names_archives(source: str) -> bool:
-    """Whether these are tars or Parquet files. Raises UsageError if they are other archives."""
+    """Whether a source names tars or Parquet files. Raises UsageError for other archives."""
     name = source.lower()
     if not is_url(source) and Path(source).is_dir():
         return False
@@ -214,17 +215,17 @@ def excluder(
 ) -> IsExcluded:
     """Make the function that says whether a path below a source is excluded.
 
-    It is if one of the patterns, which are like that of `list_images`, matches the path or a folder
-    on the way to it. Folders and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
+    A path is excluded if a pattern, written as for `list_images`, matches it or a folder that
+    contains it. Folders and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
     `on_system_folder`; lists and Parquet files don't, as they name each photo.
     """
-    is_asked = _matcher_on_the_way(patterns)
-    is_system = _matcher_on_the_way(() if names_photos(source) else SYSTEM_FOLDERS)
+    matches_pattern = _matcher_of_any_part(patterns)
+    is_in_system_folder = _matcher_of_any_part(() if names_photos(source) else SYSTEM_FOLDERS)
 
     def is_excluded(path: str) -> bool:
-        if is_asked(path):
+        if matches_pattern(path):
             return True
-        if not is_system(path):
+        if not is_in_system_folder(path):
             return False
         on_system_folder(path)
         return True
@@ -232,8 +233,8 @@ def excluder(
     return is_excluded
 
 
-def _matcher_on_the_way(patterns: Sequence[str]) -> IsExcluded:
-    """Whether a path, or a folder that contains it, matches one of some patterns."""
+def _matcher_of_any_part(patterns: Sequence[str]) -> IsExcluded:
+    """Make the function that says whether a pattern matches a path or a folder that contains it."""
     if not patterns:
         return lambda _path: False
     wanted = [pattern.lower().rstrip("/") for pattern in patterns]
@@ -265,9 +266,9 @@ def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
 
 
 def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
-    """The match of one of some fnmatch patterns, in which `**/` may stand for no folder too."""
-    wanted = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
-    return re.compile("|".join(map(fnmatch.translate, sorted(wanted))) or "(?!)").match
+    """Make the function that matches any of these fnmatch patterns; `**/` may match no folder."""
+    variants = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
+    return re.compile("|".join(map(fnmatch.translate, sorted(variants))) or "(?!)").match
 
 
 def _has_image_extension(relative: str) -> bool:
@@ -288,16 +289,16 @@ def _list_folder(
     return (
         ImageRef(image_id_of(path), prefix + path, size, mtime_ns)
         for path, size, mtime_ns in _walk(prefix, top, entries, selection, unlisted)
-        if selection.wants(path)
+        if selection.is_photo(path)
     )
 
 
 def _walk(
     root: str, pending: list[Entry], entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[Entry]:
-    """All below `root` that is no folder, from the last of `pending` to the first.
+    """The files below `root`, from the last of `pending` to the first.
 
-    Each folder is sorted by itself: with the slash that its paths go on with, all are in order.
+    Each folder is sorted by itself: the slash at the end of its path puts all files in order.
     """
     while pending:
         entry = pending.pop()
@@ -312,7 +313,7 @@ def _walk(
             unlisted(image_id_of(entry.path), str(error.strerror))
             continue
         others = [other for other in below if other.path != entry.path]
-        if len(others) < len(below) and selection.wants(entry.path.rstrip("/")):
+        if len(others) < len(below) and selection.is_photo(entry.path.rstrip("/")):
             unlisted(image_id_of(entry.path), "it is a file too; rename that")
         pending += _last_first(others)
 
@@ -336,11 +337,12 @@ def _local_entries(root: str, folder: str) -> list[Entry]:
 
 
 def _remote_entries(root: str, folder: str) -> list[Entry]:
-    told = (file._replace(url=file.url.removeprefix(root)) for file in list_folder(root + folder))
+    entries = (
+        Entry(file.url.removeprefix(root), file.size, file.mtime_ns)
+        for file in list_folder(root + folder)
+    )
     return [
-        Entry(file.url, file.size, file.mtime_ns)
-        for file in told
-        if file.url and not _is_hidden(file.url.removeprefix(folder))
+        entry for entry in entries if entry.path and not _is_hidden(entry.path.removeprefix(folder))
     ]
 
 
@@ -365,10 +367,10 @@ def _archive_refs(
 
 
 def _tar_refs(archive: str, selection: Selection, unlisted: Unread) -> Iterator[ImageRef]:
-    def is_photo(name: str) -> bool:
-        return selection.wants(name) and not _is_hidden(name) and not selection.is_excluded(name)
+    def is_wanted(name: str) -> bool:
+        return selection.is_photo(name) and not _is_hidden(name) and not selection.is_excluded(name)
 
-    for item in read_tar(archive, is_photo, unlisted):
+    for item in read_tar(archive, is_wanted, unlisted):
         yield _ref_in(archive, item)
 
 
@@ -377,7 +379,7 @@ def _parquet_refs(
 ) -> Iterator[ImageRef]:
     for item in read_parquet(archive, columns, unlisted):
         name = _normalised(item.name)
-        if not selection.chooses(name):
+        if not selection.keeps(name):
             continue
         if item.data is None:
             path = _located(posixpath.dirname(archive.path) or ".", _normalised(item.path))
@@ -397,7 +399,7 @@ def _read_list(
     with lines, saying_which(source):
         for text in names_in(lines):
             name = _normalised(text)
-            if text.strip() and selection.chooses(name):
+            if text.strip() and selection.keeps(name):
                 yield ImageRef(image_id_of(name), _located(base, name))
 
 
@@ -406,7 +408,7 @@ def _located(base: str, name: str) -> str:
 
 
 def _normalised(line: str) -> str:
-    """Without `./` and doubled slashes. `..` stays: behind a link it is another folder."""
+    """A name without `./` and doubled slashes. `..` stays: behind a link it is another folder."""
     line = without_file_scheme(line)
     if is_url(line):
         return line

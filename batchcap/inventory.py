@@ -16,7 +16,6 @@ import numpy.typing as npt
 from batchcap.contracts import ImageRef, InputError, UsageError, int64_or_none
 from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.inputs import (
-    SYSTEM_FOLDERS,
     excluder,
     is_list,
     list_images,
@@ -30,14 +29,14 @@ from batchcap.remote import describe, is_url
 from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
-from batchcap.settings import RunSettings
+from batchcap.settings import SYSTEM_FOLDERS, RunSettings
 from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
 PATH_SHOWN = 300  # characters of what may be a whole file in one line
-NAMES_CHECKED = 100  # of a list, before it counts as one in a wrong form
+NAMES_CHECKED = 100  # of a list, before it is refused
 COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
@@ -45,10 +44,10 @@ log = logging.getLogger(__name__)
 
 
 class Tally(NamedTuple):
-    """What an inventory of a piece of an input has come to, for that of the whole.
+    """The results of a piece's inventory, to be added to the whole input's.
 
-    seen: the row numbers of its photos. unread: what could not be listed, and why. left_out: the
-    first system folder, or empty.
+    seen: the row numbers of its photos. unread: each folder or archive that could not be listed,
+    and why. left_out: the first system folder, or empty.
     """
 
     summary: RunSummary
@@ -64,9 +63,9 @@ class Inventory:
     """The photos of an input against the rows that are there, counted while they are listed.
 
     taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
-    input has been. unlisted: how many folders and shards could not be read, or not whole. doubled:
-    how many photos have an id that came before, and are left out; lines of a list do not count.
-    left_out: the first system folder of the input, or empty.
+    input has been. unlisted: how many folders and archives could not be read, or only in part.
+    doubled: how many photos were left out because an earlier one has their id; lines of a list do
+    not count. left_out: the first system folder of the input, or empty.
     """
 
     def __init__(
@@ -84,9 +83,9 @@ class Inventory:
         self._met = IdSet()
 
     def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
-        """List the photos of the input, noting what can't be listed and what is left out.
+        """List the photos of the input, noting unreadable folders and archives, and system folders.
 
-        Raises InputError for a list in a wrong form, as `checked` does.
+        Raises InputError for a list whose files don't exist, as `checked` does.
         """
         refs = list_images_of(self.settings, self.note_unlisted, left_out=self.note_left_out)
         return self.checked(refs, goes_on)
@@ -96,8 +95,8 @@ class Inventory:
     ) -> Iterator[ImageRef]:
         """Yield the photos of a list, but hold back those without a row until one of them exists.
 
-        Raises InputError if the first hundred without a row are missing, or, in a shorter list, all
-        photos are. Other inputs are passed on as they are.
+        Raises InputError if none of the first hundred without a row exists, or, in a shorter list,
+        no photo does. Other inputs pass unchecked.
         """
         if not names_photos(self.settings.source):
             yield from refs
@@ -125,13 +124,14 @@ class Inventory:
         yield from held
 
     def check_list(self, pieces: Iterable[list[ImageRef]]) -> None:
-        """Raises InputError if the input is a list in a wrong form; `pieces` are its photos."""
-        deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
+        """Check the photos of a list, given in pieces; raises InputError as `checked` does."""
+        if names_photos(self.settings.source):
+            deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
 
     def unfinished(
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageRef]:
-        """Those of all photos that need a row, or a new one; asks `goes_on` at each photo."""
+        """Yield the photos that need a row, or a new one; asks `goes_on` at each photo."""
         largest = LARGEST_OF_PIPE if self.settings.source == "-" else LARGEST_CHUNK
         for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
@@ -184,7 +184,7 @@ class Inventory:
         """Raises InputError if some of the input was left out, now that the rest has its rows."""
         told = []
         if self.unlisted:
-            left_out = counted(self.unlisted, "folder or shard", "folders or shards")
+            left_out = counted(self.unlisted, "folder or archive", "folders or archives")
             told.append(f"{left_out} of {self.settings.source} could not be read, or not whole")
         if self.doubled:
             told.append(
@@ -230,14 +230,14 @@ class Inventory:
     def _known(self, ref: ImageRef, row: int) -> Known:
         size, mtime_ns = ref.size, ref.mtime_ns
         if ref.data is not None:
-            # Its time is often that at which the shard was made.
+            # Its time is often the archive's.
             return self.index.compare_bytes(row, UNKNOWN if size is None else size, ref.sha256)
         if size is None:
             size, mtime_ns = _size_and_time(ref.path)
         return self.index.compare(row, size, UNKNOWN if mtime_ns is None else mtime_ns)
 
     def note_unlisted(self, name: str, reason: str) -> None:
-        """Say that a folder or a shard can't be read, or not whole."""
+        """Count and warn of a folder or an archive that could not be read, or only in part."""
         self.unlisted += 1
         warn_unlisted(name, reason)
 
@@ -246,9 +246,10 @@ class Inventory:
         if not self.left_out:
             self.left_out = name
             log.info(
-                "leaving out %s and everything else named %s; "
-                "to caption the photos of such a folder, give it as INPUT",
-                *(printable(name), " or ".join(SYSTEM_FOLDERS)),
+                "skipping system folders (%s), such as %s; "
+                "to caption the photos of one, give it as INPUT",
+                ", ".join(SYSTEM_FOLDERS),
+                printable(name),
             )
 
     def _note_doubled(self, name: str) -> None:
@@ -256,11 +257,11 @@ class Inventory:
             return
         self.doubled += 1
         if self.doubled == 1:
-            remedy = "; name a column of unique ids with --id-column"
+            is_parquet = self.settings.source.lower().endswith(PARQUET_SUFFIX)
             log.warning(
                 "%s has the id of a photo before it; such photos are left out%s",
                 printable(name),
-                remedy if self.settings.source.lower().endswith(PARQUET_SUFFIX) else "",
+                "; name a column of unique ids with --id-column" if is_parquet else "",
             )
 
 
@@ -317,7 +318,7 @@ def _chosen(refs: list[ImageRef], which: npt.NDArray[np.bool_]) -> list[ImageRef
 
 
 def _described(refs: list[ImageRef], has_row: npt.NDArray[np.bool_]) -> Iterator[ImageRef]:
-    """The same photos; of those to be compared that lie in a store, with what the store says."""
+    """The same photos; those with a row to compare get size and time from their store, if any."""
     is_asked = [
         known and ref.size is None and ref.data is None and is_url(ref.path)
         for ref, known in zip(refs, has_row.tolist(), strict=True)
@@ -337,15 +338,15 @@ def _described_where(is_asked: list[bool], refs: list[ImageRef]) -> Iterator[Ima
 
 def _described_by_store(ref: ImageRef) -> ImageRef:
     try:
-        told = describe(ref.path)
-    except OSError:  # for the reader of the photo to meet
+        file = describe(ref.path)
+    except OSError:  # reading the photo will fail alike, and its row says why
         return ref._replace(size=UNKNOWN)
-    size = UNKNOWN if told.size is None else told.size
-    return ref._replace(size=size, mtime_ns=told.mtime_ns)
+    size = UNKNOWN if file.size is None else file.size
+    return ref._replace(size=size, mtime_ns=file.mtime_ns)
 
 
 def _is_missing(ref: ImageRef) -> bool:
-    """Whether there is no such file; False where that can't be found out."""
+    """Whether the file of a photo does not exist; False where this can't be known."""
     if ref.data is not None:
         return False
     try:

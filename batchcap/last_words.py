@@ -1,7 +1,6 @@
-"""What a library prints while it starts: kept back, and shown only if the start fails.
+"""Hold back what a library prints while it starts, and show it only if the start fails.
 
-C++ code may end the process without returning to Python. A process of its own keeps the text, so
-that someone is left to show it.
+C++ code may end the process without returning to Python, so a separate process keeps the text.
 """
 
 import os
@@ -21,24 +20,24 @@ if text:
 
 @contextmanager
 def kept_back(library: str) -> Iterator[None]:
-    """Keep what this process prints on stderr in the block, C++ code too.
+    """Hold back what this process, C++ code too, prints on stderr in the block.
 
-    It is shown if the block raises an Exception, or if the process ends in it.
+    The text is shown if the block raises an Exception, or if the process ends in it.
     """
     command = [sys.executable, "-I", "-S", "-c", KEEPER, DID_NOT_START.format(library)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # what ends this process does not end it
+        start_new_session=True,  # survives signals to this process's group
     ) as keeper:
         assert keeper.stdin is not None
         try:
             with stderr_to(keeper.stdin.fileno()):
                 yield
         except Exception:
-            raise  # its input ends, and the keeper shows it
-        except BaseException:  # the run is to stop
+            raise  # which closes the keeper's input: it shows the text
+        except BaseException:  # the run was stopped
             keeper.kill()
             raise
         keeper.kill()
@@ -46,7 +45,7 @@ def kept_back(library: str) -> Iterator[None]:
 
 @contextmanager
 def stderr_to(descriptor: int) -> Iterator[None]:
-    """Write to an open file what this process, C++ code too, prints on stderr in the block."""
+    """Redirect the stderr of this process, C++ code too, to an open file in the block."""
     stderr = os.dup(2)
     os.dup2(descriptor, 2)
     try:

@@ -1,8 +1,8 @@
-"""Where an output and what belongs to it lies: here, in a store, in shares.
+"""Where the files of an output are: on this machine, in a store, in shares.
 
 A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
-other file. All else lies beside the folder under hidden names. It lies in the folder only where
-that is a mount point or a bucket, or where the folder around it can't be written.
+other file. All other files are beside the folder under hidden names. They are in the folder only
+if it is a mount point or a bucket, or if the folder around it can't be written.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
@@ -18,8 +17,8 @@ from pathlib import Path
 
 from batchcap.contracts import OtherOutputError, UsageError
 from batchcap.files import followed, is_mounted_apart, sync
-from batchcap.mirror import Mirror
-from batchcap.remote import RemoteFile, describe, list_folder
+from batchcap.mirror import Mirror, describe_if_there
+from batchcap.remote import RemoteFile, list_folder
 from batchcap.row_files import saying_where
 from batchcap.surroundings import cache_folder
 
@@ -62,15 +61,15 @@ class Layout:
 
     @property
     def manifest(self) -> Path:
-        """What a data set tells of its parts; a file has none."""
-        return self._inside(MANIFEST) if self._is_inside(MANIFEST) else self._beside(MANIFEST)
+        """The list of a data set's parts; one file has no manifest."""
+        return self._inside_or_beside(MANIFEST)
 
     @property
     def summary(self) -> Path:
-        """The account of the last run."""
+        """The summary of the last run."""
         if self.is_file:
             return self.output.with_suffix(f".{SUMMARY}")
-        return self._inside(SUMMARY) if self._is_inside(SUMMARY) else self._beside(SUMMARY)
+        return self._inside_or_beside(SUMMARY)
 
     def mark(self, digest: str) -> Path:
         """The empty file that marks a data set as complete, by a digest of its parts.
@@ -95,13 +94,13 @@ class Layout:
 
     def temporaries(self) -> Iterator[tuple[Path, str]]:
         """Folder and glob of the names of each file that a run may have been killed writing."""
-        ours = [self.summary]
         if self.is_file:
-            ours += [self.output]
+            ours = [self.output, self.summary]
         else:
-            ours += [self.manifest, self._inside(MANIFEST), self._inside(SUMMARY)]
-            folder, name = self._beside("part").parent, self._beside("").name
-            yield folder, escape(name) + PARTS
+            names = (MANIFEST, SUMMARY)
+            ours = [place(name) for place in (self._inside, self._beside) for name in names]
+            beside = self._beside("")
+            yield beside.parent, escape(beside.name) + PARTS
         yield from ((path.parent, escape(path.name)) for path in ours)
         yield self.parts, PARTS
 
@@ -154,14 +153,17 @@ class Layout:
 
     def _beside(self, name: str) -> Path:
         """The path of a hidden file beside a data set's folder."""
-        known_as = self.mirror.url if self.mirror else Path(os.path.realpath(self.output))
-        folder, data_set = _data_set_of(known_as)
-        return Path(self.mirror.home if self.mirror else folder) / f".{data_set}.{name}"
+        if self.mirror is not None:
+            return self.mirror.home / f"{self.mirror.prefix_beside}{name}"
+        folder, data_set = _data_set_of(Path(os.path.realpath(self.output)))
+        return Path(folder) / f".{data_set}.{name}"
 
-    def _is_inside(self, name: str) -> bool:
-        """Whether a file of a data set lies in its folder; one that lies there is the newest."""
-        is_beside = self._beside(name).exists() or self._has_room_beside
-        return self._inside(name).exists() or not is_beside
+    def _inside_or_beside(self, name: str) -> Path:
+        """The path of a data set's file; if it is in both places, the newer one is inside."""
+        inside, beside = self._inside(name), self._beside(name)
+        if inside.exists() or not (beside.exists() or self._has_room_beside):
+            return inside
+        return beside
 
     @property
     def _has_room_beside(self) -> bool:
@@ -252,7 +254,7 @@ def _followed(output: Path | str) -> Path | str:
 
 
 def _data_set_of(output: Path | str) -> tuple[Path | str, str]:
-    """The folder that a data set is in, and what hidden names there begin with."""
+    """The folder around a data set, and its name in the hidden names there."""
     folder, name = _parted(output)
     if SHARE.fullmatch(name):
         folder, data_set = _parted(folder)
@@ -312,8 +314,4 @@ def _files_in(url: str) -> list[RemoteFile]:
 
 
 def _described(urls: Iterable[str]) -> list[RemoteFile]:
-    found = []
-    for url in urls:
-        with suppress(FileNotFoundError):
-            found.append(describe(url))
-    return found
+    return [file for file in map(describe_if_there, urls) if file is not None]

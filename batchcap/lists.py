@@ -1,4 +1,4 @@
-"""Lists of names: reading them however they were saved, and guessing what is wrong with one."""
+"""Lists of names: read one in any Unicode encoding, and guess what is wrong with one."""
 
 import codecs
 import re
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 READ_BYTES = 1 << 16
-MARKS = (  # the longest first: that of UTF-32 begins with that of UTF-16
+BYTE_ORDER_MARKS = (  # the longest first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-FAULTS = (  # patterns of wrong names; what is wrong, and what to do
+FAULTS = (  # pattern of wrong names; their fault, and what to do
     (r".*[\0\ufffd\udc80-\udcff].*", "are not UTF-8; save the list as UTF-8"),
     (r".*[,;\t].*", "look like rows of a table; keep one name a line and nothing else"),
     (r"""(["'`]).*\1""", "are in quotes; remove the quotes"),
@@ -30,8 +30,8 @@ OTHER_FOLDER = (
 def names_in(file: IO[bytes]) -> Iterator[str]:
     r"""Yield the names of a list as they arrive, blank ones too, as surrogateescape str.
 
-    Names end with NUL if the first one does, else with `\n` or `\r\n`. The byte order mark says the
-    encoding. Without one it is UTF-8, or UTF-16 if that makes the first two characters ASCII.
+    Names end with NUL if the first one does, else with `\n` or `\r\n`. The byte order mark gives
+    the encoding; without one it is UTF-8, or UTF-16 if that makes the first two characters ASCII.
     """
     separator, rest = "", ""
     for text in _texts(file):
@@ -49,7 +49,7 @@ def _ended(name: str, separator: str) -> str:
 
 
 def _texts(file: IO[bytes]) -> Iterator[str]:
-    read = getattr(file, "read1", file.read)  # returns what has arrived
+    read = getattr(file, "read1", file.read)  # `read1` does not wait for more of a pipe
     start = b""
     while len(start) < len(codecs.BOM_UTF32_LE) and (data := read(READ_BYTES)):
         start += data
@@ -63,7 +63,7 @@ def _texts(file: IO[bytes]) -> Iterator[str]:
 
 
 def _encoding_of(start: bytes) -> tuple[bytes, str]:
-    for mark, encoding in MARKS:
+    for mark, encoding in BYTE_ORDER_MARKS:
         if start.startswith(mark):
             return mark, encoding
     is_used = bytes(byte != 0 for byte in start[:4])
@@ -71,9 +71,9 @@ def _encoding_of(start: bytes) -> tuple[bytes, str]:
 
 
 def likely_fault(names: Sequence[str]) -> str:
-    """What is wrong with most of the names, none of which is a file's, and what to do.
+    """The likely fault of names that match no file, and what to do about it.
 
-    Follows `they`, as in `they are in quotes; remove the quotes`.
+    The text follows `they`, as in `they are in quotes; remove the quotes`.
     """
     for pattern, fault in FAULTS:
         matches = re.compile(pattern, re.DOTALL).fullmatch

@@ -59,14 +59,14 @@ def stem(image_id: str) -> str:
     return name + extension if ":" in extension else name
 
 
-def _same_in_nfc(key: Callable[[str], str]) -> Callable[[str], str]:
-    """Compare what `key` gives in NFC: file systems of macOS give names back decomposed."""
+def _in_nfc(key: Callable[[str], str]) -> Callable[[str], str]:
+    """Normalise the result of `key` to NFC: macOS lists file names decomposed."""
     return lambda image_id: unicodedata.normalize("NFC", key(image_id))
 
 
 WAYS: dict[str, Callable[[str], str]] = {
-    "file name": _same_in_nfc(posixpath.basename),
-    "file name without extension": _same_in_nfc(stem),
+    "file name": _in_nfc(posixpath.basename),
+    "file name without extension": _in_nfc(stem),
 }
 
 

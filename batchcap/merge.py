@@ -38,9 +38,9 @@ ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 def merge_captions(settings: MergeSettings) -> str:
     """Write the rows of all shares to a new output; returns what to tell the user.
 
-    Nothing stands under the final name until all of it does; in a store, where a data set grows
-    part by part, its manifest comes last. A few row groups are in memory at a time, and 8 bytes an
-    image.
+    The output appears under its final name when it is whole. In a store a data set grows part by
+    part; its mark and its manifest come last. A few row groups are in memory at a time, and 8 bytes
+    an image.
 
     Raises:
         UsageError: there are no captions of this name.
@@ -171,7 +171,7 @@ def _put_in_place(new: Path, target: Layout, manifest: str) -> None:
         new.rename(target.output)
         sync(target.output.parent)
         return
-    for path in sorted(new.iterdir(), reverse=True):  # the mark last
+    for path in sorted(new.iterdir(), reverse=True):  # the mark, ".complete-...", last
         target.publish(path.rename(target.output / path.name))
     replace_text(target.manifest, manifest)
     target.publish(target.manifest)

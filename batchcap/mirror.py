@@ -1,6 +1,6 @@
 """A folder of a store and its working copy here: pulled at first, pushed file by file.
 
-With hidden files that lie beside the folder and belong to it.
+The hidden files that belong to the folder and are beside it are copied too.
 
 A file appears in the store whole, under its final name, or not at all. There is no lock that a
 store would free when a run dies. Instead each file that is pushed must be, in the store, what this
@@ -46,10 +46,10 @@ class Mirror:
     _copies: dict[str, Copy] = field(default_factory=dict)
 
     def pull(self, there: Iterable[RemoteFile], here: Iterable[Path]) -> set[str]:
-        """Make the files here those that are there, and forget all others that were.
+        """Make the files here equal to those in the store, `there`, and remove all others.
 
-        `here` are files that may be here without ever having got there. Returns the names of those
-        that somebody else has changed since the last run here.
+        `here` are files that may exist here without having reached the store. Returns the names of
+        the files that somebody else has changed since the last run here.
 
         Raises:
             OutputError: the store can't be reached, or the disk is full.
@@ -69,9 +69,9 @@ class Mirror:
         return changed
 
     def push(self, path: Path) -> None:
-        """Make the file there what it is here, or remove it if it is gone.
+        """Make a file in the store equal to the one here, or remove it if this one is gone.
 
-        Does nothing with files that are neither in the folder nor belong to it.
+        Files that are neither in the folder nor belong to it are ignored.
 
         Raises:
             LockedError: somebody else has written it meanwhile.
@@ -81,7 +81,7 @@ class Mirror:
             return
         url, before = self._url(path.name), self._version(path.name)
         with saying_where(url):
-            if before and _version(_described(url)) != before:
+            if before and _version(describe_if_there(url)) != before:
                 raise _overtaken(url)
             if not path.exists():
                 remove(url)
@@ -135,7 +135,8 @@ def _version(file: RemoteFile | None) -> str:
     return file.version if file is not None else ""
 
 
-def _described(url: str) -> RemoteFile | None:
+def describe_if_there(url: str) -> RemoteFile | None:
+    """Describe a file of a store; None if it does not exist."""
     try:
         return describe(url)
     except FileNotFoundError:

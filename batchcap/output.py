@@ -140,13 +140,12 @@ class CaptionFolder:
     def prune(self, is_excluded: Callable[[str], bool] = lambda _image_id: False) -> int:
         """Drop the rows of images that the whole input no longer has; returns how many.
 
-        Those of excluded images stay: whether the input has these is not known.
+        Rows of excluded images stay: whether the input has these images is not known.
         """
         gone = {
-            file: self.index.vanished_of(file, self._ids_of(file))
+            file: {*filterfalse(is_excluded, self.index.vanished_of(file, self._ids_of(file)))}
             for file in range(len(self._files))
         }
-        gone = {file: {*filterfalse(is_excluded, names)} for file, names in gone.items()}
         if any(gone.values()):
             self._begin()
             for file, image_ids in gone.items():
@@ -247,8 +246,9 @@ class CaptionFolder:
     def _read_captions(self, place: Place) -> tuple[pa.Table, dict[str, int]]:
         """A row group's captions, and the row of each SHA-256; those of whole photos only."""
         table = read_group(self._files[place.file].path, place.group)
-        is_whole = pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null())
-        table = table.filter(is_whole)
+        table = table.filter(
+            pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null())
+        )
         row_of = {sha256: row for row, sha256 in enumerate(table["sha256"].to_pylist())}
         return table.select(CAPTION_COLUMNS), row_of
 
@@ -277,7 +277,7 @@ def _parts_told(files: list[RowFile]) -> list[dict[str, str | int]]:
 
 
 def digest_of(files: list[RowFile]) -> str:
-    """Of the names of a data set's parts and the numbers of their rows."""
+    """Return a digest of the names and row counts of a data set's parts."""
     return hashlib.sha256(json.dumps(_parts_told(files)).encode()).hexdigest()[:16]
 
 
@@ -289,7 +289,7 @@ def is_whole(layout: Layout, files: list[RowFile]) -> bool:
         return True
     if layout.manifest.parent != layout.output:
         return False
-    try:  # by an earlier version, which made no mark
+    try:  # earlier versions made no mark
         told = json.loads(layout.manifest.read_text(encoding="utf-8"))
         return bool(told["complete"]) and told["parts"] == _parts_told(files)
     except (OSError, ValueError, KeyError, TypeError):
@@ -336,7 +336,7 @@ def open_captions(
 
 
 def _like_of(layout: Layout) -> os.stat_result | None:
-    """The status of the newest file of an output: of OUTPUT itself, or of its last part."""
+    """Return the status of OUTPUT itself, or of its last part; None if there is no row yet."""
     files = layout.row_files()
     if layout.is_file and layout.output.exists():
         files.append(layout.output)

@@ -1,8 +1,8 @@
 """Captioning on a Ray cluster: pieces of the input go out, rows come back.
 
-Ray Data keeps the workers busy, no further ahead than they can follow, and does again what was lost
-with a process or a machine. A piece says the same each time it is done, so that nothing that has
-come back comes twice. Nobody but the driver writes.
+Ray Data keeps the workers busy with bounded read-ahead, and retries pieces lost with a process or a
+machine. A retried piece yields the same chunks, so that no row comes back twice. Only the driver
+writes.
 """
 
 import logging
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from batchcap.contracts import BatchcapError, ImageRef, UsageError
+from batchcap.contracts import BatchcapError, ImageRef, UsageError, first_line
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.inputs import archives_in
 from batchcap.inventory import Inventory, Tally, columns_of, list_images_of
@@ -35,7 +35,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
-from batchcap.shards import Archive, Unread, check_columns
+from batchcap.shards import Archive, Unread
 from batchcap.stopping import SIGNALS
 from batchcap.surroundings import cache_folder
 from batchcap.worker import CaptionWorker
@@ -46,7 +46,7 @@ CONNECT_S = 10.0
 STARTS = 3  # of TensorFlow in a worker
 TENSORFLOW_DIED = DID_NOT_START.format("TensorFlow")
 INIT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
-# What Ray would tell of itself, with tracebacks; what matters of it is told by us.
+# Silence Ray's own messages and tracebacks; batchcap reports failures itself.
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ Piece = Archive | list[ImageRef]
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a worker tells of a piece: some rows and, after all of them, what it came to.
+    """A part of a worker's answer for a piece: some rows or, after all rows, the piece's tally.
 
-    metadata: what a file of the rows says of how they were made. failure: why there are none; an
-    exception that Ray passes on is not what it was.
+    metadata: that of a file of these rows. failure: why there are no rows; sent as a value because
+    Ray would wrap an exception.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Chunk:
 
 
 class Workers(NamedTuple):
-    """How many there are, and what each has for itself."""
+    """The number of workers, and the processors and GPUs of each."""
 
     number: int
     cpus: int
@@ -82,22 +82,21 @@ def pieces_of(
     unlisted: Unread,
     left_out: Callable[[str], object] = lambda _name: None,
 ) -> Iterator[Piece]:
-    """The input in pieces that workers can take one at a time: its archives, or lists of photos.
+    """Split the input into pieces, one for a worker at a time: its archives, or lists of photos.
 
-    Paths are whole, since workers run elsewhere.
+    Paths are absolute, since workers run elsewhere.
 
     Raises:
         UsageError, InputError: as `list_images` does.
     """
-    archives = archives_in(settings.source)
+    archives = archives_in(settings.source, columns_of(settings))
     if archives is not None:
-        check_columns(archives[0], columns_of(settings))
         yield from (archive._replace(path=_whole(archive.path)) for archive in archives)
         return
     met = IdSet()
     refs = list_images_of(settings, unlisted, left_out=left_out)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
-        is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may say a photo twice
+        is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may name a photo twice
         yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
 
 
@@ -108,15 +107,15 @@ def _whole(path: str) -> str:
 def run_on_ray(
     pieces: Sequence[Piece], settings: RunSettings, worker: WorkerSettings, index: RowIndex
 ) -> Iterator[Chunk]:
-    """Caption pieces of an input on all machines of a cluster, in whatever order they get done.
+    """Caption pieces of an input on all machines of a cluster; chunks come as they are done.
 
-    Workers are sent the model, and which photos have rows, once for each machine.
+    The model and the index of existing rows are sent once to each machine.
 
     Raises:
         UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
-        BatchcapError: what a worker raises, or that the cluster has failed.
+        BatchcapError: a worker raised it, or the cluster has failed.
     """
-    with _connected(settings.address) as ray, _saying_what_failed():
+    with _connected(settings.address) as ray, _reporting_failure():
         workers = workers_on(_resources(ray), settings.workers, settings.gpus_per_worker)
         model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
         at_hand = [ray.put(model), ray.put(index)]
@@ -160,7 +159,7 @@ class RayWorker:
                 _start_tensorflow(context.get_actor_id())
                 self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
                 _ = self.worker.captioner  # read while the folder is there
-            except BatchcapError as error:  # tells of the copy
+            except BatchcapError as error:  # names the copy's folder
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))
 
     def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
@@ -178,18 +177,18 @@ class RayWorker:
             yield Chunk(failure=error)
 
     def chunks(self, piece: Piece) -> Iterator[Chunk]:
-        """Caption a piece; as many chunks each time, whatever befalls single photos."""
+        """Caption a piece; a retried piece yields the same number of chunks."""
         unread: list[tuple[str, str]] = []
         seen = [np.zeros(0, np.int64)]
-        # The index is there for all workers of a machine, who can't write in it.
+        # All workers of a machine share one read-only index.
         inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
         refs: Iterable[ImageRef]
         if isinstance(piece, Archive):
             refs = list_images_of(
                 self.settings,
-                lambda *one: unread.append(one),
-                piece,
-                inventory.note_left_out,
+                lambda *name_and_reason: unread.append(name_and_reason),
+                archive=piece,
+                left_out=inventory.note_left_out,
             )
         else:
             refs = piece
@@ -197,17 +196,24 @@ class RayWorker:
         while some := list(islice(rows, self.worker.settings.batch_size)):
             yield Chunk(self.worker.metadata, some)
         tally = Tally(
-            *(inventory.summary, inventory.taken, inventory.is_empty, inventory.doubled),
-            *(np.concatenate(seen), unread, inventory.left_out),
+            summary=inventory.summary,
+            taken=inventory.taken,
+            is_empty=inventory.is_empty,
+            doubled=inventory.doubled,
+            seen=np.concatenate(seen),
+            unread=unread,
+            left_out=inventory.left_out,
         )
         yield Chunk(self.worker.metadata, tally=tally)
 
 
 def _start_tensorflow(worker_id: str) -> None:
-    """Start it in a worker, which Ray starts again, with the same id, as often as it dies.
+    """Start TensorFlow in a worker, which Ray restarts, with the same id, whenever it dies.
+
+    A file keeps what TensorFlow printed at earlier deaths.
 
     Raises:
-        BatchcapError: that has happened too often; says what TensorFlow printed.
+        BatchcapError: TensorFlow can't be imported, or the worker has died here too often.
     """
     file = cache_folder("ray") / worker_id
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +285,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             ray.init(address, **INIT)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no Ray cluster can be reached at {address} ({str(error).splitlines()[0]}): start "
+            f"no Ray cluster can be reached at {address} ({first_line(error)}): start "
             "one, or leave out --address for this machine alone"
         ) from error
     try:
@@ -287,7 +293,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             signal.signal(number, handler)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = 1  # a chunk is passed on when it is there
+        context.target_max_block_size = 1  # pass each chunk on at once
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         _check_version(ray)
         yield ray
@@ -303,14 +309,14 @@ def _check_answers(address: str | None) -> None:
 
 
 def _check_version(ray: Any) -> None:
-    """See that the cluster has this version of batchcap, on one of its machines at least.
+    """Check that the cluster has this version of batchcap, on at least one of its machines.
 
     Raises:
-        UsageError: it has not.
+        UsageError: it has another, or none.
     """
     here = version("batchcap")
     task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # by value, whatever is there
-    with _saying_what_failed():
+    with _reporting_failure():
         try:
             there = ray.get(task.remote())
         except PackageNotFoundError:
@@ -323,8 +329,8 @@ def _check_version(ray: Any) -> None:
 
 
 @contextmanager
-def _saying_what_failed() -> Iterator[None]:
-    """What befell the cluster as a sentence. Raises BatchcapError."""
+def _reporting_failure() -> Iterator[None]:
+    """Turn a failure of the cluster into a BatchcapError."""
     from ray.exceptions import RayError
 
     try:

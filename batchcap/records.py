@@ -1,6 +1,6 @@
 """Text files of records that users bring: JSON, JSON lines, CSV, plain lines; gzip files of them.
 
-Everything that is wrong with a file is gathered and told at once, each with its place.
+All problems of a file are gathered and reported at once, each with its place.
 """
 
 import codecs
@@ -19,10 +19,9 @@ from batchcap.contracts import InputError, UsageError
 
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 10_000  # bytes
-NAME_COLUMNS = frozenset({"image_id", "file_name"})
+NAME_FIELDS = ("file_name", "image_id")
 UNREADABLE_JSON = "lists or objects nested too deeply, or a number of too many digits"
 SHOWN_PROBLEMS = 10
-MISSING = "missing"
 
 
 class Problems:
@@ -37,7 +36,7 @@ class Problems:
         self._reports.append(f"{self.path}{place}: {reason}")
 
     def raise_if_any(self, advice: str = "") -> None:
-        """Tell of all of them.
+        """Report all of them.
 
         Raises:
             InputError: counts them, shows the first ten, and ends with the advice.
@@ -65,7 +64,7 @@ def counted(count: int, noun: str, nouns: str = "") -> str:
 
 def shown(value: object) -> str:
     """A value in a report, not too long."""
-    return MISSING if value is None else repr(value)[:40]
+    return "missing" if value is None else repr(value)[:40]
 
 
 def holds_records(data: bytes) -> bool:
@@ -74,7 +73,7 @@ def holds_records(data: bytes) -> bool:
         return True
     header = data.lstrip().partition(b"\n")[0][:LONGEST_HEADER].decode("utf-8", "replace")
     columns = next(csv.reader([header.strip()], skipinitialspace=True), [])
-    return not NAME_COLUMNS.isdisjoint(columns)
+    return not set(NAME_FIELDS).isdisjoint(columns)
 
 
 def _is_json(data: bytes) -> bool:
@@ -117,7 +116,7 @@ def _csv_rows(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str
 
 
 def _json_document(path: Path, data: bytes) -> Any | None:
-    """The value that the file is; None if it has a line for the first of several values."""
+    """Return the file's only value; None if its first value is a line of JSON lines."""
     text = _decoded(path, data)
     start = len(text) - len(text.lstrip())
     try:
@@ -148,13 +147,24 @@ def text_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank; lines that are not UTF-8 are reported."""
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
-            # Files that were joined have byte order marks inside.
+            # Files that were joined have byte order marks at later lines too.
             text = line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError:
             problems.report(f":{number}", "not UTF-8")
             continue
         if text:
             yield f":{number}", text
+
+
+def first_of(record: dict[str, Any], *keys: str) -> Any:
+    """Return the first of these fields that exists and is not null, or None."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def name_of(record: dict[str, Any]) -> Any:
+    """Return the name of a record's photo: a file name is preferred to a number as `image_id`."""
+    image_id = record.get("image_id")
+    return image_id if isinstance(image_id, str) else first_of(record, *NAME_FIELDS)
 
 
 def entries(records: list[Any], name: str = "entry") -> Iterator[tuple[str, Any]]:
@@ -173,7 +183,7 @@ def _decoded(path: Path, data: bytes) -> str:
 def read_bytes(path: Path) -> bytes:
     """A text file in UTF-8 without its byte order mark, unpacked if it is a gzip file.
 
-    A byte order mark of UTF-16 is obeyed; without one the bytes stay as they are.
+    UTF-16 is recognised by its byte order mark; other bytes are returned unchanged.
 
     Raises:
         UsageError: there is no such file.

@@ -1,7 +1,7 @@
 """The door to object stores: files behind URLs, by fsspec. Knows no photos and no rows.
 
-Whatever goes wrong is an OSError with a reason, as it is with files, so that callers say of both
-what a user can do. `file:` URLs are paths, and nothing else.
+Every failure is an OSError with a reason, as for local files, so that callers handle both alike.
+`file:` URLs are paths, and nothing else.
 """
 
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
 
-from batchcap.contracts import UsageError, int64_or_none
+from batchcap.contracts import UsageError, first_line, int64_or_none
 
 PACKAGES = {  # by scheme
     "s3": "batchcap[s3]",
@@ -44,9 +44,9 @@ _COLONS_MASK = "\x1a\x1a"
 
 
 class RemoteFile(NamedTuple):
-    """What a store says of a file. The URL of a folder ends in a slash.
+    """A file as its store describes it. The URL of a folder ends in a slash.
 
-    `size` and `mtime_ns` are None where the store does not tell them; `version` changes whenever
+    `size` and `mtime_ns` are None where the store does not give them; `version` changes whenever
     the file does.
     """
 
@@ -68,49 +68,57 @@ def without_file_scheme(name: str) -> str:
 
 
 def describe(url: str) -> RemoteFile:
-    """What the store says of one file.
+    """Ask the store about one file.
 
     Raises:
         OSError: it is not there, or can't be reached.
         UsageError: no package for such URLs.
     """
     with _reaching(url) as (store, path):
-        return _told(url, store.info(path))
+        return _remote_file(url, store.info(path))
 
 
 def list_folder(url: str) -> list[RemoteFile]:
-    """The files and folders right in a folder, in no order; `url` ends in a slash.
+    """The files and folders directly in a folder, in no order; `url` ends in a slash.
 
-    Of a folder without a name (`a//`) all files below are listed at once, however deep. The folder
-    itself is listed too if it is also a file, and not empty.
+    Where the URL has a folder without a name (`a//`), all files below are listed at once, however
+    deep. The folder itself is listed too if it is also a file, and not empty.
 
     Raises:
         OSError: there is nothing, or it can't be reached.
         UsageError: no package for such URLs.
     """
     with _reaching(url) as (store, path):
+        if _is_web(url):
+            return [*_on_web(url, store.ls(path, detail=True))]
+        # Stores strip the slashes at the end of a path, each of which ends a folder's name.
         address = url.partition("://")[2]
         folder = path.rstrip("/") + address[len(address.rstrip("/")) :]
-        named, is_nameless, below = folder.partition("//")
-        if is_nameless and not _is_web(url):
-            files = store.find(named, prefix=f"/{below}", detail=True)
-            names = [name for name in files if name.startswith(folder) and name[-1] != "/"]
-            if not names:
-                raise FileNotFoundError(errno.ENOENT, "no names that begin like this")
-            return [_told(url + name.removeprefix(folder), files[name]) for name in names]
-        told = store.ls(path, detail=True)
-    return [*_on_web(url, told)] if _is_web(url) else [*_in_store(url, folder, told)]
+        if "//" in folder:
+            return _below_nameless(url, folder, store)
+        return [*_in_store(url, folder, store.ls(path, detail=True))]
 
 
-def _in_store(url: str, folder: str, told: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
-    for info in told:
+def _below_nameless(url: str, folder: str, store: Any) -> list[RemoteFile]:
+    """The files whose names begin with `folder`: `ls` knows no folder without a name."""
+    named, _, below = folder.partition("//")
+    infos = store.find(named, prefix=f"/{below}", detail=True)
+    names = [name for name in infos if name.startswith(folder) and not name.endswith("/")]
+    if not names:
+        raise FileNotFoundError(errno.ENOENT, "no names that begin like this")
+    return [_remote_file(url + name.removeprefix(folder), infos[name]) for name in names]
+
+
+def _in_store(url: str, folder: str, infos: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
+    """What a store lists in a folder; a folder without a name gets a URL that ends in `//`."""
+    for info in infos:
         name = info["name"]
         if name.rstrip("/") != folder.rstrip("/"):
-            yield _told(url + name.rstrip("/").rpartition("/")[2], info)
+            yield _remote_file(url + name.rstrip("/").rpartition("/")[2], info)
         elif info["type"] == "directory":
-            yield _told(f"{url}/", info)
+            yield _remote_file(f"{url}/", info)
         elif name.endswith("/") and info["size"]:
-            yield _told(url, info)
+            yield _remote_file(url, info)
 
 
 def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
@@ -119,7 +127,7 @@ def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
         name = link["name"].partition("://")[2].removeprefix(url.partition("://")[2])
         name = name.removeprefix("./")
         if name and not name.startswith("../"):
-            yield _told(url + name, link)
+            yield _remote_file(url + name, link)
 
 
 def matching(url: str) -> list[str]:
@@ -192,29 +200,30 @@ def remove(url: str) -> None:
             store.rm_file(path)
 
 
-def _told(url: str, info: dict[str, Any]) -> RemoteFile:
+def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
     if info["type"] == "directory":
         return RemoteFile(url if url.endswith("/") else f"{url}/", None, None, "")
     moment, size = _moment(info), int64_or_none(info.get("size"))
+    if size is not None and size < 0:
+        size = None
     mark = info.get("ETag") or info.get("etag") or info.get("generation") or moment
-    # In whole seconds: a listing may tell more, but no other answer does.
+    # In whole seconds: a listing may be more precise, but no other answer is.
     seconds = int64_or_none(moment)
     mtime_ns = None if seconds is None else int64_or_none(seconds * 10**9)
-    is_size = size is not None and size >= 0
-    return RemoteFile(url, size if is_size else None, mtime_ns, f"{info.get('size')} {mark}")
+    return RemoteFile(url, size, mtime_ns, f"{info.get('size')} {mark}")
 
 
 def _moment(info: dict[str, Any]) -> float | None:
     """When the file was written, in Unix time, by the names that S3, Google and others give it."""
-    told = info.get("LastModified") or info.get("mtime") or info.get("created")
-    if isinstance(told, datetime):
-        return told.timestamp()
-    return told if isinstance(told, int | float) else None
+    moment = info.get("LastModified") or info.get("mtime") or info.get("created")
+    if isinstance(moment, datetime):
+        return moment.timestamp()
+    return moment if isinstance(moment, int | float) else None
 
 
 @contextmanager
 def _reaching(url: str) -> Iterator[tuple[Any, str]]:
-    """The store of a URL and the path there, with what goes wrong as an OSError."""
+    """Yield the store of a URL and the path there; every failure in the block is an OSError."""
     fsspec = _import_fsspec()
     scheme = url.partition("://")[0].lower()
     try:
@@ -260,10 +269,10 @@ def _as_os_error(error: Exception) -> OSError:
 
 
 def _import_fsspec() -> Any:
-    """Imported when it is needed, for it reads the user's settings.
+    """The package `fsspec`, imported late because it reads the user's settings.
 
     Raises:
-        UsageError: these are wrong.
+        UsageError: the settings are wrong.
     """
     try:
         return import_module("fsspec")
@@ -277,4 +286,4 @@ def _import_fsspec() -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

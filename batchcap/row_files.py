@@ -134,7 +134,8 @@ def _noticing_damage(path: Path) -> Iterator[None]:
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         number = getattr(error, "errno", None)  # of the system; pyarrow's own errors have none
         if number not in (None, errno.EIO):
-            raise OutputError(f"cannot read {path}: {os.strerror(number)}; see to it") from error
+            reason = os.strerror(number)
+            raise OutputError(f"cannot read {path}: {reason}; correct it and run again") from error
         raise DamagedError(f"{path}: {error}") from error
 
 

@@ -73,7 +73,9 @@ def run_captioning(settings: RunSettings) -> RunSummary:
     """
     layout = _layout(settings)
     summary = RunSummary(
-        *(str(layout), uuid.uuid4().hex, _now()),
+        output=str(layout),
+        run_id=uuid.uuid4().hex,
+        started_at=_now(),
         last_rate=read_rate(layout.summary),
         versions={name: version(name) for name in VERSIONS},
     )
@@ -128,7 +130,7 @@ def _layout(settings: RunSettings) -> Layout:
 
 
 def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
-    """Make the data set's folder, which its shares lie in; its own folder must exist."""
+    """Make the data set's folder for its shards; the folder that contains it must exist."""
     if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
             layout.output.parent.mkdir(exist_ok=True)
@@ -180,7 +182,10 @@ class _Captioning:
         self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
     ) -> None:
         wanted = worker_settings_of(
-            *(self.settings, self.decode_settings, len(first), self.summary.run_id)
+            self.settings,
+            self.decode_settings,
+            batch_size=len(first),
+            run_id=self.summary.run_id,
         )
         with closing(CaptionWorker(wanted, core_count())) as worker:
             if not self._goes_on(watchdog):
@@ -196,7 +201,7 @@ class _Captioning:
             self._commit_rows(batches, watchdog, captioner.clock)
 
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
-        """Workers list their pieces of the input, and say at their ends what was in them."""
+        """Workers list their pieces of the input, and send a tally of each at its end."""
         settings, inventory = self.settings, self.inventory
         listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
@@ -204,7 +209,10 @@ class _Captioning:
         if pieces and not self.stop():
             self._look_ahead(len(pieces))
             wanted = worker_settings_of(
-                *(settings, self.decode_settings, settings.batch_size, self.summary.run_id)
+                settings,
+                self.decode_settings,
+                batch_size=settings.batch_size,
+                run_id=self.summary.run_id,
             )
             self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
             chunks = run_on_ray(pieces, settings, wanted, self.folder.index)

@@ -14,6 +14,8 @@ from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
 
 MAX_SHARES = 99_999  # of five digits in names
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
+# Folders of operating systems and storage devices, as patterns of `--exclude`.
+SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
 
 
 class AttentionDetail(StrEnum):
@@ -180,7 +182,7 @@ class RunSettings(ModelOptions):
     exclude: tuple[str, ...] = _option(
         (),
         "Leave out files and folders that match, and all below these; repeatable. Always left out: "
-        "lost+found, @eaDir, #recycle, $RECYCLE.BIN, .Trash* and __MACOSX.",
+        f"{', '.join(SYSTEM_FOLDERS[:-1])} and {SYSTEM_FOLDERS[-1]}.",
     )
     image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
     id_column: str | None = _option(

@@ -1,8 +1,7 @@
-"""Archives of photos, by name or glob; Parquet files with a column of bytes or paths.
+"""Archives (tars and Parquet files) found by name or glob; the photos of Parquet files.
 
-Archives (tars and Parquet files) are read as streams, one photo at a time. The photos before any
-damage count; the rest is reported. Nothing is unpacked: names in an archive are ids, and open no
-file.
+Archives are read as streams, one photo at a time. Photos before any damage are used; the damage is
+reported. Nothing is unpacked: a name in an archive is an id, and never opens a file.
 """
 
 import glob
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchcap.contracts import ErrorType, Rejection, UsageError
+from batchcap.contracts import ErrorType, Rejection, UsageError, first_line
 from batchcap.remote import is_url, matching, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -120,10 +119,12 @@ def is_parquet(archive: Archive) -> bool:
 
 
 def check_columns(archive: Archive, columns: Columns) -> None:
-    """Check an archive that is a Parquet file; one that can't be read is left to its reader.
+    """Check that an archive, if it is a Parquet file, has these columns.
+
+    A file that can't be read passes; `read_parquet` reports it.
 
     Raises:
-        UsageError: it has no such columns.
+        UsageError: it lacks them.
     """
     if not is_parquet(archive):
         return
@@ -169,7 +170,7 @@ def _text(value: Any) -> str:
 
 
 def _item(photo: Any) -> Item:
-    """Of bytes, of a path, or of Hugging Face's struct of both; the path is the name."""
+    """A photo given as bytes, a path, or Hugging Face's struct of both; a path is its name."""
     if isinstance(photo, dict):
         item = _item(photo["bytes"])
         path = photo.get("path") or ""
@@ -177,13 +178,13 @@ def _item(photo: Any) -> Item:
     if isinstance(photo, str):
         return Item(photo, photo)
     if photo is None:
-        return Item("", "", NO_BYTES)
+        return Item("", data=NO_BYTES)
     too_large = len(photo) > MAX_PHOTO_BYTES
-    return Item("", "", TOO_LARGE if too_large else photo, len(photo))
+    return Item("", data=TOO_LARGE if too_large else photo, size=len(photo))
 
 
 def _problem(schema: pa.Schema, columns: Columns) -> str | None:
-    """Why a file of this schema has no photos for these columns; None where it may have."""
+    """Why a file of this schema has no photos in these columns; None if it may have."""
     for flag, name in (("--image-column", columns.image), ("--id-column", columns.image_id)):
         if name is not None and name not in schema.names:
             return f"has no column {name!r}: name one of {', '.join(schema.names)} with {flag}"
@@ -225,10 +226,10 @@ def _is_hugging_face(kind: pa.DataType) -> bool:
 
 @contextmanager
 def reporting(archive: str, unread: Unread) -> Iterator[None]:
-    """Report why an archive could not be read to its end.
+    """Report any error in the block as the reason why an archive was not read to its end.
 
     Raises:
-        UsageError: what is wrong is not the archive.
+        UsageError: the block raised it; it is not the archive's fault.
     """
     try:
         yield
@@ -237,4 +238,4 @@ def reporting(archive: str, unread: Unread) -> Iterator[None]:
     except OSError as error:
         unread(archive, error.strerror or str(error))
     except Exception as error:  # tars, their compression and Parquet have nothing in common
-        unread(archive, (str(error).splitlines() or [type(error).__name__])[0])
+        unread(archive, first_line(error))

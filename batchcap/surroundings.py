@@ -1,7 +1,7 @@
-"""What libraries would take from the user's settings and folders, set for all of them in one place.
+"""Set environment variables, caches and defaults that libraries would take from the user.
 
 Captions must not depend on a file in the home directory, on a variable that a notebook has set, or
-on what lies beside the photos.
+on files beside the photos.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 import platformdirs
 
 SETTINGS = {
-    # The processes started from here would look for modules in the working directory first.
+    # Child processes would look for modules in the working directory first.
     "PYTHONSAFEPATH": "1",
     "KERAS_BACKEND": "tensorflow",
     "KERAS_NNX_ENABLED": "false",
@@ -29,7 +29,7 @@ DEFAULTS = {
     # By itself TensorFlow uses oneDNN only on CPUs with AVX-512; convolutions gain on others too.
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
-# They lower the precision behind the back of --precision.
+# They lower the precision whatever --precision says.
 REMOVED = ("ONEDNN_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
 NO_HOME = os.devnull  # as HOME: nothing can be read or written below it
 PROBE_BYTES = 1 << 16
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def settle() -> None:
-    """Set the variables that libraries read when they are imported, here and in child processes."""
+    """Set the variables that libraries read at import, here and in child processes."""
     os.environ.update(SETTINGS)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -51,7 +51,7 @@ def settle() -> None:
 
 
 def settle_caches() -> None:
-    """Give Keras and Matplotlib folders of ours, and not the user's, which also hold settings."""
+    """Give Keras and Matplotlib our own cache folders: the user's also hold settings."""
     os.environ["KERAS_HOME"] = str(cache_folder("keras"))
     os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
 
@@ -59,18 +59,18 @@ def settle_caches() -> None:
 def import_matplotlib() -> Any:
     """The package `matplotlib`, with its default settings."""
     settle_caches()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it judges files named `matplotlibrc`
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about `matplotlibrc` files
     matplotlib = import_module("matplotlib")
-    matplotlib.rcdefaults()  # the working directory may have such a file, too
+    matplotlib.rcdefaults()  # the working directory may hold a `matplotlibrc`
     import_module("matplotlib.figure")  # and all that it needs
     return matplotlib
 
 
 def cache_folder(name: str = "") -> Path:
-    """Where files are kept for later runs, or those named `name`; it may not exist yet.
+    """The folder of files kept for later runs, or its subfolder `name`, which may not exist yet.
 
-    The folder `batchcap` of the user's cache directory. Where that can't be used, is full, or can
-    be written by other users, it is a temporary folder that only this user can enter, and a warning
+    It is `batchcap` in the user's cache directory. Where that folder can't be used, is full, or is
+    writable by other users, it is a temporary folder that only this user can enter, and a warning
     is logged once.
     """
     return _usable(platformdirs.user_cache_path("batchcap")) / name
@@ -91,7 +91,7 @@ def _usable(folder: Path) -> Path:
 
 
 def _problem_with(folder: Path) -> str:
-    """Why files can't be kept in a folder, which is made; empty if they can."""
+    """Make a folder, and say why files can't be kept in it; empty if they can."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()

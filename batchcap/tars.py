@@ -1,6 +1,6 @@
 """Photos in tars, compressed or not; links among members lead to the same photo.
 
-What `tarfile` passes over in silence is reported: damage, other tars after the first, garbage.
+Damage and garbage, which `tarfile` skips in silence, are reported; tars after the first are read.
 """
 
 import posixpath
@@ -21,8 +21,11 @@ MAX_LINKS = 1 << 18  # kept in memory, some hundred megabytes
 MAX_FOLLOWED = 40  # links on the way to a file, as on Linux
 MAX_DEPTH = 1024  # folders in a path
 LEADING_HEADERS = (
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
 )
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 AFTER_END = "what follows its end mark is no tar, or damaged"
@@ -76,7 +79,7 @@ def _linked(archive: str, links: Links, is_wanted: Callable[[str], bool]) -> Ite
         if is_wanted(name):
             target = _end_of_links(number, name, links)
             if target is None:
-                yield Item(name, "", LEADS_NOWHERE)
+                yield Item(name, data=LEADS_NOWHERE)
             else:
                 names.setdefault((number, target), []).append(name)
     if not names:
@@ -90,11 +93,11 @@ def _linked(archive: str, links: Links, is_wanted: Callable[[str], bool]) -> Ite
             if not names:
                 return
     for unfound in names.values():
-        yield from (Item(name, "", LEADS_NOWHERE) for name in unfound)
+        yield from (Item(name, data=LEADS_NOWHERE) for name in unfound)
 
 
 def _end_of_links(number: int, name: str, links: Links) -> str | None:
-    """The name of the member that a link leads to; None where it leaves its tar or goes in circles.
+    """The name of the member that a link leads to; None if it leaves its tar or goes in circles.
 
     Each folder on the way may be a link, too.
     """
@@ -133,7 +136,7 @@ def _name_in_tar(path: str) -> str:
 
 def _member_item(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Item:
     data = _member_bytes(tar, member)
-    return Item(name, "", data, member.size, _mtime_ns(member))
+    return Item(name, data=data, size=member.size, mtime_ns=_mtime_ns(member))
 
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Rejection:
@@ -149,7 +152,7 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Reje
 
 
 def _mtime_ns(member: tarfile.TarInfo) -> int | None:
-    """To the nanosecond, which the float of `tarfile` is not."""
+    """The time of a member, more precise than the float of `tarfile`."""
     if int64_or_none(member.mtime) is None:
         return None
     try:
@@ -161,8 +164,8 @@ def _mtime_ns(member: tarfile.TarInfo) -> int | None:
 class _Tars(tarfile.TarFile):
     """A file of tars, one after the other.
 
-    file: what they are read from, compressed or not. number: which of them the latest member is in.
-    is_ended: its end mark was read, and no member after it.
+    file: the file, compressed or not. number: index of the tar that the latest member is in.
+    is_ended: an end mark was read, and no member after it.
     """
 
     file: IO[bytes]
@@ -199,7 +202,7 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Refuse headers that `tarfile` would read into memory, however large."""
+        """Refuse headers too large for memory, which `tarfile` would read whole."""
         if self.size < 0 or (self.type in LEADING_HEADERS and self.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError("it is damaged: the size of a header makes no sense")
         return super()._proc_member(tar)  # type: ignore[misc]

@@ -75,10 +75,10 @@ def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[Annotate
         validating = read_annotations(settings.validation_annotations)
         training = [image for image in annotated if image.split != "test"]
         if tested := len(annotated) - len(training):
-            log.info("not training on %s of split test", counted(tested, "annotated photo"))
+            log.info("left out of training: %s of split test", counted(tested, "photo"))
         validation = [image for image in validating if image.split == "val"] or validating
         if others := len(validating) - len(validation):
-            log.info("not validating on %s of other splits", counted(others, "annotated photo"))
+            log.info("left out of validation: %s of other splits", counted(others, "photo"))
         return training, validation
     if any(image.split for image in annotated):
         training = [image for image in annotated if image.split == "train"]
@@ -132,22 +132,23 @@ def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example
         )
     if wordless:
         photos = f"{counted(len(wordless), 'photo')}, such as {printable(wordless[0])}"
-        log.warning("left out captions without a word of %s", photos)
+        log.warning("left out captions that have no words (%s)", photos)
     return examples
 
 
 def _file_digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None if it is missing or unreadable."""
     try:
         if not path.is_file():
             return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # may not be read, or has a name that is too long
+    except OSError:  # no permission, or a name that is too long
         return None
 
 
 def _words(captions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """The words of each caption that has some."""
+    """Return the words of each caption, without captions that have none."""
     return tuple(filter(None, (tuple(segment(caption)) for caption in captions)))
 
 

@@ -1,4 +1,4 @@
-"""A run that stands still is ended, with an account of where it stood."""
+"""End a run that makes no progress, and report where it stopped."""
 
 import contextlib
 import faulthandler
@@ -13,26 +13,26 @@ from batchcap.contracts import ImageRef
 from batchcap.records import printable
 
 EXIT_CODE = 1
-GRACE_S = 10.0  # after which C code ends a process in which Python can't
+GRACE_S = 10.0  # after which C code ends the process, should Python be stuck
 SHOWN = 20
 
 
 class Watchdog:
-    """Told of all progress and of what is in flight."""
+    """Keeps the time of the last progress, and the images in flight."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
-        # A way of its own to stderr: the usual one is shut while TensorFlow starts.
-        way = os.dup(sys.stderr.fileno()) if sys.stderr else os.open(os.devnull, os.O_WRONLY)
-        self.traces = os.fdopen(way, "w", encoding="utf-8")
+        # A duplicate of stderr, which is redirected while TensorFlow starts.
+        stderr = os.dup(sys.stderr.fileno()) if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+        self.traces = os.fdopen(stderr, "w", encoding="utf-8")
         self._last = self._armed = -math.inf
         self.progress()
 
     def progress(self) -> None:
-        """Start waiting anew."""
+        """Restart the timeout."""
         self._last = time.monotonic()
-        if self._last - self._armed > GRACE_S / 10:  # it takes a new thread each time
+        if self._last - self._armed > GRACE_S / 10:  # arming starts a thread each time
             self._armed = self._last
             faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True, file=self.traces)
 
@@ -58,8 +58,8 @@ class Watchdog:
 def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Watchdog]:
     """End the process with exit code 1 if nothing moves for `timeout_s` while the block runs.
 
-    The stacks of all threads and the images in flight go to stderr first, and what happened to
-    `last_words`. What was committed stays as it is.
+    First the stacks of all threads go to stderr, and a message with the images in flight to
+    `last_words`. Committed rows stay.
     """
     watchdog, done = Watchdog(timeout_s), threading.Event()
 

@@ -22,11 +22,15 @@ from batchcap.stopping import SIGNALS
 
 
 @contextlib.contextmanager
-def models_loaded_once() -> Iterator[None]:
-    """In the block the shipped model is loaded and compiled once for each way to run it."""
+def sharing_the_model() -> Iterator[None]:
+    """In the block, whoever loads the shipped model gets the same networks and compiled functions.
+
+    Runs in this process do not tell its C library to keep freed memory.
+    """
     import batchcap.bench
     import batchcap.caption
     import batchcap.model.captioner as module
+    import batchcap.worker
 
     load_anew = module.load_captioner
     load_shipped = functools.cache(functools.partial(load_anew, DEFAULT_MODEL))
@@ -34,13 +38,18 @@ def models_loaded_once() -> Iterator[None]:
     def load(directory: Path, execution: Any = None, compiled: bool = True) -> Any:
         if directory != DEFAULT_MODEL:
             return load_anew(directory, execution, compiled)
-        captioner = copy.copy(load_shipped(execution or module.Execution(), compiled))
-        captioner.clock = StageClock()
-        return captioner
+        shared = load_shipped(execution or module.Execution())
+        if compiled:
+            captioner = copy.copy(shared)
+            captioner.clock = StageClock()
+            return captioner
+        parts = (shared.config, shared.vocabulary, shared.backbone, shared.decoder, shared.extract)
+        return module.Captioner(*parts, compiled=False)
 
     with pytest.MonkeyPatch.context() as patch:
         for user in (module, batchcap.caption, batchcap.bench):
             patch.setattr(user, "load_captioner", load)
+        patch.setattr(batchcap.worker, "keep_freed_memory", lambda: None)
         yield
 
 
@@ -48,25 +57,25 @@ def batchcap_here(*arguments: object, stdin: str | bytes = "") -> subprocess.Com
     """What `batchcap` with these arguments prints, and its exit code."""
     given = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
     with (
-        _as_it_was(),
+        _log_and_signals_restored(),
         pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryFile("w+") as told,
+        tempfile.TemporaryFile("w+") as output,
         tempfile.TemporaryFile("w+") as errors,
     ):
         patch.setattr(sys, "stdin", io.TextIOWrapper(given))
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             try:
                 cli.main([*map(str, arguments)])
             except SystemExit as end:
                 code = int(str(end.code))
-        for file in (told, errors):
+        for file in (output, errors):
             file.seek(0)
-        return subprocess.CompletedProcess(arguments, code, told.read(), errors.read())
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
 
 
 @contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Set back what `main` sets for its whole process: the log and the signals' handlers."""
+def _log_and_signals_restored() -> Iterator[None]:
+    """Undo what `main` sets for its whole process."""
     loggers = [logging.getLogger(name) for name in ("", *logging.root.manager.loggerDict)]
     levels, handlers = [logger.level for logger in loggers], logging.root.handlers[:]
     signals = {number: signal.getsignal(number) for number in SIGNALS}

@@ -9,18 +9,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import numpy.typing as npt
 import pytest
-from commands import models_loaded_once
+from commands import sharing_the_model
 from PIL import Image
 
+from batchcap.contracts import Precision, Runtime
 from batchcap.model.config import read_config
 from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
 
-if TYPE_CHECKING:  # TensorFlow is not to start in the process that only hands out tests
+if TYPE_CHECKING:  # the process that hands out the tests needs no TensorFlow
     from batchcap.model.captioner import Captioner
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Shells let what they start in the background ignore SIGINT, and nohup SIGHUP; so would the
 # processes that tests start and stop.
@@ -33,13 +38,13 @@ CROP_SIZE = read_config(DEFAULT_MODEL).backbone.image_size
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _models_loaded_once() -> Iterator[None]:
-    with models_loaded_once():
+def _shared_model() -> Iterator[None]:
+    with sharing_the_model():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _memory_given_back() -> Iterator[None]:
+def _return_freed_memory() -> Iterator[None]:
     """Compiling leaves gigabytes of freed memory with the C library, more with each module."""
     yield
     gc.collect()
@@ -49,10 +54,11 @@ def _memory_given_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def captioner() -> "Captioner":
-    """The shipped model. What is compiled for a size of batch takes memory for good."""
+    """The shipped model as `run` runs it. Each compiled size of batch takes memory for good."""
     from batchcap.model.captioner import load_captioner
+    from batchcap.model.runtime import choose_execution
 
-    return load_captioner(DEFAULT_MODEL)
+    return load_captioner(DEFAULT_MODEL, choose_execution(Runtime.AUTO, Precision.AUTO))
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,9 @@ LONG_S = 120.0
 POLL_S = 0.001
 EARLY_S = 1.0  # before the program has its own handlers, a signal does what it does to any process
 
+# Of log-probabilities in batches of another size: a CPU may sum in another order.
+ROUNDING = 1e-4
+
 Photos = frozenset[tuple[str, str]]  # image_id and run_id of rows
 
 

@@ -175,7 +175,7 @@ def test_photo_in_two_split_files_is_wrong(tmp_path):
         read_annotations(path)
 
 
-def test_files_beside_that_are_no_lists_give_no_splits(tmp_path, caplog):
+def test_files_that_list_no_photos_give_no_splits(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\nb.jpg#zhc#0 乙\n")
     write(tmp_path / "train.txt", "a\nb.jpg\n")
@@ -185,13 +185,11 @@ def test_files_beside_that_are_no_lists_give_no_splits(tmp_path, caplog):
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         (
             "INFO",
-            f"{tmp_path}/val.txt is not taken for a list of photos: "
-            "0 of 2 lines name photos of c.txt",
+            f"{tmp_path}/val.txt is not used as a split: 0 of 2 lines name photos of c.txt",
         ),
         (
             "WARNING",
-            f"{tmp_path}/test.txt is not taken for a list of photos: "
-            "1 of 2 lines name photos of c.txt",
+            f"{tmp_path}/test.txt is not used as a split: 1 of 2 lines name photos of c.txt",
         ),
     ]
 
@@ -317,7 +315,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_photos_and_captions_of_no_use_are_left_out_and_counted(tmp_path, caplog, name):
+def test_unusable_photos_and_captions_are_left_out_and_counted(tmp_path, caplog, name):
     content, left_out = LEFT_OUT[name]
     path = write(tmp_path / "captions.in", content)
     assert read(path) == [("a.jpg", ("狗",))]

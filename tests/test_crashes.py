@@ -20,6 +20,7 @@ from commands import batchcap_here
 from crashes import (
     BATCHCAP,
     LONG_S,
+    ROUNDING,
     Chain,
     check_readable,
     children_of,
@@ -43,7 +44,6 @@ PHOTOS = 200
 FLAGS = ("--rows-per-part", 32, "--batch-size", 16)
 STOP_S = 10.0  # what service managers allow
 AT_ONCE_S = 5.0  # less than what is given to batches in flight
-ROUNDING = 1e-5  # of log-probabilities, where batches are made up otherwise
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 

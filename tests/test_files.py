@@ -69,7 +69,6 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 
 def test_follows_a_symlink_and_keeps_it(tmp_path: Path) -> None:
-    """A link was replaced by a plain file, and what it led to stayed as it was."""
     (tmp_path / "far" / "there").mkdir(parents=True)
     target, link, absolute = (tmp_path / name for name in ("far/there/a.txt", "link", "absolute"))
     link.symlink_to("far/b")
@@ -94,7 +93,6 @@ def test_follows_a_symlink_and_keeps_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o444])
 def test_keeps_the_mode_of_a_file_it_replaces(mode: int, tmp_path: Path) -> None:
-    """What somebody had made private could be read by all after the next run."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     path.chmod(mode)
@@ -128,7 +126,7 @@ def test_root_keeps_owner_and_group_of_a_file_it_replaces(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_group_that_cannot_be_kept_hands_no_rights_on(tmp_path: Path, monkeypatch) -> None:
+def test_narrows_the_mode_when_the_group_cannot_be_kept(tmp_path: Path, monkeypatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -144,13 +142,13 @@ def test_a_group_that_cannot_be_kept_hands_no_rights_on(tmp_path: Path, monkeypa
         assert stat.S_IMODE(path.stat().st_mode) == after
 
 
-def test_a_folder_is_not_replaced_and_said_before_any_work(tmp_path: Path) -> None:
+def test_refuses_a_folder_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError), replacing(tmp_path):
         pytest.fail("the work was begun")
 
 
-def test_a_file_that_is_a_mount_point_is_said_before_any_work(tmp_path: Path) -> None:
-    """Its replacement failed when all was done: containers have single files mounted so."""
+def test_refuses_a_file_that_is_a_mount_point_before_any_work(tmp_path: Path) -> None:
+    """Containers mount single files."""
     source, path = tmp_path / "a.txt", tmp_path / "b.txt"
     source.write_text("old")
     path.touch()
@@ -178,8 +176,8 @@ for name in sys.argv[1:]:
 """
 
 
-def test_files_of_others_and_read_only_ones_are_left(tmp_path_factory) -> None:
-    """Nobody's run replaced a file that its owner had made read-only."""
+def test_keeps_read_only_files_and_other_users_files(tmp_path_factory) -> None:
+    """Write permission for the folder is not enough."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can become nobody")
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]

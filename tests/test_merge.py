@@ -75,7 +75,7 @@ def test_shares_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
 
 
 def test_shares_are_whole_wherever_they_are_moved(tmp_path):
-    """A manifest that lies beside a folder stays behind when that is moved or copied."""
+    """A manifest beside a folder is not moved or copied with it."""
     for index in range(2):
         write(tmp_path / f"machine{index}" / "captions", index, share=(index, 2))
         (share,) = (tmp_path / f"machine{index}" / "captions").iterdir()
@@ -95,7 +95,7 @@ def test_a_share_that_lacks_a_part_is_not_whole(tmp_path):
 
 @OUTPUTS
 def test_follows_symlinked_shares(tmp_path, name):
-    """Shares of a linked OUTPUT lay beside the link, where runs on the target missed them."""
+    """Shares of a linked OUTPUT are beside its target, where runs on the target find them."""
     (tmp_path / "far").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "far" / name)
     for index in range(2):

@@ -75,7 +75,7 @@ def test_parts_are_there_when_committed_and_the_manifest_follows(store):
         assert names(store) == [".out.manifest.json", "out/part-000001.parquet"]
 
 
-def test_nothing_but_parts_and_their_mark_are_in_the_folder(store, tmp_path, monkeypatch):
+def test_only_parts_and_their_mark_are_in_the_folder(store, tmp_path, monkeypatch):
     url = "memory://bucket/out"
     run(url, 1)
     run(url, 1, share=(0, 2))

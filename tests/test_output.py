@@ -109,7 +109,7 @@ def test_what_is_committed_can_be_read_at_once_by_others(layout):
 
 
 def readers_of(folder: Path, cache: Path) -> dict[str, set[str]]:
-    """The ids that each program finds in a folder, by name."""
+    """Return the ids that each program finds in a folder, by the program's name."""
     query = f"select image_id from '{folder}/**/*.parquet'"
     loaded = datasets.load_dataset(
         "parquet", data_dir=str(folder), split="train", cache_dir=str(cache)
@@ -123,8 +123,8 @@ def readers_of(folder: Path, cache: Path) -> dict[str, set[str]]:
     }
 
 
-def test_a_folder_is_read_by_other_programs_during_a_run_and_after_it(folder, tmp_path):
-    """Polars and Hugging Face's `datasets` failed on the manifest and the summary in it."""
+def test_other_programs_read_a_folder_during_and_after_a_run(folder, tmp_path):
+    """Polars and `datasets` refuse a folder with a manifest or a summary in it."""
     datasets.disable_progress_bars()
     share = layout_of(folder.output, (1, 2))
     share.output.mkdir(parents=True)
@@ -424,7 +424,7 @@ def test_leftovers_of_killed_runs_go_and_other_files_stay(file, tmp_path):
     assert names_in(tmp_path) == {"out.parquet", *others}
 
 
-def test_leftovers_of_a_folder_go_those_of_earlier_versions_too(folder, tmp_path):
+def test_leftovers_of_a_folder_go_including_those_of_earlier_versions(folder, tmp_path):
     run(folder, [captioned_row(1)])
     before = names_in(folder.output), names_in(tmp_path)
     for name in ("part-000002.parquet", "_manifest.json", "_summary.json"):
@@ -443,7 +443,7 @@ def test_leftovers_of_an_output_with_glob_characters_in_its_name(tmp_path):
 
 
 def as_earlier_versions_left_it(folder: Layout) -> dict[str, bytes]:
-    """A data set with all in its folder; returns the contents of what is no part."""
+    """Make a data set with all files in its folder; return those that are not parts."""
     folder.output.parent.mkdir(exist_ok=True)
     run(folder, [captioned_row(1)])
     for mark in folder.marks():
@@ -462,7 +462,7 @@ def as_earlier_versions_left_it(folder: Layout) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_old_names_move_out_of_a_folder_and_a_failure_at_any_step_is_made_good(killed, tmp_path):
+def test_old_files_move_out_of_a_folder_even_after_a_failure_at_any_step(killed, tmp_path):
     disk = Disk()
     try:
         for number in range(100):
@@ -493,8 +493,8 @@ def test_old_names_move_out_of_a_folder_and_a_failure_at_any_step_is_made_good(k
     pytest.fail("there is no end to the changes")
 
 
-def test_where_nothing_can_lie_beside_a_folder_all_lies_in_it(folder):
-    """The folder is a mount point, which no rename leads into."""
+def test_all_files_are_in_a_folder_that_is_a_mount_point(folder):
+    """No file can be renamed into it from outside."""
     folder.output.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder.output)]
     try:
@@ -516,10 +516,7 @@ def test_where_nothing_can_lie_beside_a_folder_all_lies_in_it(folder):
 
 
 def test_follows_a_symlinked_output(layout, tmp_path):
-    """A relative link into another folder ended every run for good: a link to itself was committed.
-
-    An absolute one was replaced by a file, and its target stayed old.
-    """
+    """All files are beside the link's target, also those that runs through the link write."""
     (tmp_path / "far").mkdir()
     layout.output.symlink_to(f"far/{layout.output.name}")  # dangling
     target = Layout(tmp_path / "far" / layout.output.name)
@@ -538,7 +535,7 @@ def test_follows_a_symlinked_output(layout, tmp_path):
     assert layout_of(layout.output).summary.parent.samefile(tmp_path / "far")
 
 
-def test_links_that_lead_nowhere_are_said(layout, tmp_path):
+def test_refuses_links_that_lead_nowhere(layout, tmp_path):
     layout.output.symlink_to(f"none/{layout.output.name}")
     with pytest.raises(OutputError, match=r"cannot write .*none/out.*: "):
         run(layout_of(layout.output))
@@ -555,8 +552,6 @@ def test_links_that_lead_nowhere_are_said(layout, tmp_path):
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_rows_of_a_private_output_stay_private(layout, has_links, monkeypatch):
-    """The next run made them readable for all, and so did each part while it ran."""
-
     def refuse(*_paths: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -584,7 +579,7 @@ def modes_of(layout: Layout) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in layout.row_files()}
 
 
-def test_what_cannot_be_replaced_is_said_before_any_work(file):
+def test_refuses_an_output_that_cannot_be_replaced_before_any_work(file):
     os.mkfifo(file.output)
     with pytest.raises(OutputError, match="no plain file"), opened(file):
         pass

@@ -71,6 +71,8 @@ def test_a_folder_is_listed_as_one_here_is(store, tmp_path):
 def test_photos_below_folders_without_a_name_are_listed_and_read(store):
     names = ["/a.jpg", "//b.jpg", "sub//c.jpg", "sub//deep/d.jpg", "e.jpg"]
     store.pipe({f"/root/{name}": b"x" for name in names})
+    if "/root//a.jpg" not in store.find("/root"):
+        pytest.skip("this fsspec's memory store finds no file below a folder without a name")
     refs = list(inputs.list_images("memory://root"))
     assert sorted(ref.image_id for ref in refs) == sorted(names)
     assert [remote.read_file(ref.path) for ref in refs] == [b"x"] * len(names)
@@ -109,7 +111,7 @@ def test_what_listings_and_files_say_of_a_time_is_one(store):
     moment = datetime(2024, 5, 17, 12, 30, 15, 250_000, tzinfo=UTC)
     told = {"type": "file", "size": 3, "ETag": '"e"'}
     one, other = (
-        remote._told("s3://b/x", told | {"LastModified": moment.replace(microsecond=part)})
+        remote._remote_file("s3://b/x", told | {"LastModified": moment.replace(microsecond=part)})
         for part in (250_000, 0)
     )
     assert one == other == ("s3://b/x", 3, int(moment.timestamp()) * 10**9, '3 "e"')
@@ -179,7 +181,7 @@ def test_a_page_of_links_is_a_folder():
     ],
 )
 def test_sizes_and_times_that_64_bits_do_not_hold_are_not_known(size, moment, kept):
-    file = remote._told("s3://b/x", {"type": "file", "size": size, "LastModified": moment})
+    file = remote._remote_file("s3://b/x", {"type": "file", "size": size, "LastModified": moment})
     assert (file.size, file.mtime_ns) == kept
 
 

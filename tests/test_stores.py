@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from crashes import OF_THE_RUN, difference, running
+from crashes import OF_THE_RUN, ROUNDING, difference, running
 from crashes import run as run_process
 from shard_files import photos_of, write_tar
 from stores import JammedWay, environment, s3_server
@@ -85,7 +85,7 @@ def rows_in(s3: Any, *names: str) -> pa.Table:
 
 def assert_same(rows: pa.Table, others: pa.Table, *but: str) -> None:
     dropped = [*OF_THE_RUN, *but]
-    assert difference(rows.drop_columns(dropped), others.drop_columns(dropped)) < 1e-5
+    assert difference(rows.drop_columns(dropped), others.drop_columns(dropped)) <= ROUNDING
 
 
 def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine):

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,10 +34,7 @@ from small_model import (
 from batchcap.contracts import InputError, ModelError, OutputError, Precision, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner, round_weights
-from batchcap.model.config import (
-    BackboneConfig,
-    DecodeSettings,
-)
+from batchcap.model.config import BackboneConfig, DecodeSettings
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
@@ -251,9 +249,7 @@ def test_an_interrupted_training_resumes_and_mixes_with_no_other(
             assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 
-def test_a_damaged_checkpoint_is_refused(
-    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_checkpoint_is_refused(squares: Path, tmp_path: Path) -> None:
     settings = settings_for(squares, tmp_path / "model")
     (tmp_path / ".model.training").mkdir()
     (tmp_path / ".model.training" / "likelihood.safetensors").write_bytes(bytes(1000))
@@ -286,19 +282,22 @@ def test_a_photo_lost_before_fine_tuning_is_named(
 
 
 TWO_DEVICES = """
-import sys
+import itertools, sys
 sys.path.insert(0, {tests!r})
+import pytest
 import small_model
 import tensorflow as tf
 from batchcap import cli, train
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 train.training_strategy = lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+small_model.script_scores(pytest.MonkeyPatch(), itertools.count(1))
 cli.main()
 """
 
 
-def start_on_two_devices(settings: TrainSettings) -> Any:
+def start_on_two_devices(settings: TrainSettings) -> subprocess.Popen[str]:
+    """As `train_newest_best`, in a process of its own."""
     program = TWO_DEVICES.format(tests=str(Path(__file__).parent))
     return start_training(settings, sys.executable, "-c", program)
 
@@ -311,18 +310,16 @@ def test_two_devices_learn_what_one_learns(squares: Path, tmp_path: Path) -> Non
         tmp_path / "one",
         dropout=0.0,
         learning_rate=1e-3,
-        fine_tune_epochs=1,
         fine_tune_learning_rate=1e-4,
         cider_epochs=1,
     )
-    one = history_of(train_captioner(wanted))
+    one = history_of(train_newest_best(wanted))
     wanted = replace(wanted, out=tmp_path / "two")
     _, log = start_on_two_devices(wanted).communicate(timeout=300)
     two = history_of(wanted.out)
-    for here, there in zip(one, two, strict=True):
-        assert there["val_loss"] == pytest.approx(here["val_loss"], rel=1e-3), log
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)
-    assert two[3]["reward"] == pytest.approx(one[3]["reward"], rel=0.1)
+    for here, there in zip(one[:4], two[:4], strict=True):
+        assert there["loss"] == pytest.approx(here["loss"], rel=1e-3), log
+    assert two[4]["reward"] == pytest.approx(one[4]["reward"], rel=0.1)
 
 
 @pytest.mark.slow

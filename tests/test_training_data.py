@@ -147,7 +147,7 @@ def test_captions_without_a_word_are_left_out(tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (training,), _ = load_examples(settings)
     assert (training.image_id, training.captions) == ("1", (("一只", "狗"),))
-    assert "left out captions without a word of 2 photos, such as 1" in caplog.text
+    assert "left out captions that have no words (2 photos, such as 1)" in caplog.text
 
 
 def test_karpathys_test_photos_are_never_trained_on(tmp_path):

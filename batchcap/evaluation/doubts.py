@@ -10,8 +10,8 @@ from batchcap.evaluation.tokenisation import HAN
 from batchcap.matching import Match
 from batchcap.records import counted, printable
 
-# Shares in captions and in references: of letters that are Chinese characters, and of characters
-# which tell the script that are traditional.
+# Between captions and references: in the share of letters that are Chinese, and in the share of
+# traditional characters.
 MOST_HAN_DIFFERENCE = 0.5
 MOST_SCRIPT_DIFFERENCE = 0.1
 LEAST_CIDER_D = 1.0
@@ -62,7 +62,7 @@ def doubts_about_words(
 def doubts_about_writing(
     name: str, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Captions of `name` in another language or script than references, the texts of each image."""
+    """Captions of the file `name` in another language or script than the references."""
     written = [text for texts in references for text in texts]
     ours, theirs = _han_share(captions), _han_share(written)
     if abs(ours - theirs) > MOST_HAN_DIFFERENCE:

@@ -83,9 +83,9 @@ def _ask(lines: Sequence[str]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What Java printed, less the answers and where in its code it failed."""
+    """Return the first lines that Java printed, without answers and stack trace."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error)
     lines = f"{error.stdout}\n{error.stderr}".splitlines()
-    told = [line for line in lines if not re.match(r"[\d\s]|Picked up |$", line)]
-    return "; ".join(told[:REASON_LINES]) or str(error)
+    messages = [line for line in lines if not re.match(r"[\d\s]|Picked up |$", line)]
+    return "; ".join(messages[:REASON_LINES]) or str(error)

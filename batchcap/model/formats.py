@@ -1,7 +1,7 @@
-"""What the bytes of an image file say before a decoder sees them: format, size, and their end.
+"""Checks of an image file's bytes before a decoder sees them: format, size, end, metadata.
 
-Decoders make room for what a header claims, and up for what a file lacks: so both are looked at
-first. Bytes only, and the rejections that they lead to.
+Decoders allocate what a header claims and invent what a file lacks, so both are checked first.
+Handles bytes only, and raises rejections.
 """
 
 import io
@@ -34,7 +34,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"FOVb", CAMERA_RAW),  # Sigma
     (0, b"\0MRM", CAMERA_RAW),  # Minolta
     (6, b"HEAPCCDR", CAMERA_RAW),  # Canon before 2004
-    (4, b"ftyp", "video"),  # and what `BRANDS` tells
+    (4, b"ftyp", "video"),  # or another format of `BRANDS`
     (0, b"\xff\x0a", "JPEG XL"),
     (4, b"JXL \r\n\x87\n", "JPEG XL"),
     (4, b"jP  \r\n\x87\n", "JPEG 2000"),
@@ -72,11 +72,10 @@ GENERAL_BRANDS = {b"mif1", b"msf1"}  # of HEIC where no other brand tells
 MAX_BRANDS = 64
 
 
-def format_name_of(data: bytes, extension: str = "") -> str:
+def format_name_of(data: bytes, extension: str) -> str:
     """The format by its first bytes, whatever the extension says; empty if none is known.
 
-    Only camera raw files that look like a TIFF may be told by nothing but `extension` (lower case,
-    without a dot).
+    `extension` (lower case, without a dot) only tells camera raw files from TIFFs.
     """
     matches = (name for offset, magic, name in SIGNATURES if data.startswith(magic, offset))
     name = next(matches, "TGA" if data.endswith(TGA_END) else "")
@@ -115,11 +114,11 @@ def _gif_palette_bytes(flags: int) -> int:
     return 6 << (flags & 7) if flags & 128 else 0
 
 
-def lacks_boxes(data: bytes) -> bool:
+def ends_within_box(data: bytes) -> bool:
     """Whether an AVIF or HEIC ends within one of its outermost boxes."""
     position = 0
     while position + 8 <= len(data):
-        length, _ = struct.unpack_from(">I4s", data, position)
+        (length,) = struct.unpack_from(">I", data, position)
         if length == 1 and position + 16 <= len(data):
             (length,) = struct.unpack_from(">Q", data, position + 8)
         if length < 8:  # the last box, or nonsense
@@ -129,11 +128,11 @@ def lacks_boxes(data: bytes) -> bool:
 
 
 def _without_items(data: bytes) -> bytes:
-    """An AVIF or HEIC whose EXIF and XMP are no longer named so, in as many bytes."""
+    """Rename the EXIF and XMP items of an AVIF or HEIC, so that decoders ignore them."""
     return ITEM_OF_METADATA.sub(rb"\1skip", data)
 
 
-# What a decoder makes room for as soon as it sees the header, or END_CHECKS would unpack.
+# The (width, height) that a decoder allocates when it sees the header, or that END_CHECKS unpack.
 HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "PNG": png.size,
     "GIF": _gif_size,
@@ -141,8 +140,8 @@ HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "TIFF": tiff.size,
 }
 
-# Whether the pixels of the first picture are all there. GIF and BMP need no check: Pillow itself
-# notices where their first frame ends too early; of AVIF and HEIC all decoders do.
+# Raise if pixels of the first picture are missing. GIF, BMP, AVIF and HEIC need no check: their
+# decoders notice it themselves.
 END_CHECKS: dict[str, Callable[[bytes], None]] = {
     "JPEG": jpeg.check_end,
     "PNG": png.check_chunks,
@@ -150,13 +149,13 @@ END_CHECKS: dict[str, Callable[[bytes], None]] = {
     "TIFF": tiff.check_pixels,
 }
 
-# What makes a decoder take a file that ends early; the others stop where it does.
+# Make a file that ends early decodable. Decoders of other formats stop where the file does.
 MENDERS: dict[str, Callable[[bytes], bytes]] = {
     "JPEG": jpeg.ended,
     "WebP": webp.filled,
 }
 
-# The same pixels without what a damaged piece of metadata would refuse them for.
+# Return a file of the same pixels without the metadata, which may be damaged.
 WITHOUT_METADATA: dict[str, Callable[[bytes], bytes]] = {
     "JPEG": jpeg.without_metadata,
     "PNG": png.without_metadata,

@@ -6,7 +6,6 @@ and leaves Pillow's global settings alone.
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import stat
@@ -16,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -43,17 +41,17 @@ from batchcap.contracts import (
     Rejection,
     UsageError,
     int64_or_none,
+    sha256_of,
 )
 from batchcap.model import jpeg, png
 from batchcap.model.formats import (
     BOXED_FORMATS,
-    CAMERA_RAW,
     END_CHECKS,
     HEADER_SIZES,
     MENDERS,
     WITHOUT_METADATA,
+    ends_within_box,
     format_name_of,
-    lacks_boxes,
 )
 from batchcap.model.pixels import is_invisible, match_transparent_colour, small_rgb
 from batchcap.model.rejections import (
@@ -85,7 +83,7 @@ OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
-READ_FORMATS = "JPEG, PNG, BMP, GIF, WebP, TIFF and AVIF"
+READ_FORMATS = "JPEG, PNG, BMP, GIF, WebP, TIFF or AVIF"
 
 with contextlib.suppress(ImportError):  # the extra `heic`
     from pi_heif import HeifImageFile
@@ -101,8 +99,8 @@ MACHINE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 ANIMATED_FORMATS = {"GIF", "PNG", "WebP", "AVIF"}
 FRAMES_LOOKED_AT = 100
 
-Resize = Callable[..., Image.Image]  # of an image, and `image_size`
-# `uint8[H, W, 3]`, the photo's upright (width, height), and what ails it.
+Resize = Callable[[Image.Image, int], Image.Image]
+# `uint8[H, W, 3]`, the photo's upright (width, height), and a note if it is not whole.
 Decoded = tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]
 # A path, a URL (a str), or a file that was read already.
 Source = str | os.PathLike[str] | FileAtHand
@@ -180,7 +178,7 @@ def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage
         data, mtime_ns = _read(source)
     except RejectionError as error:
         return LoadedImage(error.rejection, error.file_size, int64_or_none(error.mtime_ns))
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256 = sha256_of(data)
     try:
         format_name = _supported_format(data, _extension(source))
         pixels, (width, height), note = _decode(data, format_name, settings, resize)
@@ -228,7 +226,7 @@ def _read_file(path: Path) -> tuple[bytes, int | None]:
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
                 _check_readable_kind(status)
-                data = _read_unless_it_changes(file)
+                data = _read_unless_it_changes(file, opened=status)
             if data is not None:
                 return data, int64_or_none(status.st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL in name
@@ -247,13 +245,12 @@ def _read_file(path: Path) -> tuple[bytes, int | None]:
     raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
 
-def _read_unless_it_changes(file: IO[bytes]) -> bytes | None:
-    """All of an open file; None if it is being written to, or was when it was read.
+def _read_unless_it_changes(file: IO[bytes], opened: os.stat_result) -> bytes | None:
+    """Return all of an open file; None if it has changed since `opened`, its status then.
 
     A file written within the last tick is first left alone for one: until then a change need not
     show in its time.
     """
-    opened = os.fstat(file.fileno())
     if _is_fresh(opened):
         time.sleep(CLOCK_TICK_S)
     before = os.fstat(file.fileno())
@@ -302,22 +299,20 @@ def _decode(data: bytes, format_name: str, settings: LoadSettings, resize: Resiz
         data, note = _checked_end(data, format_name, settings)
         try:
             return _decode_pixels(data, format_name, note, settings, resize)
-        except Exception as error:
-            plain = WITHOUT_METADATA.get(format_name, bytes)(data)
-            if plain == data or _is_too_large(error):
+        except (RejectionError, MemoryError):  # metadata is not to blame
+            raise
+        except Exception:
+            if format_name not in WITHOUT_METADATA:
+                raise
+            plain = WITHOUT_METADATA[format_name](data)
+            if plain == data:
                 raise
         return _decode_pixels(plain, format_name, note, settings, resize)
     except RejectionError:
         raise
     except Exception as error:  # Pillow has no common base class for what a damaged file raises
-        is_cut = note is not None or (format_name in BOXED_FORMATS and lacks_boxes(data))
+        is_cut = note is not None or (format_name in BOXED_FORMATS and ends_within_box(data))
         raise _diagnosis(format_name, error, is_cut) from error
-
-
-def _is_too_large(error: Exception) -> bool:
-    if isinstance(error, RejectionError):
-        return error.rejection.error_type is ErrorType.TOO_LARGE
-    return isinstance(error, MemoryError)
 
 
 def _decode_pixels(
@@ -332,7 +327,7 @@ def _decode_pixels(
     # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
     # needed, in a fraction of the time. Less would leave nothing of our own filter.
     image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
-    _with_machine_order(image)
+    _correct_byte_order(image)
     note = _load_pixels(image, len(data), note, settings.accept_truncated)
     if format_name == "PNG":
         if note is None and _lacks_png_rows(image, data):
@@ -343,14 +338,14 @@ def _decode_pixels(
     orientation = _orientation(image)
     if format_name in ANIMATED_FORMATS:
         _go_to_visible_frame(image, settings.max_pixels)
-    small = small_rgb(image, partial(resize, image_size=settings.image_size))
+    small = small_rgb(image, lambda whole: resize(whole, settings.image_size))
     return np.array(_upright(small, orientation)), _upright_size(size, orientation), note
 
 
 def _checked_end(
     data: bytes, format_name: str, settings: LoadSettings
 ) -> tuple[bytes, Rejection | None]:
-    """The bytes to decode: where a file that ends early counts, with an end that decoders take."""
+    """The bytes to decode, mended if they end early and that is accepted, and a note if so."""
     try:
         if format_name in END_CHECKS:
             END_CHECKS[format_name](data)
@@ -374,7 +369,7 @@ def _is_whole_jpeg(data: bytes, max_pixels: int) -> bool:
     for filling in jpeg.fillings(data):
         image = JpegImagePlugin.JpegImageFile(PatientFile(jpeg.ended(data, filling)))
         _check_pixel_count(*image.size, max_pixels)
-        digests.add(hashlib.sha256(image.tobytes()).digest())
+        digests.add(sha256_of(image.tobytes()))
         if len(digests) > 1:
             return False
     return True
@@ -383,10 +378,10 @@ def _is_whole_jpeg(data: bytes, max_pixels: int) -> bool:
 def _load_pixels(
     image: ImageFile.ImageFile, data_size: int, note: Rejection | None, accept_truncated: bool
 ) -> Rejection | None:
-    """Decode; of a file that ends early, if it is to count, what there is, which is noted.
+    """Decode; if the file ends early and that is accepted, keep the decoded part and return a note.
 
-    Pillow's own switch for that counts for all threads of the process. It isn't needed: when
-    Pillow finds that there is no more, what it decoded until then is in the image.
+    Pillow's own switch for this affects all threads of the process. It isn't needed: when Pillow
+    runs out of data, the image holds the part decoded until then.
     """
     has_begun = min((offset for _, _, offset, *_ in image.tile), default=0) < data_size
     try:
@@ -405,7 +400,7 @@ def _is_read_by_libtiff(image: ImageFile.ImageFile) -> bool:
     return any(tile[0] == "libtiff" for tile in image.tile)
 
 
-def _with_machine_order(image: ImageFile.ImageFile) -> None:
+def _correct_byte_order(image: ImageFile.ImageFile) -> None:
     """Correct the byte order in which Pillow reads big-endian samples of compressed TIFFs."""
     if _is_read_by_libtiff(image):
         (tile,) = image.tile
@@ -435,13 +430,9 @@ def _supported_format(data: bytes, extension: str) -> str:
     if name in OPENERS:
         return name
     if name == "HEIC":
-        advice = (
-            "to read it, run pip install 'batchcap[heic]', and then batchcap with --retry-failed"
-        )
-    elif name == CAMERA_RAW:
-        advice = f"{READ_FORMATS} are read, develop it to one of these"
+        advice = "to read it, run pip install 'batchcap[heic]', then batchcap with --retry-failed"
     else:
-        advice = f"{READ_FORMATS} are read, convert it"
+        advice = f"convert it to {READ_FORMATS}"
     found = f"This is a {name} file" if name else "This is no image format known to batchcap"
     raise RejectionError(ErrorType.UNSUPPORTED_FORMAT, f"{found}; {advice}.")
 
@@ -503,8 +494,8 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
     """Whether the compressed pixels of a PNG end, properly, before its last row.
 
-    Pillow takes that for a whole photo and leaves the rest zero, so that only one with such a row
-    need be unpacked again. Interlaced, the last of all rows is the last odd one.
+    Pillow takes that for a whole photo and leaves the rest zero, so only a photo with such a row is
+    unpacked again. If interlaced, the last row to be decoded is the last odd one.
     """
     width, height = image.size
     ends = [image.crop((0, row, width, row + 1)) for row in {height - 1, max(height - 2, 0)}]
@@ -512,9 +503,9 @@ def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
 
 
 def _go_to_visible_frame(image: ImageFile.ImageFile, max_pixels: int) -> None:
-    """Go from a wholly transparent first frame of an animation to the first with something on it.
+    """Seek to the first frame that is not wholly transparent.
 
-    Up to `FRAMES_LOOKED_AT` frames and `max_pixels` in all are decoded for it.
+    Decodes up to `FRAMES_LOOKED_AT` further frames and `max_pixels` in all.
     """
     if not is_invisible(image):
         return
@@ -522,7 +513,7 @@ def _go_to_visible_frame(image: ImageFile.ImageFile, max_pixels: int) -> None:
     for number in range(1, frames + 1):
         try:
             image.seek(number)
-        except EOFError:  # there is no other, or no more
+        except EOFError:  # there are no more frames
             return
         _check_pixel_count(*image.size, max_pixels)
         image.load()
@@ -536,8 +527,8 @@ def _squashed(image: Image.Image, image_size: int) -> Image.Image:
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 
-def _fitted(image: Image.Image, image_size: int) -> Image.Image:
-    scale = image_size / max(image.size)
+def _fitted(image: Image.Image, longer_side: int) -> Image.Image:
+    scale = longer_side / max(image.size)
     if scale >= 1:
         return image
     width, height = (max(round(side * scale), 1) for side in image.size)

@@ -29,7 +29,7 @@ BLOCK = range(64)  # the coefficients of 8 x 8 pixels
 
 @dataclass(frozen=True)
 class Scans:
-    """The coded pixels of a JPEG: where they end, if at an end mark, and if none is missing."""
+    """The coded pixels of a JPEG: where they end, whether at an end mark, whether all are there."""
 
     end: int
     has_end_mark: bool
@@ -39,12 +39,10 @@ class Scans:
 def check_end(data: bytes) -> None:
     """An end mark must follow the scans: Pillow decodes a tail of zeros to grey."""
     start = first_scan(data)
-    if not data.startswith(SCAN, start):  # the decoder reports what is wrong
+    if data.startswith(SCAN, start):
+        has_end_mark = scans(data).has_end_mark
+    else:  # the decoder reports what is wrong
         has_end_mark = data.find(END, start) != -1
-    else:
-        marker = MARKER.search(data, _segment_end(data, start))
-        ends_at_once = marker is not None and marker[0] == END
-        has_end_mark = ends_at_once or scans(data).has_end_mark
     if not has_end_mark:
         raise truncated()
 
@@ -154,7 +152,7 @@ def _segment_end(data: bytes, position: int) -> int:
 
 
 def _coefficients(data: bytes) -> tuple[set[tuple[int, int]], bool]:
-    """The (component, number) of each coefficient the scans must have; whether bit by bit."""
+    """The (component, number) of each coefficient the scans must have; whether progressive."""
     for position in _header_markers(data):
         frame = data[position : _segment_end(data, position)]
         if len(frame) > 10 and frame[1] in FRAMES:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
-TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
-TIFF_WHITE_IS_ZERO = 0
+WHITE_IS_ZERO = 0  # photometric interpretation of a TIFF
 
 
 def is_invisible(image: Image.Image) -> bool:
@@ -60,9 +60,9 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey, which Pillow's own `convert` clips; a transparent level becomes alpha."""
     samples = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # a TIFF may have 12 bits, and 0 for white
-    (bits,) = tags.get(TIFF_BITS, (16,))
+    (bits,) = tags.get(BITSPERSAMPLE, (16,))
     eight_bits = (samples >> bits - 8).astype(np.uint8)
-    if tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         eight_bits = 255 - eight_bits
     grey = Image.fromarray(eight_bits)
     transparent_level = image.info.get("transparency")
@@ -76,7 +76,7 @@ def _as_floats(image: Image.Image) -> Image.Image:
     """Convert the 32-bit integers of a TIFF; Pillow reads unsigned ones as signed."""
     samples = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
+    if tags.get(BITSPERSAMPLE) == (32,) and tags.get(SAMPLEFORMAT, (1,)) == (1,):
         samples = samples.view(np.uint32)
     return Image.fromarray(samples.astype(np.float32))
 

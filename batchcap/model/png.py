@@ -29,23 +29,19 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def check_chunks(data: bytes) -> None:
-    """All pixels must be there; Pillow ignores their checksums. The end mark may be missing."""
-    position = SIGNATURE_BYTES
-    for _ in range(MAX_PARTS):
-        if position + 12 > len(data):
-            return _check_pixels(data)
-        length, name = struct.unpack_from(">I4s", data, position)
-        body_end = position + 8 + length
-        if name == b"IDAT":
-            if body_end + 4 > len(data):
-                return _check_pixels(data)
-            checksum = zlib.crc32(memoryview(data)[position + 4 : body_end])
-            if checksum != int.from_bytes(data[body_end : body_end + 4], "big"):
-                raise corrupt("PNG", "wrong checksum")
+    """Raise if pixels are missing or damaged: Pillow ignores their checksums.
+
+    The end mark may be missing.
+    """
+    for name, start, end in _chunks(data):
         if name == b"IEND":
-            return None
-        position = body_end + 4
-    raise too_many_parts()
+            return
+        if name == b"IDAT":
+            if end > len(data):
+                break
+            if not _has_right_checksum(memoryview(data)[start:end]):
+                raise corrupt("PNG", "wrong checksum")
+    _check_pixels(data)
 
 
 def _check_pixels(data: bytes) -> None:
@@ -75,14 +71,11 @@ def lacks_pixels(data: bytes) -> bool:
 
 def without_metadata(data: bytes) -> bytes:
     """Keep the chunks of pixels; those of orientation and animation if their checksum is right."""
-    kept, position = [data[:SIGNATURE_BYTES]], SIGNATURE_BYTES
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        chunk = data[position : position + 12 + length]
-        checksum = zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
-        if name in PIXEL_CHUNKS or (name in USEFUL_CHUNKS and chunk.endswith(checksum)):
+    kept = [data[:SIGNATURE_BYTES]]
+    for name, start, end in _chunks(data):
+        chunk = data[start:end]
+        if name in PIXEL_CHUNKS or (name in USEFUL_CHUNKS and _has_right_checksum(chunk)):
             kept.append(chunk)
-        position += 12 + length
     return b"".join(kept)
 
 
@@ -101,10 +94,27 @@ def _unpacked_bytes(data: bytes) -> int:
 
 def _pixel_pieces(data: bytes) -> Iterator[bytes]:
     """The compressed pixels, in pieces so small that none unpacks to much."""
-    position = SIGNATURE_BYTES
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        start, end = position + 8, position + 8 + length
+    for name, start, end in _chunks(data):
         if name == b"IDAT":
-            yield from (data[i : min(i + PIECE, end)] for i in range(start, end, PIECE))
-        position = end + 4
+            body_end = end - 4
+            yield from (
+                data[i : min(i + PIECE, body_end)] for i in range(start + 8, body_end, PIECE)
+            )
+
+
+def _has_right_checksum(chunk: bytes | memoryview) -> bool:
+    return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of each chunk that begins in the file, up to the end mark."""
+    position = SIGNATURE_BYTES
+    for _ in range(MAX_PARTS):
+        if position + 12 > len(data):
+            return
+        length, name = struct.unpack_from(">I4s", data, position)
+        start, position = position, position + 12 + length
+        yield name, start, position
+        if name == b"IEND":
+            return
+    raise too_many_parts()

@@ -1,4 +1,4 @@
-"""How decoding refuses a file: the exception that carries a rejection, and the common ones."""
+"""How decoding refuses a file: the exception that carries a rejection, and common rejections."""
 
 import io
 import os
@@ -25,7 +25,7 @@ class RejectionError(Exception):
 
 
 class PatientFile(io.BytesIO):
-    """A file in memory whose reader is stopped when it nibbles for too long."""
+    """A file in memory that raises after too many reads."""
 
     reads_left = MAX_PARTS * READS_PER_PART
 
@@ -44,14 +44,14 @@ def truncated() -> RejectionError:
 
 
 def too_many_parts() -> RejectionError:
-    """The file is made of nothing but parts."""
+    """The file has more than MAX_PARTS parts."""
     return RejectionError(
         ErrorType.TOO_LARGE, f"The file has more than {MAX_PARTS:,} parts; save the photo again."
     )
 
 
 def corrupt(format_name: str, reason: str) -> RejectionError:
-    """The file is damaged; `reason` is what noticed."""
+    """The file is damaged; `reason` is the decoder's message."""
     return RejectionError(
         ErrorType.CORRUPT,
         f"The {format_name} data is damaged ({one_line(reason)}); replace the file.",
@@ -59,5 +59,5 @@ def corrupt(format_name: str, reason: str) -> RejectionError:
 
 
 def one_line(text: str) -> str:
-    """What a decoder says, without what a terminal or a table would stumble over."""
+    """A decoder's message, shortened, without unprintable characters."""
     return "".join(c if c.isprintable() else " " for c in text)[:120].strip()

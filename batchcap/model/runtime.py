@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from batchcap.contracts import BatchcapError, Precision, Runtime, UsageError
+from batchcap.contracts import BatchcapError, Precision, Runtime, UsageError, first_line
 from batchcap.last_words import kept_back
 from batchcap.surroundings import settle_caches
 
@@ -45,8 +45,8 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
 def precision_of(precision: Precision) -> Precision:
     """`auto` is float32 on any machine.
 
-    Of 1,000 photos float16 changes the captions of 1.6 %, bfloat16 of 14 to 18 %; no more than
-    1 % may differ without having been asked for.
+    float16 changes 1.6 % of 1,000 photos' captions, bfloat16 14 to 18 %; a change of more than 1 %
+    must be asked for.
     """
     return Precision.FLOAT32 if precision is Precision.AUTO else precision
 
@@ -68,10 +68,10 @@ def import_openvino() -> Any:
 
 
 def start_tensorflow() -> str:
-    """Import TensorFlow and Keras and find the devices; names the one that work will run on.
+    """Import TensorFlow and Keras, and return the name of the device that work will run on.
 
-    What C++ code prints meanwhile is shown only if the start fails: on a machine without a GPU it
-    speaks of nothing else, before it has read its log level.
+    What C++ code prints meanwhile is shown only if the start fails: it complains of a missing GPU
+    before it has read its log level.
 
     Raises:
         BatchcapError: TensorFlow can't be imported.
@@ -95,7 +95,7 @@ def start_tensorflow() -> str:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What began it: TensorFlow wraps it in a message whose first line says nothing."""
-    while before := error.__cause__ or error.__context__:
-        error = before
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first error of a chain: TensorFlow wraps it in one whose first line says nothing."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return first_line(error)

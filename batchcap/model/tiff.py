@@ -8,19 +8,23 @@ from typing import NamedTuple
 from batchcap.contracts import ErrorType
 from batchcap.model.rejections import MAX_PARTS, RejectionError, too_many_parts, truncated
 
-WIDTH, HEIGHT, COMPRESSION, PHOTOMETRIC = 256, 257, 259, 262
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 STRIP_OFFSETS, STRIP_BYTES, TILE_WIDTH, TILE_HEIGHT = 273, 279, 322, 323
 TILE_OFFSETS, TILE_BYTES, SUB_DIRECTORIES, SUBFILE_TYPE, DNG_VERSION = 324, 325, 330, 254, 50706
+PALETTE, JPEG_TABLES = 320, 347
 # What pixels are made of, and orientation; all else is metadata.
 PIXEL_TAGS = frozenset(
     (
-        *(WIDTH, HEIGHT, 258, COMPRESSION, PHOTOMETRIC, 266, STRIP_OFFSETS, 274, 277, 278),
-        *(STRIP_BYTES, 284, 292, 293, 317, 320, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES),
-        *(332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
+        *(WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, 266, STRIP_OFFSETS, 274, 277, 278),
+        *(STRIP_BYTES, 284, 292, 293, 317, PALETTE, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS),
+        *(TILE_BYTES, 332, 338, 339, JPEG_TABLES, 512, 513, 514, 515, 517, 518, 519, 520, 521),
+        *(529, 530, 531, 532),
     )
 )
-# Those whose values may stand far from the directory: bits, places, palette, tables of JPEG.
-NEEDED_TAGS = frozenset((258, STRIP_OFFSETS, STRIP_BYTES, 320, TILE_OFFSETS, TILE_BYTES, 347))
+# Those whose values may stand far from the directory.
+NEEDED_TAGS = frozenset(
+    (BITS, PALETTE, JPEG_TABLES, STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES)
+)
 REDUCED = 1  # a subfile type: a preview of another picture
 NO_COMPRESSION = 1
 # CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: what Pillow's libtiff decodes.
@@ -66,7 +70,7 @@ Directory = dict[int, Entry]
 
 
 def is_raw(data: bytes, extension: str) -> bool:
-    """Whether a file that looks like a TIFF is a camera raw file, which has previews.
+    """Whether a file that looks like a TIFF is a camera raw file, which holds previews.
 
     `extension` is lower case, without a dot.
     """
@@ -105,7 +109,7 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def check_pixels(data: bytes) -> None:
-    """All strips and tiles of the first picture must be there, in a compression that is read.
+    """Raise if a strip or tile of the first picture is missing, or its compression is not read.
 
     Decompressors make up missing pixels. Where nothing is compressed, Pillow notices them.
     """

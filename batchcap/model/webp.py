@@ -28,7 +28,7 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def check_end(data: bytes) -> None:
-    """The picture must be there, or an animation's first one, whatever length the file claims."""
+    """Raise if the (first) picture is cut, whatever length the file claims."""
     for name, _, end in _chunks(data):
         if name in PIXEL_CHUNKS:
             if end > len(data):

@@ -158,10 +158,21 @@ def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
 
 
 def assert_same_captions(captions: list[Caption], expected: list[Caption]) -> None:
+    """Equal words and log-probabilities, up to a word that is as probable as another.
+
+    Which of the two is chosen depends on how a CPU rounds.
+    """
     for caption, of_same_photo in zip(captions, expected, strict=True):
-        assert caption.tokens == of_same_photo.tokens
-        assert caption.finished == of_same_photo.finished
-        assert caption.log_probs == pytest.approx(of_same_photo.log_probs, abs=1e-4)
+        words, others = (
+            [*one.tokens, *[END_ID] * one.finished] for one in (caption, of_same_photo)
+        )
+        pairs = zip(words, others, strict=False)
+        tie = next((place for place, (word, other) in enumerate(pairs) if word != other), None)
+        if tie is None:
+            assert words == others
+        compared = slice(None if tie is None else tie + 1)
+        log_probs = of_same_photo.log_probs[compared]
+        assert caption.log_probs[compared] == pytest.approx(log_probs, abs=1e-4)
 
 
 def count_differing(captions: list[Caption], others: list[Caption]) -> int:
@@ -279,6 +290,7 @@ def test_beam_search_of_100_photos_of_flickr8k_is_that_of_plain_python(captioner
     assert_searched_plainly(captioner, validation_photos(captioner, flickr8k, 100))
 
 
+@pytest.mark.slow
 def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, beam_captions):
     captions = caption_photos(
         captioner, photo_crops[:BATCH], batch_size=3, beam_size=3, length_penalty=1.0

@@ -468,20 +468,46 @@ def load_while(write: Callable[[Path, bytes], None], path: Path) -> list[LoadedI
     return loaded
 
 
-def test_file_that_is_written_all_the_time_is_never_taken_in_halves(tmp_path):
-    def overwrite(path: Path, data: bytes) -> None:
-        with path.open("r+b") as file:
-            for start in range(0, len(data), 100_000):
-                file.write(data[start : start + 100_000])
-                file.flush()
-            file.truncate()
+@pytest.mark.parametrize("moments", [(0,), (1,), (0, 1)])
+def test_file_written_during_the_read_is_refused_until_it_is_whole(tmp_path, monkeypatch, moments):
+    """Each attempt calls fstat on opening, before reading and after reading.
 
-    *during, after = load_while(overwrite, tmp_path / "a.bmp")
-    refused = [image for image in during if isinstance(image.pixels, Rejection)]
-    assert refused
-    for image in refused:
-        assert_rejected(image, ErrorType.CHANGED)
+    After the calls in `moments`, the next piece of another photo is written. No thread writes,
+    because one that is paused between two pieces leaves a file that looks finished.
+    """
+    path, (old, new) = tmp_path / "a.bmp", FLICKERING[:2]
+    path.write_bytes(old)
+    os.utime(path, ns=(0, 0))  # an old file, which is read without a pause
+    starts, calls, real_fstat = itertools.count(0, 100_000), itertools.count(), os.fstat
+    torn = set()
+
+    def write_piece() -> None:
+        start = next(starts)
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(new[start : start + 100_000])
+        os.utime(path, ns=(0, start + 1))
+        torn.add(path.read_bytes())
+
+    def fstat_and_write(descriptor: int) -> os.stat_result:
+        status = real_fstat(descriptor)
+        if next(calls) % 3 in moments:
+            write_piece()
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fstat_and_write)
+        during = load_image(path, LoadSettings(2))
+    assert during == LoadedImage(assert_rejected(during, ErrorType.CHANGED))
+    assert next(calls) == 3 * images.READ_ATTEMPTS
+    assert len(torn) == len(moments) * images.READ_ATTEMPTS
+    assert torn.isdisjoint((old, new))
+    while path.read_bytes() != new:
+        write_piece()
+    after = load_image(path, LoadSettings(2))
     assert isinstance(after.pixels, np.ndarray)
+    assert after.sha256 == hashlib.sha256(new).hexdigest()
+    assert (after.file_size, after.mtime_ns) == (len(new), path.stat().st_mtime_ns)
 
 
 def test_file_that_is_replaced_whole_is_always_read(tmp_path):
