@@ -144,7 +144,7 @@ def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
     refs = list(list_images("s3://odd/p"))
     assert [ref.image_id for ref in refs] == sorted(odd)
     assert [remote.read_file(ref.path).decode() for ref in refs] == sorted(odd)
-    assert "photo.jpg/ cannot be read" in caplog.text
+    assert "could not fully read photo.jpg/ (it is a file too" in caplog.text
     (tmp_path / "x").write_bytes(b"x")
     remote.upload(tmp_path / "x", "s3://odd/cam1::2024.parquet", must_be_new=True)
     assert s3.cat_file("odd/cam1::2024.parquet") == b"x"
