@@ -30,6 +30,7 @@ from batchcap.row_files import (
     saying_where,
     write_rows,
 )
+from batchcap.row_index import newest_rows
 from batchcap.settings import MergeSettings
 
 ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
@@ -119,17 +120,16 @@ def _distinct_rows(shares: list[Layout]) -> Iterator[pa.Table]:
     met = IdSet()
     for share in shares:
         with locked(share.lock):
-            for path in share.row_files():
-                for table in verified(path):
-                    image_ids = table["image_id"].to_pylist()
-                    is_new = met.add(hashes_of(image_ids))
-                    if not is_new.all():
-                        doubled = printable(image_ids[int(np.argmin(is_new))])
-                        raise InputError(
-                            f"{share} has a second row of {doubled}: run the shares on one INPUT, "
-                            "each with its own --shard"
-                        )
-                    yield table
+            for table in newest_rows(share.row_files(), verified):
+                image_ids = table["image_id"].to_pylist()
+                is_new = met.add(hashes_of(image_ids))
+                if not is_new.all():
+                    doubled = printable(image_ids[int(np.argmin(is_new))])
+                    raise InputError(
+                        f"{share} has a second row of {doubled}: run the shares on one INPUT, "
+                        "each with its own --shard"
+                    )
+                yield table
 
 
 def _write_parts(target: Layout, tables: Iterator[pa.Table], metadata: Mapping[str, str]) -> int:
