@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batchcap.contracts import InputError, OtherOutputError, OutputError
+from batchcap.contracts import READABLE_SCHEMAS, InputError, OtherOutputError, OutputError
 from batchcap.files import replace_text, sync
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.layout import Layout, layout_of, shares_there
 from batchcap.locking import locked
+from batchcap.model.config import DECODE_DEFAULTS
 from batchcap.output import (
     IDENTITY,
     RowFile,
+    Upgrades,
     digest_of,
     is_whole,
     manifest_text,
@@ -33,6 +35,7 @@ from batchcap.row_files import (
 from batchcap.row_index import newest_rows
 from batchcap.settings import MergeSettings
 
+UPGRADES = Upgrades(DECODE_DEFAULTS)
 ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 
 
@@ -97,13 +100,14 @@ def _common_metadata(shares: list[Layout]) -> dict[str, str]:
             for path in _whole_files(share):
                 found = read_file_metadata(path)
                 metadata = metadata or found
+                there, first = UPGRADES.comparable(found), UPGRADES.comparable(metadata)
                 for key, name in IDENTITY.items():
-                    if found.get(key) != metadata.get(key):
+                    if there[key] != first[key]:
                         raise OtherOutputError(
                             f"{share} has rows of another {name} than {shares[0]}: run it again, "
                             "with --on-existing overwrite and the settings of the others"
                         )
-    return metadata
+    return metadata | {"batchcap.schema": READABLE_SCHEMAS[-1]} if metadata else {}
 
 
 def _whole_files(share: Layout) -> list[Path]:

@@ -97,7 +97,7 @@ class Upgrades:
         values = {key: metadata.get(key) for key in IDENTITY}
         if values["batchcap.schema"] in READABLE_SCHEMAS:
             values["batchcap.schema"] = READABLE_SCHEMAS[-1]
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, KeyError):
             told = json.loads(metadata["batchcap.decode"])
             values["batchcap.decode"] = json.dumps({**self.decode_defaults, **told}, sort_keys=True)
         return values

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count
 from batchcap.locking import locked
 from batchcap.logs import log_event
-from batchcap.model.config import DecodeSettings, fingerprint, read_config
+from batchcap.model.config import DECODE_DEFAULTS, DecodeSettings, fingerprint, read_config
 from batchcap.model.runtime import precision_of
 from batchcap.options import decode_settings_of, worker_settings_of
 from batchcap.output import (
@@ -394,11 +394,7 @@ def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[st
 
 def _upgrades(settings: RunSettings) -> Upgrades:
     return Upgrades(
-        decode_defaults={
-            field.name: field.default
-            for field in fields(DecodeSettings)
-            if field.default is not MISSING
-        },
+        decode_defaults=DECODE_DEFAULTS,
         keeps_precision=settings.precision is Precision.AUTO,
         has_shipped_model=settings.model == DEFAULT_MODEL,
     )
