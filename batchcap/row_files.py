@@ -86,7 +86,7 @@ def read_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tab
     with _opened(path) as file:
         _check_columns(path, file.schema_arrow)
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns, use_threads=False)
+            table = file.read_row_group(group, columns)
             table.validate(full=True)  # the checksums are of the pages only
             yield table if columns else _upgraded(table)
 
@@ -99,7 +99,7 @@ def read_group(path: Path, group: int) -> pa.Table:
         OutputError: it can't be opened, or this machine has no memory for it.
     """
     with _opened(path) as file:
-        return _upgraded(file.read_row_group(group, use_threads=False))
+        return _upgraded(file.read_row_group(group))
 
 
 def count_rows(path: Path) -> int:
