@@ -30,7 +30,7 @@ Row = dict[str, Any]
 MAGIC = b"PAR1"
 WAYS_OUT = "choose another OUTPUT, or give --on-existing overwrite to replace it"
 # Errors of a machine that is short of something, in the words of Arrow and of its codecs.
-SHORTAGE = re.compile(r"memory|alloc|launch worker thread|resource temporarily", re.IGNORECASE)
+SHORTAGE = re.compile(r"memory|alloc|DCtx create|worker thread|temporarily", re.IGNORECASE)
 
 
 class DamagedError(Exception):

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -345,6 +346,7 @@ SHORT_OF = [
     pa.lib.ArrowMemoryError("malloc of size 4096 failed"),
     pa.lib.ArrowException("Failed to launch worker thread: Resource temporarily unavailable"),
     OSError("ZSTD decompression failed: Allocation error : not enough memory"),
+    OSError("ZSTD_DCtx create failed"),
     OSError(errno.EMFILE, "Too many open files"),
     MemoryError(),
 ]
@@ -365,6 +367,40 @@ def test_lack_of_memory_or_threads_is_no_damage(layout, monkeypatch, tmp_path, s
     monkeypatch.undo()
     assert names_in(tmp_path) == before
     assert ids_of(layout) == ["1"]
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+from batchcap.contracts import OutputError
+from batchcap.layout import Layout
+from batchcap.output import open_captions
+from batchcap.settings import OnExisting
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20,) * 2)
+try:
+    with open_captions(Layout(Path(sys.argv[1])), json.loads(sys.argv[3]), OnExisting.RESUME):
+        pass
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("free_mib", [4, 32, 120])
+def test_a_process_with_little_memory_touches_no_output(file, free_mib, tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    tables = [
+        table_of([captioned_row(f"{group}/{n}", n) for n in range(1024)]) for group in range(8)
+    ]
+    write_rows(file.output, tables, METADATA)
+    before = file.output.read_bytes()
+    command = [sys.executable, "-c", LIMITED, file.output, str(free_mib), json.dumps(METADATA)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.stdout or "short of memory or threads" in done.stdout
+    assert file.output.read_bytes() == before
+    assert not [*tmp_path.glob(".*damaged")]
 
 
 def test_a_size_that_no_machine_has_is_damage(folder, monkeypatch):
