@@ -130,14 +130,16 @@ def test_kills_while_rows_are_replaced_leave_each_photo_a_row(
     output = shutil.copytree(whole.output, tmp_path / "o")
     for photo in folder.iterdir():
         os.utime(photo, (1e9, 1e9))
-    draws = random.Random(1)
     layout = Layout(output)
     all_ids = {photo.name for photo in photos.iterdir()}
+
+    def rewritten() -> set[int]:
+        return {path.stat().st_ino for path in layout.row_files()[:7]}
+
     for _ in range(3):
-        parts = len(layout.row_files())
-        with running(folder, output, "--rows-per-part", 8, "--batch-size", 16) as process:
-            assert wait_until(lambda: len(layout.row_files()) > parts)  # noqa: B023
-            time.sleep(draws.uniform(0, 0.02))
+        before = rewritten()
+        with running(folder, output, "--rows-per-part", 96, "--batch-size", 16) as process:
+            assert wait_until(lambda: rewritten() != before)  # noqa: B023
             process.kill()
             process.wait()
         ids = [
