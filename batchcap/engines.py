@@ -15,7 +15,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ImageFile, ImageRef, LoadedImage, ModelError, Rejection
+from batchcap.contracts import (
+    CaptionSource,
+    ImageFile,
+    ImageRef,
+    LoadedImage,
+    ModelError,
+    Rejection,
+)
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
@@ -250,6 +257,7 @@ def _caption_columns(decoded: Decoded, row: int, job: Job) -> Row:
         "logprob": float(log_probs.sum()),
         "mean_logprob": float(log_probs.mean()) if len(log_probs) else None,
         "finished": finished,
+        "caption_source": CaptionSource.MODEL.value,
     }
     weights = decoded.attention[row, :length]
     if job.attention is not AttentionDetail.NONE:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from batchcap.contracts import (
     LockedError,
     OtherOutputError,
     OutputError,
+    Precision,
 )
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, excluded_by, list_images_of
@@ -31,11 +32,12 @@ from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count
 from batchcap.locking import locked
 from batchcap.logs import log_event
-from batchcap.model.config import DecodeSettings, fingerprint, read_config
+from batchcap.model.config import DECODE_DEFAULTS, DecodeSettings, fingerprint, read_config
 from batchcap.model.runtime import precision_of
 from batchcap.options import decode_settings_of, worker_settings_of
 from batchcap.output import (
     CaptionFolder,
+    Upgrades,
     check_identity,
     existing_rows,
     index_of,
@@ -46,7 +48,7 @@ from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.records import counted, printable
 from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
-from batchcap.settings import AttentionDetail, Engine, RunSettings
+from batchcap.settings import DEFAULT_MODEL, AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
 from batchcap.worker import CaptionWorker
@@ -84,8 +86,10 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
         _make_room_for_share(settings, layout)
-        with open_captions(layout, summary.metadata, settings.on_existing) as folder:
+        upgrades = _upgrades(settings)
+        with open_captions(layout, summary.metadata, settings.on_existing, upgrades) as folder:
             summary.metadata = folder.metadata
+            settings = replace(settings, precision=Precision(folder.metadata["batchcap.precision"]))
             inventory = Inventory(settings, folder.index, summary)
             with stopping_softly() as stop:
                 _Captioning(inventory, folder, decode_settings, stop).run()
@@ -107,7 +111,7 @@ def plan_run(settings: RunSettings) -> str:
             layout.refresh()
     identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
     files = existing_rows(layout, settings.on_existing)
-    check_identity(layout, files, identity)
+    check_identity(layout, files, identity, _upgrades(settings))
     summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index, summary)
@@ -356,7 +360,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     # An input with nothing in it is rather a disk that is not mounted.
     if settings.prune and inventory.complete and not inventory.is_empty:
         summary.pruned = folder.prune(excluded_by(settings))
-    folder.finish()
+    folder.finish(inventory.complete and not inventory.doubled)
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
         raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")
     inventory.check_whole()
@@ -401,6 +405,14 @@ def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[st
         "batchcap.precision": precision_of(settings.precision),
         "batchcap.attention": settings.attention,
     }
+
+
+def _upgrades(settings: RunSettings) -> Upgrades:
+    return Upgrades(
+        decode_defaults=DECODE_DEFAULTS,
+        keeps_precision=settings.precision is Precision.AUTO,
+        has_shipped_model=settings.model == DEFAULT_MODEL,
+    )
 
 
 def _now() -> str:

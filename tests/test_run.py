@@ -138,7 +138,7 @@ def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, An
     schema = pq.read_schema(mixed_run[0])
     assert schema.equals(ARROW_SCHEMA)
     metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
-    assert metadata["batchcap.schema"] == "1"
+    assert metadata["batchcap.schema"] == "2"
     assert metadata["batchcap.model"] == fingerprint(DEFAULT_MODEL)
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
     assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
