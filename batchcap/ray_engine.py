@@ -316,7 +316,7 @@ class RayWorker:
         rows = chain.from_iterable(self.worker(inventory.unfinished(refs, self._goes_on)))
         while some := list(islice(rows, self.worker.settings.batch_size)):
             self.moves()
-            failed |= _failures(some)
+            failed |= failures(some)
             yield Chunk(self.worker.metadata, some, archive)
         yield Chunk(self.worker.metadata, archive=archive, tally=inventory.tally(failed))
 
@@ -325,7 +325,7 @@ class RayWorker:
         return True
 
 
-def _failures(rows: list[Row]) -> dict[int, str]:
+def failures(rows: list[Row]) -> dict[int, str]:
     """Why photos have no caption, by the hash of their id."""
     failed = [row for row in rows if row["status"] == "failed"]
     hashes = hashes_of([row["image_id"] for row in failed]).tolist()
