@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, compress, islice
 from pathlib import Path
@@ -116,13 +115,14 @@ def run_on_ray(
     """Caption pieces of an input on all machines of a cluster; chunks come as they are done.
 
     The model and the index of existing rows are sent once to each machine. While no chunk comes,
-    empty ones are yielded as long as workers move, or the cluster has no worker yet.
+    empty ones are yielded as long as workers move, or the cluster waits for machines.
 
     Raises:
         UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
         BatchcapError: a worker raised it, or the cluster has failed.
     """
     with _connected(settings.address) as ray, _reporting_failure():
+        yield Chunk()
         workers = workers_on(_resources(ray), settings.workers, settings.gpus_per_worker)
         model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
         at_hand = [ray.put(model), ray.put(index)]
@@ -132,7 +132,7 @@ def run_on_ray(
         ).map_batches(
             RayWorker,
             fn_constructor_args=(settings, worker, at_hand, pulse),
-            batch_size=None,
+            batch_size=1,  # a block is one piece; with GPUs, Ray wants a number
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=workers.number, max_concurrent_calls_per_actor=CALLS_AT_ONCE
@@ -141,7 +141,7 @@ def run_on_ray(
             num_gpus=workers.gpus,
         )
         tables = chunks.iter_batches(batch_size=None, batch_format="pyarrow")
-        moves = _asking(ray, pulse, workers, settings.stall_timeout)
+        moves = asking(ray, pulse, workers, settings.stall_timeout)
         for table in with_news(tables, moves, _report_s(settings)):
             for chunk in map(pickle.loads, table["chunk"].to_pylist() if table else ()):
                 if chunk.failure is not None:
@@ -152,24 +152,28 @@ def run_on_ray(
 
 
 class Pulse:
-    """An actor that workers report to, and that the driver asks whether the cluster moves."""
+    """An actor that workers report to, and that the driver asks how they are."""
 
     def __init__(self) -> None:
-        self._nodes: dict[str, str] = {}  # of the workers
+        self._workers: dict[str, tuple[str, int]] = {}  # by id: node, pieces
         self._has_moved = False
 
-    def report(self, worker: str, node: str) -> None:
-        """Note that a worker moves, and on which node."""
-        self._nodes[worker] = node
+    def report(self, worker: str, node: str, pieces: int) -> None:
+        """Note that a worker moves, on which node it is, and how many pieces it has in hand."""
+        self._workers[worker] = node, pieces
         self._has_moved = True
 
-    def ask(self) -> tuple[bool, int]:
-        """Return whether a worker has moved since the last call, and how many have living nodes."""
+    def ask(self) -> tuple[bool, int, int]:
+        """Return whether a worker has moved since the last call, and how many are there and busy.
+
+        A worker is there if its node is alive.
+        """
         import ray
 
         has_moved, self._has_moved = self._has_moved, False
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return has_moved, sum(node in alive for node in self._nodes.values())
+        pieces = [pieces for node, pieces in self._workers.values() if node in alive]
+        return has_moved, len(pieces), sum(map(bool, pieces))
 
 
 def _start_pulse(ray: Any) -> Any:
@@ -181,10 +185,10 @@ def _start_pulse(ray: Any) -> Any:
     return ray.remote(Pulse).options(**options, scheduling_strategy=here).remote()
 
 
-def _asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[], bool]:
-    """Make the function that says whether the cluster moves, or may take its time.
+def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[], bool]:
+    """Make the function that says whether the cluster moves, or waits for machines.
 
-    It never waits for the cluster, which is not to be trusted to answer.
+    It does not wait for an answer, since a cluster that hangs gives none.
     """
     asked = [pulse.ask.remote()]
     next_warning = time.monotonic() + warn_s
@@ -194,19 +198,21 @@ def _asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[
         answered, _ = ray.wait(asked, timeout=0)
         if not answered:
             return False
-        has_moved, there = ray.get(asked.pop())
+        has_moved, there, busy = ray.get(asked.pop())
         asked.append(pulse.ask.remote())
+        waits = not busy and there < workers.number
         now = time.monotonic()
-        if there:
+        if has_moved or not waits:
             next_warning = now + warn_s
         elif now >= next_warning:
             next_warning = now + warn_s
             log.warning(
-                "the Ray cluster has no machine yet for any of %d workers of %d processors and "
-                "%g GPUs each; waiting",
+                "the Ray cluster has machines for %d of %d workers of %d processors and %g GPUs, "
+                "and none of them is busy; waiting for machines",
+                there,
                 *workers,
             )
-        return has_moved or not there
+        return has_moved or waits
 
     return moves
 
@@ -263,31 +269,52 @@ class RayWorker:
     ) -> None:
         import ray
 
-        self.settings = settings
         context: Any = ray.get_runtime_context()
-        report = partial(pulse.report.remote, context.get_actor_id(), context.get_node_id())
-        self.moves = at_most_every(_report_s(settings), report)
-        self.moves()
-        model, self.index = ray.get(at_hand)
-        cpus = context.get_assigned_resources().get("CPU", 1)
+        self.settings, self._pulse = settings, pulse
+        self._id, self._node = context.get_actor_id(), context.get_node_id()
+        self._pieces, self._counting = 0, threading.Lock()
+        self.moves = at_most_every(_report_s(settings), self._report)
         self.failure: BatchcapError | None = None
+        with self._busy():
+            model, self.index = ray.get(at_hand)
+            cpus = context.get_assigned_resources().get("CPU", 1)
+            self._start(worker, model, int(cpus))
+
+    def _start(self, worker: WorkerSettings, model: dict[str, bytes], cpus: int) -> None:
         with tempfile.TemporaryDirectory(prefix="batchcap-") as folder:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
-                _start_tensorflow(context.get_actor_id())
+                _start_tensorflow(self._id)
                 self.moves()
-                self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
+                self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus)
                 _ = self.worker.captioner  # read while the folder is there
-                self.moves()
             except BatchcapError as error:  # names the copy's folder
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))
 
+    def _report(self) -> None:
+        self._pulse.report.remote(self._id, self._node, self._pieces)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Report that there is work in hand; starting counts as a piece."""
+        self._count_piece(1)
+        try:
+            yield
+        finally:
+            self._count_piece(-1)
+
+    def _count_piece(self, by: int) -> None:
+        with self._counting:
+            self._pieces += by
+            self._report()
+
     def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
         """Chunks, pickled, of one pickled piece."""
-        for piece in map(pickle.loads, pieces["piece"].to_pylist()):
-            for chunk in self._chunks_or_failure(piece):
-                yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
+        with self._busy():
+            for piece in map(pickle.loads, pieces["piece"].to_pylist()):
+                for chunk in self._chunks_or_failure(piece):
+                    yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
 
     def _chunks_or_failure(self, piece: Piece) -> Iterator[Chunk]:
         try:

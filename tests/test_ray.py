@@ -181,6 +181,43 @@ def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
+    photo_crops: npt.NDArray[np.uint8], address: str, tmp_path: Path
+) -> None:
+    for number in range(2):
+        photos = []
+        for crop in photo_crops[40 * number :][:40]:
+            file = io.BytesIO()
+            Image.fromarray(crop).save(file, "PNG")
+            photos.append((f"{len(photos):02}.png", file.getvalue()))
+        write_tar(tmp_path / f"{number}.tar", photos[:: 1 - 2 * number])
+    archives, output = f"{tmp_path}/{{0..1}}.tar", tmp_path / "o"
+    local = run(archives, tmp_path / "local", *FLAGS)
+    parts: list[list[str]] = []
+    for _ in range(3):
+        done = run(archives, output, *FLAGS, "--engine", "ray", "--address", address)
+        assert (done.returncode, local.returncode) == (1, 1), done.stderr
+        assert "has the id of a photo before it" in done.stderr
+        assert done.stderr.splitlines()[-1] == local.stderr.splitlines()[-1].replace("local", "o")
+        assert difference(rows_of(output), rows_of(tmp_path / "local")) <= ROUNDING
+        parts.append(sorted(f"{path.name} {path.stat().st_mtime_ns}" for path in output.iterdir()))
+    assert parts[0] == parts[1] == parts[2]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_waits_for_machines_is_not_stalled(
+    tars: str, address: str, tmp_path: Path
+) -> None:
+    flags = ("--engine", "ray", "--address", address, "--workers", 1, "--gpus-per-worker", 1)
+    with running(tars, tmp_path / "o", *flags, "--stall-timeout", 20) as process:
+        assert process.stderr
+        warnings = (line for line in process.stderr if "waiting for machines" in line)
+        assert [next(warnings, "") != "" for _ in range(2)] == [True, True]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+
+
 def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
     done = run(tars, tmp_path / "o", "--engine", "ray", "--address", "127.0.0.1:9")
     assert done.returncode == 2

@@ -5,7 +5,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,24 @@ def rows_before_tallies(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
         yield tally
 
 
+@contextmanager
+def worker_of(
+    settings: RunSettings, wanted: WorkerSettings, index: RowIndex
+) -> Iterator[RayWorker]:
+    """A worker as Ray would start it; it has a copy of the index."""
+    worker = RayWorker.__new__(RayWorker)
+    worker.settings, worker.index = settings, pickle.loads(pickle.dumps(index))
+    with closing(CaptionWorker(wanted, 1)) as worker.worker:
+        yield worker
+
+
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
     """A function that lets chunks come in some order from now on."""
 
     def dispatch(order: Order) -> None:
-        def loop(
-            pieces: Sequence[Piece], settings: RunSettings, wanted: WorkerSettings, index: RowIndex
-        ) -> Iterator[Chunk]:
-            worker = RayWorker.__new__(RayWorker)
-            worker.settings, worker.index = settings, pickle.loads(pickle.dumps(index))
-            with closing(CaptionWorker(wanted, 1)) as worker.worker:
+        def loop(pieces: Sequence[Piece], *settings: Any) -> Iterator[Chunk]:
+            with worker_of(*settings) as worker:
                 chunks = [[*worker.chunks(piece)] for piece in pieces]
             yield from map(pickle.loads, map(pickle.dumps, order(chunks)))
 
@@ -236,3 +243,26 @@ def test_a_run_that_is_stopped_commits_the_rows_that_wait(
     with pytest.raises(Stopped):
         run_captioning(settings)
     assert [*sums_of(tmp_path / "o" / "part-000002.parquet")] == ["1.png"]
+
+
+def test_a_worker_reports_that_it_moves_while_it_lists_photos_that_are_done(
+    dispatched: Callable[[Order], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write_tar(tmp_path / "x.tar", [(f"{n}.png", photo(n)) for n in range(5)])
+    dispatched(in_turn)
+    assert ray_run(archive, tmp_path / "o").returncode == 0
+
+    def reports(pieces: Sequence[Piece], *settings: Any) -> Iterator[Chunk]:
+        with worker_of(*settings) as worker:
+            for piece in pieces:
+                chunks = worker.chunks(piece)
+                worker.moves = lambda: moments.append("photo")
+                for chunk in chunks:
+                    moments.append("rows" if chunk.rows else "tally")
+                    yield chunk
+
+    moments: list[str] = []
+    monkeypatch.setattr("batchcap.run.run_on_ray", reports)
+    assert ray_run(archive, tmp_path / "o").returncode == 0
+    assert moments.count("photo") >= 5
+    assert [moment for moment in moments if moment != "photo"] == ["tally"]
