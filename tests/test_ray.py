@@ -67,14 +67,21 @@ def of_one_machine(tars: str, tmp_path_factory: pytest.TempPathFactory) -> pa.Ta
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    with cluster() as (address, _):
+        yield address
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A cluster whose head is a node of one processor; of others there are none yet."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="ray")  # short, since its name becomes a socket's
-    with node("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"):
-        yield f"127.0.0.1:{port}"
+    flags = (f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
+    with node("--head", *flags) as head:
+        yield f"127.0.0.1:{port}", head
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -216,6 +223,23 @@ def test_a_cluster_that_waits_for_machines_is_not_stalled(
         assert [next(warnings, "") != "" for _ in range(2)] == [True, True]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
+
+
+@pytest.mark.slow
+def test_a_cluster_that_dies_ends_the_run(tars: str, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    with (
+        cluster() as (address, head),
+        running(
+            *(tars, output, *FLAGS, "--engine", "ray", "--address", address, "--stall-timeout", 30)
+        ) as process,
+    ):
+        assert wait_until(lambda: committed(output))
+        kill_node(head)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "what was committed is safe" in errors.splitlines()[-1]
+    assert committed(output)
 
 
 def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
