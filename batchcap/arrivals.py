@@ -93,6 +93,10 @@ class PieceInventory(Inventory):
         self.unlisted += 1
         self._unread.append((name, reason))
 
+    def note_left_out(self, name: str) -> None:
+        """Keep the first system folder, for the run to log."""
+        self.left_out = self.left_out or name
+
     def _note_met(self, new: Hashes, rows: Hashes) -> None:
         self._new.append(new)
         self._seen.append(rows.astype(np.int32))

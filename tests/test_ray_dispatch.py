@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -266,3 +267,21 @@ def test_a_worker_reports_that_it_moves_while_it_lists_photos_that_are_done(
     assert ray_run(archive, tmp_path / "o").returncode == 0
     assert moments.count("photo") >= 5
     assert [moment for moment in moments if moment != "photo"] == ["tally"]
+
+
+def test_rows_are_committed_in_time_though_no_others_come(
+    folder: Path, dispatched: Callable[[Order], None], tmp_path: Path
+) -> None:
+    committed: list[int] = []
+
+    def slowly(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
+        rows, *others = in_turn(chunks)
+        yield rows
+        time.sleep(0.5)
+        yield Chunk()
+        committed.append(len([*(tmp_path / "o").glob("part-*.parquet")]))
+        yield from others
+
+    dispatched(slowly)
+    assert ray_run(folder, tmp_path / "o", "--seconds-per-part", 0.5).returncode == 0
+    assert committed == [1]
