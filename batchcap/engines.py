@@ -115,8 +115,14 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
     groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
     for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
         for photo in photos:
-            sha256 = photo.image.sha256
-            yield photo._replace(reused=job.reusable(sha256)) if sha256 else photo
+            yield photo._replace(reused=_reusable(photo.image, job))
+
+
+def _reusable(image: LoadedImage, job: Job) -> Row | None:
+    """The caption of the same bytes, unless this photo was rejected: then it has none."""
+    if image.sha256 is None or isinstance(image.pixels, Rejection):
+        return None
+    return job.reusable(image.sha256)
 
 
 def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:

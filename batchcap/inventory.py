@@ -18,6 +18,7 @@ from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.inputs import (
     excluder,
     is_list,
+    is_stream,
     list_images,
     names_photos,
     path_of_image_id,
@@ -76,12 +77,20 @@ class Inventory:
         self.left_out = ""
         self._met = IdSet()
 
-    def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
+    def listed(
+        self,
+        goes_on: Callable[[], bool] = lambda: True,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Iterator[ImageRef]:
         """List the photos of the input, noting unreadable folders and archives, and system folders.
+
+        `progress` is that of `list_images`.
 
         Raises InputError for a list whose files don't exist, as `checked` does.
         """
-        refs = list_images_of(self.settings, self.note_unlisted, left_out=self.note_left_out)
+        refs = list_images_of(
+            self.settings, self.note_unlisted, left_out=self.note_left_out, progress=progress
+        )
         return self.checked(refs, goes_on)
 
     def checked(
@@ -128,7 +137,7 @@ class Inventory:
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageRef]:
         """Yield the photos that need a row, or a new one; asks `goes_on` at each photo."""
-        largest = LARGEST_OF_PIPE if self.settings.source == "-" else LARGEST_CHUNK
+        largest = LARGEST_OF_PIPE if is_stream(self.settings.source) else LARGEST_CHUNK
         for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
                 if not goes_on():
@@ -255,6 +264,7 @@ def list_images_of(
     unlisted: Unread,
     archive: Archive | None = None,
     left_out: Callable[[str], object] = lambda _name: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Iterator[ImageRef]:
     """The photos of a run's input, or of one of its archives; `left_out` gets system folders."""
     return list_images(
@@ -263,6 +273,7 @@ def list_images_of(
         unlisted,
         columns_of(settings),
         excluder(settings.source, settings.exclude, left_out),
+        progress,
     )
 
 

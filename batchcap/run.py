@@ -6,7 +6,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -155,8 +156,7 @@ class _Captioning:
         self.inventory, self.folder, self.stop = inventory, folder, stop
         self.decode_settings = decode_settings
         self.listed: int | None = None
-        self.reused: set[str] = set()  # SHA-256 sums
-        self.is_committing = False
+        self.reused: Counter[str] = Counter()  # SHA-256 sums of photos in flight
 
     def run(self) -> None:
         """Caption what needs it until there is no more, or a signal comes."""
@@ -165,18 +165,19 @@ class _Captioning:
                 self._caption_on_ray(watchdog)
                 return
             goes_on = partial(self._goes_on, watchdog)
-            refs = self.inventory.unfinished(self.inventory.listed(goes_on), goes_on)
+            listed = self.inventory.listed(goes_on, watchdog.progress)
+            refs = self.inventory.unfinished(listed, goes_on)
             first = list(islice(refs, self.settings.batch_size))
             if self.stop():
                 return
             self.inventory.check_any()
             if first:
-                self._look_ahead(len(first))
+                self._look_ahead(len(first), watchdog)
                 self._caption(first, refs, watchdog)
 
-    def _look_ahead(self, least: int) -> None:
+    def _look_ahead(self, least: int, watchdog: Watchdog) -> None:
         """See that there is room for the rows to come, and begin to count them."""
-        self._check_room(least)
+        self._check_room(least, watchdog)
         threading.Thread(target=self._count, daemon=True).start()
 
     def _goes_on(self, watchdog: Watchdog) -> bool:
@@ -192,7 +193,7 @@ class _Captioning:
             batch_size=len(first),
             run_id=self.summary.run_id,
         )
-        with closing(CaptionWorker(wanted, core_count())) as worker:
+        with closing(CaptionWorker(wanted, core_count(), watchdog.progress)) as worker:
             if not self._goes_on(watchdog):
                 return
             name = printable(first[0].image_id)
@@ -214,7 +215,7 @@ class _Captioning:
             (piece for piece in pieces if isinstance(piece, list)), partial(self._goes_on, watchdog)
         )
         if pieces and not self.stop():
-            self._look_ahead(len(pieces))
+            self._look_ahead(len(pieces), watchdog)
             wanted = worker_settings_of(
                 settings,
                 self.decode_settings,
@@ -262,35 +263,36 @@ class _Captioning:
                             folder.pending >= settings.rows_per_part
                             or seconds >= settings.seconds_per_part
                         ):
-                            self._commit()
+                            self._commit(watchdog)
                             last_commit = time.monotonic()
                     watchdog.landed(row["image_id"] for row in rows)
                     self._count_rows(rows)
                     bar.total = self.listed and self.listed - self.summary.already_done
                     bar.update(len(rows))
             except Stopped:
-                # Out of time. Not where somebody insisted, nor where a commit was interrupted,
-                # whose rows may have got there.
-                if not self.stop.insisted and not self.is_committing:
-                    self._commit()
+                self.stop.has_time = True  # or the next alarm would interrupt the commit
+                if not self.stop.insisted:
+                    self.folder.commit()
                 raise
             finally:
                 self.summary.seconds = time.monotonic() - started
                 self.summary.stage_seconds = dict(clock.seconds)
-            self._commit()
+            self._commit(watchdog)
 
-    def _commit(self) -> None:
+    def _commit(self, watchdog: Watchdog) -> None:
         rows = self.folder.pending
-        self.is_committing = True
         self.folder.commit()
-        self.is_committing = False
+        watchdog.progress()
+        if not self.stop():  # else the next run drops them
+            self.folder.drop_superseded(watchdog.progress)
         log_event(log, "committed", f"{rows} rows committed", logging.DEBUG, rows=rows)
 
     def _count_rows(self, rows: list[Row]) -> None:
         for row in rows:
             if row["status"] == "failed":
                 self.summary.failed[row["error_type"]] += 1
-            elif row["sha256"] in self.reused:
+            elif self.reused[row["sha256"]]:
+                self.reused -= Counter([row["sha256"]])
                 self.summary.reused += 1
             else:
                 self.summary.captioned += 1
@@ -298,7 +300,7 @@ class _Captioning:
     def _reusable(self, sha256: str) -> Row | None:
         caption = self.folder.reusable(sha256) if self.settings.reuse else None
         if caption is not None:
-            self.reused.add(sha256)
+            self.reused[sha256] += 1
         return caption
 
     def _count(self) -> None:
@@ -307,14 +309,15 @@ class _Captioning:
             listed = sum(1 for _ in _listed_again(self.settings))
             self.listed = listed // self.settings.share[1] or None
 
-    def _check_room(self, least: int) -> None:
+    def _check_room(self, least: int, watchdog: Watchdog) -> None:
         """See that the disk has room for the rows to come, as far as they can be counted soon.
 
         Raises:
             OutputError: it has not.
         """
         layout, settings = self.folder.layout, self.settings
-        listed = sum(1 for _ in islice(_listed_again(settings), COUNTED_AHEAD)) // settings.share[1]
+        again = _listed_again(settings, watchdog.progress)
+        listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.share[1]
         rows = max(least, min(listed - len(self.folder.index), settings.limit or listed))
         needed = rows * BYTES_PER_ROW[settings.attention]
         if layout.is_file:  # the parts, and the file that they are joined to
@@ -343,14 +346,18 @@ class _Captioning:
 
     def _say_last_words(self, message: str) -> None:
         log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
+        with suppress(BatchcapError):
+            self.folder.commit()
         _account(self.settings, self.folder.layout, self.summary)
 
 
-def _listed_again(settings: RunSettings) -> Iterator[ImageRef]:
+def _listed_again(
+    settings: RunSettings, progress: Callable[[], object] = lambda: None
+) -> Iterator[ImageRef]:
     """The input once more, in silence; nothing where that can't be done, or takes long."""
     if not can_be_listed_twice(settings.source):
         return iter(())
-    return list_images_of(settings, lambda *_: None)
+    return list_images_of(settings, lambda *_: None, progress=progress)
 
 
 def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
