@@ -86,10 +86,11 @@ def pieces_of(
     settings: RunSettings,
     unlisted: Unread,
     left_out: Callable[[str], object] = lambda _name: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Piece]:
     """Split the input into pieces, one for a worker at a time: its archives, or lists of photos.
 
-    Paths are absolute, since workers run elsewhere.
+    Paths are absolute, since workers run elsewhere. `progress` is that of `list_images`.
 
     Raises:
         UsageError, InputError: as `list_images` does.
@@ -99,7 +100,7 @@ def pieces_of(
         yield from (archive._replace(path=_whole(archive.path)) for archive in archives)
         return
     met = IdSet()
-    refs = list_images_of(settings, unlisted, left_out=left_out)
+    refs = list_images_of(settings, unlisted, left_out=left_out, progress=progress)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
         is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may name a photo twice
         yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
@@ -287,7 +288,7 @@ class RayWorker:
             try:
                 _start_tensorflow(self._id)
                 self.moves()
-                self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus)
+                self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus, self.moves)
                 _ = self.worker.captioner  # read while the folder is there
             except BatchcapError as error:  # names the copy's folder
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))
@@ -336,6 +337,7 @@ class RayWorker:
                 inventory.note_unlisted,
                 archive=piece,
                 left_out=inventory.note_left_out,
+                progress=self.moves,
             )
         else:
             refs = piece

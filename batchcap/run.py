@@ -209,7 +209,9 @@ class _Captioning:
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
         """Workers list their pieces of the input, and send a tally of each at its end."""
         settings, inventory = self.settings, self.inventory
-        listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
+        listed = pieces_of(
+            settings, inventory.note_unlisted, inventory.note_left_out, watchdog.progress
+        )
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
         inventory.check_list(
             (piece for piece in pieces if isinstance(piece, list)), partial(self._goes_on, watchdog)
@@ -238,7 +240,6 @@ class _Captioning:
             self.folder.metadata |= chunk.metadata
             for admitted in arrivals.take(chunk.archive, chunk.rows, chunk.tally):
                 if admitted.again:
-                    self._commit()  # by itself, since a signal may interrupt it
                     self.folder.append(admitted.rows, again=True)
                     self._count_rows(admitted.rows)
                 else:

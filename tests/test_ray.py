@@ -298,6 +298,15 @@ def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
     assert list(pieces) == [Archive(str(tar), tar.name) for tar in tars]
 
 
+def test_listing_for_workers_is_progress_at_each_file_though_it_is_no_photo(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").touch()
+    files: list[int] = []
+    settings = RunSettings(source=str(tmp_path), output=Path("o"))
+    assert [*pieces_of(settings, print, progress=lambda: files.append(1))] == []
+    assert len(files) >= 5
+
+
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
     with pytest.raises(UsageError, match="lower --gpus-per-worker, or give --workers"):
         workers_on([CPU_NODE], None, 2)

@@ -246,10 +246,11 @@ def test_a_run_that_is_stopped_commits_the_rows_that_wait(
     assert [*sums_of(tmp_path / "o" / "part-000002.parquet")] == ["1.png"]
 
 
-def test_a_worker_reports_that_it_moves_while_it_lists_photos_that_are_done(
+def test_a_worker_reports_that_it_moves_while_it_lists_what_needs_no_rows(
     dispatched: Callable[[Order], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = write_tar(tmp_path / "x.tar", [(f"{n}.png", photo(n)) for n in range(5)])
+    members = [(f"{n}.{kind}", photo(n)) for n in range(5) for kind in ("png", "txt")]
+    archive = write_tar(tmp_path / "x.tar", members)
     dispatched(in_turn)
     assert ray_run(archive, tmp_path / "o").returncode == 0
 
@@ -257,7 +258,7 @@ def test_a_worker_reports_that_it_moves_while_it_lists_photos_that_are_done(
         with worker_of(*settings) as worker:
             for piece in pieces:
                 chunks = worker.chunks(piece)
-                worker.moves = lambda: moments.append("photo")
+                worker.moves = lambda: moments.append("file")
                 for chunk in chunks:
                     moments.append("rows" if chunk.rows else "tally")
                     yield chunk
@@ -265,8 +266,8 @@ def test_a_worker_reports_that_it_moves_while_it_lists_photos_that_are_done(
     moments: list[str] = []
     monkeypatch.setattr("batchcap.run.run_on_ray", reports)
     assert ray_run(archive, tmp_path / "o").returncode == 0
-    assert moments.count("photo") >= 5
-    assert [moment for moment in moments if moment != "photo"] == ["tally"]
+    assert moments.count("file") >= len(members)
+    assert [moment for moment in moments if moment != "file"] == ["tally"]
 
 
 def test_rows_are_committed_in_time_though_no_others_come(
