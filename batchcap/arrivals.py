@@ -142,9 +142,7 @@ class Arrivals:
         self.untallied -= 1
         self._note(tally)
         if number is None:
-            self._count(
-                tally, np.ones(len(tally.new), np.bool_), np.ones(len(tally.seen), np.bool_)
-            )
+            self._count(tally, np.ones(len(tally.new), np.bool_))
         else:
             self._tallies[number] = tally
             yield from self._settle()
@@ -188,12 +186,9 @@ class Arrivals:
     def _settle(self) -> Iterator[Admitted]:
         """Settle the archives whose turn comes: their photos are first but for those met before."""
         while (tally := self._tallies.pop(self._turn, None)) is not None:
-            index, seen = self.inventory.index, tally.seen.astype(np.int64)
-            is_first_seen = ~index.is_seen(seen)
-            index.mark_seen(seen)
-            is_first_new = self._settled.add(tally.new)
-            self._count(tally, is_first_new, is_first_seen)
-            yield from self._come_again(tally, is_first_new)
+            is_first = self._settled.add(tally.new)
+            self._count(tally, is_first)
+            yield from self._come_again(tally, is_first)
             self._turn += 1
             self._replaced = []
             for rows in self._waiting.take(self._turn, again=False):
@@ -231,12 +226,11 @@ class Arrivals:
         if tally.left_out:
             inventory.note_left_out(tally.left_out)
 
-    def _count(
-        self,
-        tally: Tally,
-        is_first_new: npt.NDArray[np.bool_],
-        is_first_seen: npt.NDArray[np.bool_],
-    ) -> None:
+    def _count(self, tally: Tally, is_first_new: npt.NDArray[np.bool_]) -> None:
+        """Count the photos of a piece that are the first of their ids, and mark them as seen."""
+        index, seen = self.inventory.index, tally.seen.astype(np.int64)
+        is_first_seen = ~index.is_seen(seen)
+        index.mark_seen(seen)
         counts = np.bincount(tally.states[is_first_seen], minlength=len(State))
         counts[State.NEW] = np.count_nonzero(is_first_new)
         for state in State:

@@ -123,7 +123,7 @@ PHOTOS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(f"xy{BAD}"))
 
 
 @given(
-    st.lists(PHOTOS, min_size=2, max_size=4),
+    st.lists(PHOTOS, min_size=1, max_size=4),
     st.dictionaries(st.sampled_from("abcd"), st.sampled_from(f"xy{BAD}")),
     st.booleans(),
     st.data(),

@@ -180,8 +180,20 @@ def test_a_run_with_nothing_to_do_writes_nothing(
     assert ray_run(folder, tmp_path / name).returncode == 0
     before = files_of(tmp_path)
     done = ray_run(folder, tmp_path / name)
-    assert (done.returncode, "3 already done" in done.stdout) == (0, True)
+    assert done.returncode == 0
+    assert "3 found, 0 captioned, 0 failed, 3 already done; " in done.stdout
     assert files_of(tmp_path) == before
+
+
+def test_rows_of_photos_that_are_gone_are_dropped_if_asked(
+    folder: Path, dispatched: Callable[[Order], None], tmp_path: Path
+) -> None:
+    dispatched(in_turn)
+    assert ray_run(folder, tmp_path / "o").returncode == 0
+    (folder / "0.png").unlink()
+    done = ray_run(folder, tmp_path / "o", "--prune")
+    assert "2 already done, 1 vanished (1 dropped)" in done.stdout
+    assert sums_of(tmp_path / "o").keys() == {"1.png", "2.png"}
 
 
 def test_a_run_with_nothing_to_do_leaves_the_store_alone(
