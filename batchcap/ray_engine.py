@@ -144,12 +144,13 @@ def run_on_ray(
         tables = chunks.iter_batches(batch_size=None, batch_format="pyarrow")
         moves = asking(ray, pulse, workers, settings.stall_timeout)
         for table in with_news(tables, moves, _report_s(settings)):
-            for chunk in map(pickle.loads, table["chunk"].to_pylist() if table else ()):
+            if table is None:
+                yield Chunk()
+                continue
+            for chunk in map(pickle.loads, table["chunk"].to_pylist()):
                 if chunk.failure is not None:
                     raise chunk.failure
                 yield chunk
-            if table is None:
-                yield Chunk()
 
 
 class Pulse:
