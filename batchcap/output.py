@@ -27,7 +27,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcap.contracts import OtherOutputError, OutputError
-from batchcap.files import check_replaceable, remove_temporaries, replace_text, replacing, sync
+from batchcap.files import (
+    check_replaceable,
+    make_folder,
+    remove_temporaries,
+    replace_text,
+    replacing,
+    sync,
+)
 from batchcap.layout import Layout
 from batchcap.locking import locked
 from batchcap.row_files import (
@@ -316,7 +323,7 @@ def open_captions(
     """
     with saying_where(layout):
         if not layout.is_file:
-            layout.output.mkdir(exist_ok=True)
+            make_folder(layout.output)
         for folder in (layout.lock.parent, layout.summary.parent):
             _check_writable(folder)
         if layout.is_file and not layout.output.is_dir():
@@ -330,7 +337,7 @@ def open_captions(
             like = _like_of(layout)
         paths = existing_rows(layout, on_existing)
         metadata = check_identity(layout, paths, identity)
-        files, index = index_of(paths, partial(_set_aside, layout))
+        files, index = index_of(paths, partial(_set_aside, layout), layout.fetch_again)
         overwrite = on_existing is OnExisting.OVERWRITE
         yield CaptionFolder(layout, metadata, files, index, overwrite, like)
 
@@ -411,14 +418,25 @@ def _differing(there: str, asked: str) -> tuple[str, str]:
 
 
 def index_of(
-    paths: Iterable[Path], on_damage: Callable[[Path, DamagedError], object]
+    paths: Iterable[Path],
+    on_damage: Callable[[Path, DamagedError], object],
+    fetch_again: Callable[[Path], bool] = lambda _path: False,
 ) -> tuple[list[RowFile], RowIndex]:
-    """The files of rows that are whole, and what they say; `on_damage` is told of the others."""
+    """The files of rows that are whole, and what they say; `on_damage` is told of the others.
+
+    Of one that is damaged here only, `fetch_again` brings the store's copy, if there is one.
+    """
     files, entries = [], []
     for path in paths:
         try:
-            entries.append(entries_of(read_groups(path)))
-            files.append(RowFile(path, len(entries[-1].hashes)))
+            try:
+                found = entries_of(read_groups(path))
+            except DamagedError:
+                if not fetch_again(path):
+                    raise
+                found = entries_of(read_groups(path))
+            entries.append(found)
+            files.append(RowFile(path, len(found.hashes)))
         except DamagedError as error:
             on_damage(path, error)
     return files, RowIndex(entries)
