@@ -27,6 +27,7 @@ from batchcap.contracts import (
     OutputError,
     Precision,
 )
+from batchcap.files import make_folder
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, excluded_by, list_images_of
 from batchcap.layout import Layout, check_shares, layout_of
@@ -129,9 +130,7 @@ def plan_run(settings: RunSettings) -> str:
 
 
 def _layout(settings: RunSettings) -> Layout:
-    _, count = settings.share
-    if count > 1:
-        check_shares(settings.output, count)
+    check_shares(settings.output, settings.share[1])
     return layout_of(settings.output, settings.share)
 
 
@@ -139,7 +138,7 @@ def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder for its shards; the folder that contains it must exist."""
     if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
-            layout.output.parent.mkdir(exist_ok=True)
+            make_folder(layout.output.parent)
 
 
 class _Captioning:
