@@ -201,6 +201,22 @@ def test_a_damaged_copy_is_fetched_again(url, store, tmp_path, caplog):
 
 
 @OUTPUTS
+def test_a_copy_with_a_damaged_footer_is_fetched_again_before_models_are_compared(url):
+    run(url, 1)
+    (copy, *_) = layout_of(url).row_files()
+    status, data = copy.stat(), copy.read_bytes()
+    copy.write_bytes(data[:-12] + bytes(12))
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    another = METADATA | {"batchcap.model": "another"}
+    with (
+        pytest.raises(OtherOutputError, match="another model"),
+        open_captions(layout_of(url), another, OnExisting.RESUME),
+    ):
+        pass
+    assert ids_in(url) == ["1"]
+
+
+@OUTPUTS
 def test_only_what_the_store_holds_damaged_is_set_aside(url, store, tmp_path, monkeypatch, caplog):
     run(url, 1, 2)
     (name, *_) = (name for name in store.store if name.endswith(".parquet"))
