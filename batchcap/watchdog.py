@@ -46,6 +46,7 @@ while quiet_s < limit_s:
     elif not is_suspended():
         quiet_s += min(time.monotonic() - began, 2 * tick_s)
 if os.getppid() == parent:
+    print("batchcap: Python is stuck; what was committed is safe: run again", file=sys.stderr)
     os.kill(parent, signal.SIGABRT)
 """
 
@@ -86,37 +87,35 @@ def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Wa
     `last_words`. Committed rows stay. If C code holds Python up, SIGABRT ends the process.
     """
     watchdog, done = Watchdog(timeout_s), threading.Event()
-    thread = threading.Thread(
-        target=_watch, args=(watchdog, done, last_words), name="watchdog", daemon=True
-    )
+    tick_s = min(TICK_S, timeout_s / 4)
     dumps_already = faulthandler.is_enabled()
     if not dumps_already:
         faulthandler.enable(watchdog.traces)  # for SIGABRT
-    thread.start()
-    try:
-        yield watchdog
-    finally:
-        done.set()
-        thread.join()
-        if not dumps_already:
-            faulthandler.disable()
-        watchdog.traces.close()
+    with _guard(timeout_s + GRACE_S, tick_s) as beat:
 
+        def watch() -> None:
+            quiet_s, moves, before = 0.0, -1, time.monotonic()
+            while not done.wait(tick_s):
+                beat()
+                now = time.monotonic()
+                # A longer gap is no stall: this process was suspended.
+                quiet_s += min(now - before, 2 * tick_s)
+                before = now
+                if watchdog.moves != moves:
+                    quiet_s, moves = 0.0, watchdog.moves
+                if quiet_s > timeout_s:
+                    _end(watchdog, last_words)
 
-def _watch(watchdog: Watchdog, done: threading.Event, last_words: Callable[[str], None]) -> None:
-    tick_s = min(TICK_S, watchdog.timeout_s / 4)
-    quiet_s, moves, before = 0.0, -1, time.monotonic()
-    with _guard(watchdog.timeout_s + GRACE_S, tick_s) as beat:
-        while not done.wait(tick_s):
-            beat()
-            now = time.monotonic()
-            # A longer gap is no stall: this process was suspended.
-            quiet_s += min(now - before, 2 * tick_s)
-            before = now
-            if watchdog.moves != moves:
-                quiet_s, moves = 0.0, watchdog.moves
-            if quiet_s > watchdog.timeout_s:
-                _end(watchdog, last_words)
+        thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield watchdog
+        finally:
+            done.set()
+            thread.join()
+            if not dumps_already:
+                faulthandler.disable()
+            watchdog.traces.close()
 
 
 @contextlib.contextmanager
