@@ -109,6 +109,10 @@ class RowIndex:
         """Remember that the input still has these images."""
         self._seen[rows] = True
 
+    def is_seen(self, rows: Hashes) -> npt.NDArray[np.bool_]:
+        """`bool[N]`: which of these rows are marked as seen."""
+        return self._seen[rows]
+
     @property
     def vanished(self) -> int:
         """How many images have rows but were not seen."""

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from itertools import chain, islice, takewhile
 from typing import Any
 
+from batchcap.arrivals import Arrivals
 from batchcap.clock import StageClock
 from batchcap.contracts import (
     SCHEMA_VERSION,
@@ -25,6 +26,7 @@ from batchcap.contracts import (
     OutputError,
     Precision,
 )
+from batchcap.files import make_folder
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, excluded_by, list_images_of
 from batchcap.layout import Layout, check_shares, layout_of
@@ -128,9 +130,7 @@ def plan_run(settings: RunSettings) -> str:
 
 
 def _layout(settings: RunSettings) -> Layout:
-    _, count = settings.share
-    if count > 1:
-        check_shares(settings.output, count)
+    check_shares(settings.output, settings.share[1])
     return layout_of(settings.output, settings.share)
 
 
@@ -138,7 +138,7 @@ def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder for its shards; the folder that contains it must exist."""
     if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
-            layout.output.parent.mkdir(exist_ok=True)
+            make_folder(layout.output.parent)
 
 
 class _Captioning:
@@ -209,9 +209,13 @@ class _Captioning:
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
         """Workers list their pieces of the input, and send a tally of each at its end."""
         settings, inventory = self.settings, self.inventory
-        listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
+        listed = pieces_of(
+            settings, inventory.note_unlisted, inventory.note_left_out, watchdog.progress
+        )
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
-        inventory.check_list(piece for piece in pieces if isinstance(piece, list))
+        inventory.check_list(
+            (piece for piece in pieces if isinstance(piece, list)), partial(self._goes_on, watchdog)
+        )
         if pieces and not self.stop():
             self._look_ahead(len(pieces), watchdog)
             wanted = worker_settings_of(
@@ -222,17 +226,29 @@ class _Captioning:
             )
             self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
             chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
-            self._commit_rows(self._rows_of(chunks), watchdog, StageClock())
+            arrivals = Arrivals(inventory, pieces)
+            self._commit_rows(self._rows_of(chunks, arrivals), watchdog, StageClock())
+            if arrivals.untallied and not self.stop():
+                raise RuntimeError(f"Ray has left out {arrivals.untallied} pieces")
         if not self.stop():
             inventory.complete = not inventory.unlisted
             inventory.check_any()
 
-    def _rows_of(self, chunks: Iterator[Chunk]) -> Iterator[list[Row]]:
-        for chunk in takewhile(lambda _chunk: not self.stop(), chunks):
+    def _rows_of(self, chunks: Iterator[Chunk], arrivals: Arrivals) -> Iterator[list[Row]]:
+        """Rows to append as they come; empty lists are news, too."""
+        for chunk in chunks:
             self.folder.metadata |= chunk.metadata
-            if chunk.tally is not None:
-                self.inventory.add(chunk.tally)
-            yield self.inventory.admitted(chunk.rows)
+            for admitted in arrivals.take(chunk.archive, chunk.rows, chunk.tally):
+                if admitted.again:
+                    with self.writing:
+                        self.folder.append(admitted.rows, again=True)
+                    self._count_rows(admitted.rows)
+                else:
+                    yield admitted.rows
+            if self.stop():
+                break
+        for admitted in arrivals.rest():
+            yield admitted.rows
 
     def _commit_rows(
         self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock

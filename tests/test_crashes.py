@@ -587,12 +587,13 @@ def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path
         assert "batchcap_run_exit_code 1\n" in metrics.read_text()
 
 
+@pytest.mark.slow
 def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> None:
     """What was finished by then is committed."""
     names = [str(path) for path in sorted(photos.iterdir())[:60]]
     output = tmp_path / "o"
     with running(
-        *("-", output, "--batch-size", 2, "--stall-timeout", 6),
+        *("-", output, "--batch-size", 2, "--stall-timeout", 30),  # TensorFlow starts
         stdin=subprocess.PIPE,
     ) as process:
         assert process.stdin is not None
@@ -607,6 +608,18 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
     told = summary_of(output)
     assert told["exit_code"] == 1
     assert 0 < told["captioned"] == len(committed(output))
+
+
+def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
+    flags = ("--glob", "*.none", "--stall-timeout", 2)
+    with running("-", tmp_path / "o", *flags, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("a.jpg\n")
+        process.stdin.flush()
+        assert process.wait(LONG_S) == 1
+        errors = process.stderr.read() if process.stderr else ""
+    assert "_read_list" in errors  # where the main thread stands
+    assert errors.splitlines()[-1].startswith("batchcap: nothing has moved for 2 s")
 
 
 def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
