@@ -604,7 +604,7 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
     assert "_read_list" in errors  # where the main thread stands
     last = errors.splitlines()[-1]
     assert last.startswith("batchcap: nothing has moved for")
-    assert names[-1] in errors
+    assert "in flight: none" not in last
     told = summary_of(output)
     assert told["exit_code"] == 1
     assert 0 < told["captioned"] == len(committed(output))
@@ -658,7 +658,7 @@ if "spawn_main" in " ".join(sys.orig_argv):
     from batchcap.model import images
     load = images.load_image
     def load_image(source, settings):
-        if "slow" in source:
+        if "/slow" in source:
             time.sleep(100)
         return load(source, settings)
     images.load_image = load_image
