@@ -49,7 +49,7 @@ KINDS = FAILS, ANSWER_IS_LOST, REPEATED = "fails", "answer is lost", "repeated"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request to the store, by its number in the step."""
+    """What happens to one request to the store, by its number in the step; `kind` is of `KINDS`."""
 
     request: int
     kind: str
@@ -205,7 +205,7 @@ class World:
         assert not lost, f"photos without a row: {lost}"
         assert layout.output.exists() or not (shard.exists and layout.is_file)
         for photo, version in shard.committed.items():
-            assert current[photo] >= version, f"an old row of {photo} is back"
+            assert current.get(photo, 0) >= version, f"no row of {photo}, or an old one"
         for photo, versions in by_others.items():
             assert {*versions} <= {*range(1, self.versions[photo] + 1)}, f"no such row of {photo}"
         for manifest in layout.output.parent.glob(".*manifest.json"):
@@ -280,7 +280,7 @@ class World:
 
 
 class UnreliableStore:
-    """A store in memory, one of whose answers is lost, or comes twice.
+    """A store in memory, one request to which fails, loses its answer, or is repeated.
 
     has_failed: whether that has happened.
     """

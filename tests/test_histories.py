@@ -11,12 +11,29 @@ from simulated_kills import Death
 ALL = frozenset(PHOTOS)
 SOME = frozenset("ace")
 LAST_STEPS = {
-    "first run": [Run()],
     "changed photos": [Run(), Run(changed=SOME, removed=frozenset("b"), prune=True)],
     "second try": [Run(), Run(changed=ALL, trouble=Death(30)), Run(changed=SOME)],
     "overwriting": [Run(), Run(changed=SOME, overwrite=True)],
     "merge to a file": [Run(), Merge("merged.parquet")],
     "merge to a folder": [Run(), Merge("merged")],
+}
+FOUND = {  # by random histories; each lost a row once
+    "unsynced folder": History(
+        "out",
+        is_in_store=False,
+        shards=2,
+        steps=[Run(), Run(shard=1, trouble=Death(18, power_cut=0))],
+    ),
+    "old rows dropped first": History(
+        "out.parquet",
+        is_in_store=False,
+        shards=1,
+        steps=[
+            Run(rows_per_part=1),
+            Run(changed=frozenset("a"), trouble=Death(6)),
+            Run(trouble=Death(8)),
+        ],
+    ),
 }
 OUTPUTS = ("out.parquet", "out")
 PLACES = {"kill": (False, None), "power cut": (False, 1), "kill with a store": (True, None)}
@@ -47,6 +64,11 @@ def test_a_kill_at_any_change_of_a_file_loses_and_doubles_no_row(output):
 def test_no_row_is_lost_or_doubled_whatever_is_killed(output, place, steps):
     is_in_store, power_cut = PLACES[place]
     kill_everywhere(History(output, is_in_store, shards=1, steps=LAST_STEPS[steps]), power_cut)
+
+
+@pytest.mark.parametrize("history", FOUND.values(), ids=FOUND.keys())
+def test_histories_that_lost_a_row_do_so_no_more(history):
+    play(history, Counter())
 
 
 def test_random_histories_lose_and_double_no_row():
