@@ -72,9 +72,9 @@ def test_histories_that_lost_a_row_do_so_no_more(history):
 
 
 def test_random_histories_lose_and_double_no_row():
-    search(seed=0, count=60, tally=Counter())
+    search(seed=0, count=100, tally=Counter())
 
 
 @pytest.mark.slow
 def test_many_random_histories_lose_and_double_no_row():
-    search(seed=1, count=400, tally=Counter())
+    search(seed=1, count=500, tally=Counter())
