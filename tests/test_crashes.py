@@ -529,8 +529,9 @@ def test_memory_and_open_files_do_not_grow_with_the_number_of_rows(tmp_path: Pat
 
 def taken_by(pid: int) -> tuple[float, int]:
     """Return the resident memory of a process in MiB, and the number of its open files."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, sum(1 for _ in (process / "fd").iterdir())
 
 
 # Exit codes, logs and stalls
