@@ -25,7 +25,8 @@ from batchcap.records import (
     saying_which,
     shown,
 )
-from batchcap.row_files import DamagedError, read_groups, saying_where
+from batchcap.row_files import DamagedError, saying_where
+from batchcap.row_index import newest_rows
 
 KNOWN_FORMATS = (
     "Known formats: an output of batchcap run, COCO results and AI Challenger submissions (JSON), "
@@ -109,18 +110,18 @@ def check_out(out: Path, captions: Path, *others: Path | None) -> None:
 def read_rows(path: Path) -> Iterator[pa.Table]:
     """The rows of an output of `batchcap run`, a row group at a time, every checksum verified.
 
+    If a run was killed before it dropped the old row of an image, only the new one is read.
+
     Raises:
         UsageError: there is no such file or folder.
         InputError: it is damaged, or was not written by batchcap.
     """
-    for file in row_paths(path):
-        try:
-            yield from read_groups(file)
-        except DamagedError as error:
-            raise InputError(
-                f"{error}; name an output of batchcap run, or run it again, which redoes damaged "
-                "rows"
-            ) from error
+    try:
+        yield from newest_rows(row_paths(path))
+    except DamagedError as error:
+        raise InputError(
+            f"{error}; name an output of batchcap run, or run it again, which redoes damaged rows"
+        ) from error
 
 
 def metadata_of(rows: pa.Table) -> dict[str, str]:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_SCHEMAS = ("1", "2")  # read as the newest
 MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
 
 ATTENTION_TYPE = pa.struct(
@@ -24,6 +25,12 @@ ATTENTION_TYPE = pa.struct(
         ("peak", pa.float32()),
         ("entropy", pa.float32()),
     ]
+)
+
+SINCE_SCHEMA_2 = (
+    pa.field("caption_source", pa.string()),
+    pa.field("edited_at", pa.timestamp("us", tz="UTC")),
+    pa.field("familiarity", pa.float32()),
 )
 
 ARROW_SCHEMA = pa.schema(
@@ -48,6 +55,7 @@ ARROW_SCHEMA = pa.schema(
         ("error_message", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        *SINCE_SCHEMA_2,
     ]
 )
 
@@ -67,6 +75,13 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class CaptionSource(StrEnum):
+    """Who wrote a caption: the values of the column `caption_source`."""
+
+    MODEL = "model"
+    HUMAN = "human"
 
 
 class ErrorType(StrEnum):

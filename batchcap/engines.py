@@ -15,7 +15,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ImageFile, ImageRef, LoadedImage, ModelError, Rejection
+from batchcap.contracts import (
+    CaptionSource,
+    ImageFile,
+    ImageRef,
+    LoadedImage,
+    ModelError,
+    Rejection,
+)
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
@@ -108,8 +115,14 @@ def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Phot
     groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
     for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
         for photo in photos:
-            sha256 = photo.image.sha256
-            yield photo._replace(reused=job.reusable(sha256)) if sha256 else photo
+            yield photo._replace(reused=_reusable(photo.image, job))
+
+
+def _reusable(image: LoadedImage, job: Job) -> Row | None:
+    """The caption of the same bytes, unless this photo was rejected: then it has none."""
+    if image.sha256 is None or isinstance(image.pixels, Rejection):
+        return None
+    return job.reusable(image.sha256)
 
 
 def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
@@ -250,6 +263,7 @@ def _caption_columns(decoded: Decoded, row: int, job: Job) -> Row:
         "logprob": float(log_probs.sum()),
         "mean_logprob": float(log_probs.mean()) if len(log_probs) else None,
         "finished": finished,
+        "caption_source": CaptionSource.MODEL.value,
     }
     weights = decoded.attention[row, :length]
     if job.attention is not AttentionDetail.NONE:

@@ -8,6 +8,7 @@ import logging
 import os
 import posixpath
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,22 +64,28 @@ class Entry(NamedTuple):
 
 # Whether a photo or a folder, by its path below a source, is excluded
 IsExcluded = Callable[[str], bool]
-# (root, folder below it with a slash at its end): its entries
-ListFolder = Callable[[str, str], list[Entry]]
+# (root, folder below it with a slash at its end, called at each entry): its entries
+ListFolder = Callable[[str, str, Callable[[], object]], list[Entry]]
 
 
 class Selection(NamedTuple):
-    """Which photos of a source to list: those that match the pattern and are not excluded."""
+    """Which photos of a source to list: those that match the pattern and are not excluded.
+
+    `progress` is called at each path that is looked at.
+    """
 
     pattern: Callable[[str], bool] | None
     is_excluded: IsExcluded
+    progress: Callable[[], object] = lambda: None
 
     def is_photo(self, path: str) -> bool:
         """Whether a file of a folder or a tar is a photo: by the pattern, or else by extension."""
+        self.progress()
         return (self.pattern or _has_image_extension)(path)
 
     def keeps(self, path: str) -> bool:
         """Whether to keep a photo that a list or a Parquet file names."""
+        self.progress()
         return (self.pattern is None or self.pattern(path)) and not self.is_excluded(path)
 
 
@@ -97,26 +104,29 @@ def list_images(
     unlisted: Unread = warn_unlisted,
     columns: Columns = USUAL_COLUMNS,
     is_excluded: IsExcluded | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
-    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A folder is
-    listed by extension, in code-point order of the ids, with all below it, but without dot files
-    and without entering linked folders; a subfolder is read when its turn comes. A list keeps its
-    order and is read line by line, or NUL by NUL; relative lines start at the list's folder.
-    Archives come in the order of their names, each in its own order: of tars what a folder of the
-    same files would have, of Parquet each row, by `columns`; a path there is as in a list.
-    `unlisted` is told of each subfolder and archive that can't be read. An id may come twice.
+    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A pipe or a
+    device is read as a list. A folder is listed by extension, in code-point order of the ids, with
+    all below it, but without dot files and without entering linked folders; a subfolder is read
+    when its turn comes. A list keeps its order and is read line by line, or NUL by NUL; relative
+    lines start at the list's folder. Archives come in the order of their names, each in its own
+    order: of tars what a folder of the same files would have, of Parquet each row, by `columns`; a
+    path there is as in a list. `unlisted` is told of each subfolder and archive that can't be read.
+    An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
     the relative path if it holds a `/`, or else against the file name. Paths that `is_excluded`
-    are left out, and such folders not entered; by default those of `excluder(source)`.
+    are left out, and such folders not entered; by default those of `excluder(source)`. `progress`
+    is called at each file, line or row that is looked at, whether or not it is a photo.
 
     Raises UsageError if there is no such source, or the first Parquet file has no such column;
     InputError if it cannot be read or is none of these.
     """
     path = source.path if isinstance(source, Archive) else without_file_scheme(source)
-    selection = Selection(_matcher(pattern), is_excluded or excluder(path))
+    selection = Selection(_matcher(pattern), is_excluded or excluder(path), progress)
     if isinstance(source, Archive):
         return _archive_refs(source, selection, unlisted, columns)
     source = path
@@ -133,7 +143,7 @@ def list_images(
             for archive in archives
             for ref in _archive_refs(archive, selection, unlisted, columns)
         )
-    if source.lower().endswith(".txt") or not (is_url(source) or Path(source).exists()):
+    if is_list(source) or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
         return _read_list(lines, source, posixpath.dirname(source) or ".", selection)
@@ -163,7 +173,7 @@ def archives_in(source: str, columns: Columns = USUAL_COLUMNS) -> list[Archive] 
 def _names_archives(source: str) -> bool:
     """Whether a source names tars or Parquet files. Raises UsageError for other archives."""
     name = source.lower()
-    if not is_url(source) and Path(source).is_dir():
+    if is_stream(source) or (not is_url(source) and Path(source).is_dir()):
         return False
     if name.endswith(OTHER_ARCHIVES):
         raise UsageError(
@@ -175,7 +185,21 @@ def _names_archives(source: str) -> bool:
 
 def is_list(source: str) -> bool:
     """Whether a source is a list, in which the same line is the same photo."""
-    return source == "-" or source.lower().endswith(".txt")
+    return is_stream(source) or source.lower().endswith(".txt")
+
+
+def is_stream(source: str) -> bool:
+    """Whether a source can be read only once: stdin, a pipe, a socket or a device."""
+    if source == "-":
+        return True
+    path = without_file_scheme(source)
+    if is_url(path):
+        return False
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def names_photos(source: str) -> bool:
@@ -187,7 +211,7 @@ def names_photos(source: str) -> bool:
 def can_be_listed_twice(source: str) -> bool:
     """Whether listing takes little time, so that it may be done once more only to count."""
     source = without_file_scheme(source)
-    return not (source == "-" or is_url(source) or _names_archives(source))
+    return not (is_stream(source) or is_url(source) or _names_archives(source))
 
 
 def image_id_of(path: str) -> str:
@@ -281,7 +305,7 @@ def _list_folder(
 ) -> Iterator[ImageRef]:
     prefix = root if root.endswith("/") else f"{root}/"
     try:
-        top = _last_first(entries(prefix, ""))
+        top = _last_first(entries(prefix, "", selection.progress))
     except FileNotFoundError as error:
         raise UsageError(f"There is no {prefix}; check the path.") from error
     except OSError as error:
@@ -308,7 +332,7 @@ def _walk(
             yield entry
             continue
         try:
-            below = entries(root, entry.path)
+            below = entries(root, entry.path, selection.progress)
         except OSError as error:
             unlisted(image_id_of(entry.path), str(error.strerror))
             continue
@@ -322,21 +346,19 @@ def _last_first(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: image_id_of(entry.path), reverse=True)
 
 
-def _local_entries(root: str, folder: str) -> list[Entry]:
+def _local_entries(root: str, folder: str, progress: Callable[[], object]) -> list[Entry]:
+    found = []
     with os.scandir(root + folder) as entries:
-        return [
-            Entry(
-                f"{folder}{entry.name}/"
-                if entry.is_dir(follow_symlinks=False)
-                else folder + entry.name
-            )
-            for entry in entries
-            if not entry.name.startswith(".")
-            and not (entry.is_symlink() and _leads_to_folder(entry))
-        ]
+        for entry in entries:
+            progress()
+            if entry.name.startswith(".") or (entry.is_symlink() and _leads_to_folder(entry)):
+                continue
+            end = "/" if entry.is_dir(follow_symlinks=False) else ""
+            found.append(Entry(f"{folder}{entry.name}{end}"))
+    return found
 
 
-def _remote_entries(root: str, folder: str) -> list[Entry]:
+def _remote_entries(root: str, folder: str, _progress: Callable[[], object]) -> list[Entry]:
     entries = (
         Entry(file.url.removeprefix(root), file.size, file.mtime_ns)
         for file in list_folder(root + folder)

@@ -6,9 +6,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from itertools import chain, compress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from batchcap.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.inputs import (
     excluder,
     is_list,
+    is_stream,
     list_images,
     names_photos,
     path_of_image_id,
@@ -26,7 +27,6 @@ from batchcap.inputs import (
 from batchcap.lists import likely_fault
 from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
-from batchcap.row_files import Row
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import SYSTEM_FOLDERS, RunSettings
@@ -37,26 +37,28 @@ LARGEST_OF_PIPE = 64  # as names may come slowly there
 CHUNK_BYTES = 1 << 22
 PATH_SHOWN = 300  # characters of what may be a whole file in one line
 NAMES_CHECKED = 100  # of a list, before it is refused
-COUNTED = ("new", "changed", "retried", "already_done", "failed_before")
 STORE_THREADS = 32  # an answer takes a store tens of milliseconds
 
 log = logging.getLogger(__name__)
 
 
-class Tally(NamedTuple):
-    """The results of a piece's inventory, to be added to the whole input's.
+class State(IntEnum):
+    """How a photo stands to its row: those up to RETRIED need one, or a new one."""
 
-    seen: the row numbers of its photos. unread: each folder or archive that could not be listed,
-    and why. left_out: the first system folder, or empty.
-    """
+    NEW = 0
+    CHANGED = 1
+    RETRIED = 2
+    DONE = 3
+    FAILED = 4
 
-    summary: RunSummary
-    taken: int
-    is_empty: bool
-    doubled: int
-    seen: Hashes
-    unread: list[tuple[str, str]]
-    left_out: str = ""
+
+COUNTED_AS = {  # in a run's summary
+    State.NEW: ("new",),
+    State.CHANGED: ("changed",),
+    State.RETRIED: ("retried",),
+    State.DONE: ("already_done",),
+    State.FAILED: ("already_done", "failed_before"),
+}
 
 
 class Inventory:
@@ -68,26 +70,27 @@ class Inventory:
     not count. left_out: the first system folder of the input, or empty.
     """
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        index: RowIndex,
-        summary: RunSummary,
-        mark_seen: Callable[[Hashes], object] | None = None,
-    ) -> None:
+    def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
         self.settings, self.index, self.summary = settings, index, summary
         self.taken = self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
         self.left_out = ""
-        self._mark_seen = mark_seen or index.mark_seen
         self._met = IdSet()
 
-    def listed(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[ImageRef]:
+    def listed(
+        self,
+        goes_on: Callable[[], bool] = lambda: True,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Iterator[ImageRef]:
         """List the photos of the input, noting unreadable folders and archives, and system folders.
+
+        `progress` is that of `list_images`.
 
         Raises InputError for a list whose files don't exist, as `checked` does.
         """
-        refs = list_images_of(self.settings, self.note_unlisted, left_out=self.note_left_out)
+        refs = list_images_of(
+            self.settings, self.note_unlisted, left_out=self.note_left_out, progress=progress
+        )
         return self.checked(refs, goes_on)
 
     def checked(
@@ -123,49 +126,37 @@ class Inventory:
             raise _wrong_list(held, self.settings.source)
         yield from held
 
-    def check_list(self, pieces: Iterable[list[ImageRef]]) -> None:
+    def check_list(
+        self, pieces: Iterable[list[ImageRef]], goes_on: Callable[[], bool] = lambda: True
+    ) -> None:
         """Check the photos of a list, given in pieces; raises InputError as `checked` does."""
         if names_photos(self.settings.source):
-            deque(self.checked(chain.from_iterable(pieces)), maxlen=0)
+            deque(self.checked(chain.from_iterable(pieces), goes_on), maxlen=0)
 
     def unfinished(
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageRef]:
         """Yield the photos that need a row, or a new one; asks `goes_on` at each photo."""
-        largest = LARGEST_OF_PIPE if self.settings.source == "-" else LARGEST_CHUNK
+        largest = LARGEST_OF_PIPE if is_stream(self.settings.source) else LARGEST_CHUNK
         for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
                 if not goes_on():
                     return
-                if self._is_done(ref, row):
+                state = self._state(ref, row)
+                self.count(state)
+                if state > State.RETRIED:
                     continue
-                self.taken += 1
                 yield ref
                 if self.taken == self.settings.limit:
                     return
         self.complete = goes_on() and not self.unlisted
 
-    def add(self, tally: Tally) -> None:
-        """Count what a worker has found of a piece of the input."""
-        for name in COUNTED:
-            total = getattr(self.summary, name) + getattr(tally.summary, name)
-            setattr(self.summary, name, total)
-        self.taken += tally.taken
-        self.is_empty = self.is_empty and tally.is_empty
-        self.doubled += tally.doubled
-        self._mark_seen(tally.seen)
-        for name, reason in tally.unread:
-            self.note_unlisted(name, reason)
-        if tally.left_out:
-            self.note_left_out(tally.left_out)
-
-    def admitted(self, rows: list[Row]) -> list[Row]:
-        """Rows of a worker, without those whose id has come from another piece of the input."""
-        is_new = self._met.add(hashes_of([row["image_id"] for row in rows]))
-        for row in compress(rows, (~is_new).tolist()):
-            self.taken -= 1
-            self._note_doubled(row["image_id"])
-        return [*compress(rows, is_new.tolist())]
+    def count(self, state: State, photos: int = 1) -> None:
+        """Count photos by how they stand to their rows."""
+        for name in COUNTED_AS[state]:
+            setattr(self.summary, name, getattr(self.summary, name) + photos)
+        if state <= State.RETRIED:
+            self.taken += photos
 
     @property
     def vanished(self) -> int:
@@ -206,26 +197,25 @@ class Inventory:
         is_new = self._met.add(hashes)
         for ref in _chosen(refs, ~is_new):
             self._note_doubled(ref.path)
-        refs, rows = _chosen(refs, is_new), self.index.find_all(hashes[is_new])
+        refs, hashes = _chosen(refs, is_new), hashes[is_new]
+        rows = self.index.find_all(hashes)
         has_row = rows >= 0
-        self._mark_seen(rows[has_row])
+        self._note_met(hashes[~has_row], rows[has_row])
         return zip(_described(refs, has_row), rows.tolist(), strict=True)
 
-    def _is_done(self, ref: ImageRef, row: int) -> bool:
-        summary = self.summary
+    def _note_met(self, _new: Hashes, rows: Hashes) -> None:
+        """Photos have been met: the hashes of new ids, and the row numbers of the others."""
+        self.index.mark_seen(rows)
+
+    def _state(self, ref: ImageRef, row: int) -> State:
         if row < 0:
-            summary.new += 1
-            return False
+            return State.NEW
         known = self._known(ref, row)
         if known is Known.CHANGED:
-            summary.changed += 1
-            return False
-        if known is Known.FAILED and self.settings.retry_failed:
-            summary.retried += 1
-            return False
-        summary.already_done += 1
-        summary.failed_before += known is Known.FAILED
-        return True
+            return State.CHANGED
+        if known is Known.FAILED:
+            return State.RETRIED if self.settings.retry_failed else State.FAILED
+        return State.DONE
 
     def _known(self, ref: ImageRef, row: int) -> Known:
         size, mtime_ns = ref.size, ref.mtime_ns
@@ -253,10 +243,14 @@ class Inventory:
             )
 
     def _note_doubled(self, name: str) -> None:
-        if is_list(self.settings.source):
-            return
-        self.doubled += 1
-        if self.doubled == 1:
+        if not is_list(self.settings.source):
+            self.note_doubled(name)
+
+    def note_doubled(self, name: str, photos: int = 1) -> None:
+        """Count photos that have the id of one before them, and log the first of all."""
+        is_first = not self.doubled
+        self.doubled += photos
+        if is_first:
             is_parquet = self.settings.source.lower().endswith(PARQUET_SUFFIX)
             log.warning(
                 "%s has the id of a photo before it; such photos are left out%s",
@@ -270,6 +264,7 @@ def list_images_of(
     unlisted: Unread,
     archive: Archive | None = None,
     left_out: Callable[[str], object] = lambda _name: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Iterator[ImageRef]:
     """The photos of a run's input, or of one of its archives; `left_out` gets system folders."""
     return list_images(
@@ -278,6 +273,7 @@ def list_images_of(
         unlisted,
         columns_of(settings),
         excluder(settings.source, settings.exclude, left_out),
+        progress,
     )
 
 

@@ -27,9 +27,11 @@ from batchcap.contracts import (
     ImageFile,
     LoadedImage,
     Rejection,
+    UsageError,
     int64_or_none,
 )
 from batchcap.memory import keep_freed_memory
+from batchcap.remote import describe, is_url
 from batchcap.stopping import SIGNALS
 
 Load = Callable[[Any], LoadedImage]  # of an ImageFile
@@ -64,8 +66,15 @@ class _Reader:
             self._ready = self._receive(START_S)
 
     def load(self, files: Sequence[ImageFile], timeout_s: float) -> list[LoadedImage]:
-        with _noticing_death(self._process):
-            self._connection.send(files)
+        # A reader that hangs takes no bytes either, and sending has no timeout of its own.
+        timer = threading.Timer(timeout_s, self.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            with _noticing_death(self._process):
+                self._connection.send(files)
+        finally:
+            timer.cancel()
         return self._receive(timeout_s)
 
     def _receive(self, timeout_s: float) -> Any:
@@ -85,10 +94,19 @@ class _Reader:
 
 
 class Readers:
-    """Loads photos in `count` processes; may be called from as many threads at once."""
+    """Loads photos in `count` processes; may be called from as many threads at once.
 
-    def __init__(self, load: Load, count: int, timeout_s: float) -> None:
-        self._load, self._timeout_s = load, timeout_s
+    `progress` is called whenever a process has died and another is started.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        count: int,
+        timeout_s: float,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._load, self._timeout_s, self._progress = load, timeout_s, progress
         self._idle: queue.SimpleQueue[_Reader | None] = queue.SimpleQueue()  # None: no more
         self._changing = threading.Lock()
         self._alive: set[_Reader] = set()
@@ -167,6 +185,7 @@ class Readers:
         with self._changing:
             self._alive.discard(reader)
         reader.stop()
+        self._progress()
         return self._start()
 
 
@@ -237,8 +256,11 @@ def _quarantined(file: ImageFile, death: _DiedError) -> LoadedImage:
     if isinstance(file, FileAtHand):
         return LoadedImage(rejection, file.size, file.mtime_ns, file.sha256)
     try:
+        if is_url(file):
+            told = describe(file)
+            return LoadedImage(rejection, told.size, told.mtime_ns)
         status = Path(file).stat()
-    except (OSError, ValueError):
+    except (OSError, ValueError, UsageError):
         return LoadedImage(rejection)
     return LoadedImage(rejection, status.st_size, int64_or_none(status.st_mtime_ns))
 

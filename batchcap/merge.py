@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batchcap.contracts import InputError, OtherOutputError, OutputError
+from batchcap.contracts import READABLE_SCHEMAS, InputError, OtherOutputError, OutputError
 from batchcap.files import replace_text, sync
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.layout import Layout, layout_of, shares_there
 from batchcap.locking import locked
+from batchcap.model.config import DECODE_DEFAULTS
 from batchcap.output import (
     IDENTITY,
     RowFile,
+    Upgrades,
     digest_of,
     is_whole,
     manifest_text,
@@ -30,8 +32,10 @@ from batchcap.row_files import (
     saying_where,
     write_rows,
 )
+from batchcap.row_index import newest_rows
 from batchcap.settings import MergeSettings
 
+UPGRADES = Upgrades(DECODE_DEFAULTS)
 ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 
 
@@ -96,13 +100,14 @@ def _common_metadata(shares: list[Layout]) -> dict[str, str]:
             for path in _whole_files(share):
                 found = read_file_metadata(path)
                 metadata = metadata or found
+                there, first = UPGRADES.comparable(found), UPGRADES.comparable(metadata)
                 for key, name in IDENTITY.items():
-                    if found.get(key) != metadata.get(key):
+                    if there[key] != first[key]:
                         raise OtherOutputError(
                             f"{share} has rows of another {name} than {shares[0]}: run it again, "
                             "with --on-existing overwrite and the settings of the others"
                         )
-    return metadata
+    return metadata | {"batchcap.schema": READABLE_SCHEMAS[-1]} if metadata else {}
 
 
 def _whole_files(share: Layout) -> list[Path]:
@@ -119,17 +124,16 @@ def _distinct_rows(shares: list[Layout]) -> Iterator[pa.Table]:
     met = IdSet()
     for share in shares:
         with locked(share.lock):
-            for path in share.row_files():
-                for table in verified(path):
-                    image_ids = table["image_id"].to_pylist()
-                    is_new = met.add(hashes_of(image_ids))
-                    if not is_new.all():
-                        doubled = printable(image_ids[int(np.argmin(is_new))])
-                        raise InputError(
-                            f"{share} has a second row of {doubled}: run the shares on one INPUT, "
-                            "each with its own --shard"
-                        )
-                    yield table
+            for table in newest_rows(share.row_files(), verified):
+                image_ids = table["image_id"].to_pylist()
+                is_new = met.add(hashes_of(image_ids))
+                if not is_new.all():
+                    doubled = printable(image_ids[int(np.argmin(is_new))])
+                    raise InputError(
+                        f"{share} has a second row of {doubled}: run the shares on one INPUT, "
+                        "each with its own --shard"
+                    )
+                yield table
 
 
 def _write_parts(target: Layout, tables: Iterator[pa.Table], metadata: Mapping[str, str]) -> int:

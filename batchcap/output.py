@@ -4,7 +4,8 @@ A part is a Parquet file that a rename puts in place: that is the one moment at 
 to exist. `OUTPUT/` is the folder of parts itself, a data set for others to read at any moment.
 `OUTPUT.parquet` has its parts in a hidden folder beside it, the first of which is the old file, and
 is replaced by all of them at the end of a run. All else (which images are done, the manifest) is
-made from the parts.
+made from the parts: if two have a row of one image, the newer part's counts, and the other row is
+dropped sooner or later.
 
 Knows no photos and no models.
 """
@@ -18,30 +19,34 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import filterfalse
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcap.contracts import OtherOutputError, OutputError
+from batchcap.contracts import ARROW_SCHEMA, READABLE_SCHEMAS, OtherOutputError, OutputError
 from batchcap.files import check_replaceable, remove_temporaries, replace_text, replacing, sync
+from batchcap.id_hashes import Hashes, hashes_of
 from batchcap.layout import Layout
 from batchcap.locking import locked
 from batchcap.row_files import (
     WAYS_OUT,
     DamagedError,
     Row,
+    is_of_newest_schema,
     read_file_metadata,
     read_group,
     read_groups,
     saying_where,
+    schema_of,
     table_of,
+    with_columns_of,
     write_rows,
 )
-from batchcap.row_index import Place, RowIndex, entries_of
+from batchcap.row_index import Place, RowIndex, entries_of, without
 from batchcap.settings import OnExisting
 
 # What must be equal for rows to stand in one output, and what it is to the user.
@@ -55,9 +60,10 @@ IDENTITY = {
 # What a caption consists of, and so what a copy of a photo has too.
 CAPTION_COLUMNS = (
     *("caption", "tokens", "token_ids", "token_logprobs", "logprob", "mean_logprob", "finished"),
-    *("attention", "attention_map"),
+    *("attention", "attention_map", "caption_source", "edited_at", "familiarity"),
 )
 FIRST_PART = "part-000000.parquet"  # what the output was before
+INCOMPLETE = {"batchcap.complete": "false"}  # metadata of a file after a run that left photos out
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
 
@@ -66,10 +72,35 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RowFile:
-    """A file of rows, and how many it has."""
+    """A file of rows, how many it has, and whether its schema is an earlier one."""
 
     path: Path
     rows: int
+    is_outdated: bool = False
+
+
+@dataclass(frozen=True)
+class Upgrades:
+    """How rows of earlier versions, or of a setting that was `auto`, fit those to come.
+
+    decode_defaults: of decode settings that a file of an earlier version lacks.
+    keeps_precision: whether the precision of existing rows is kept.
+    has_shipped_model: whether the model is the one that batchcap ships, which versions replace.
+    """
+
+    decode_defaults: Mapping[str, object] = field(default_factory=dict)
+    keeps_precision: bool = False
+    has_shipped_model: bool = False
+
+    def comparable(self, metadata: Mapping[str, str]) -> dict[str, str | None]:
+        """What must be equal, in the terms of this version."""
+        values = {key: metadata.get(key) for key in IDENTITY}
+        if values["batchcap.schema"] in READABLE_SCHEMAS:
+            values["batchcap.schema"] = READABLE_SCHEMAS[-1]
+        with suppress(ValueError, TypeError, KeyError):
+            told = json.loads(metadata["batchcap.decode"])
+            values["batchcap.decode"] = json.dumps({**self.decode_defaults, **told}, sort_keys=True)
+        return values
 
 
 class CaptionFolder:
@@ -90,7 +121,9 @@ class CaptionFolder:
         self._like = like  # whose mode and owner new files get
         self._begun = False
         self._pending: list[pa.Table] = []
-        self._superseded: dict[int, set[str]] = {}
+        self._replaced: dict[int, list[Hashes]] = {}  # by pending rows
+        self._superseded = {file: [hashes] for file, hashes in index.superseded.items()}
+        self._has_own_doubles = False
         self._captions = lru_cache(GROUPS_AT_HAND)(self._read_captions)
 
     @property
@@ -98,21 +131,27 @@ class CaptionFolder:
         """How many rows are not committed yet."""
         return sum(map(len, self._pending))
 
-    def append(self, rows: list[Row]) -> None:
-        """Take rows for the next part; each replaces the row that its image may have."""
-        table = table_of(rows)
-        # Ahead of the rows: a signal in between must leave none with the row that it replaces.
-        for row in rows:
-            known = self.index.find(row["image_id"])
-            if known is not None:
-                self._supersede(self.index.file_of(known), {row["image_id"]})
-        self._pending.append(table)
+    def append(self, rows: list[Row], again: bool = False) -> None:
+        """Take rows for the next part; each replaces the row that its image may have.
+
+        `again` says that some of these images have got rows in this run, which are replaced too.
+        """
+        if not rows:
+            return
+        if again:
+            self.commit()  # of two rows in one part neither would be newer
+            self._has_own_doubles = True
+        hashes = hashes_of([row["image_id"] for row in rows])
+        known = self.index.find_all(hashes)
+        hashes, files = hashes[known >= 0], self.index.files_of(known[known >= 0])
+        for file in set(files.tolist()):
+            self._replaced.setdefault(file, []).append(hashes[files == file])
+        self._pending.append(table_of(rows))
 
     def commit(self) -> None:
         """Put the rows taken so far on disk as one part.
 
-        A crash at any line loses these rows at most, and rows that they replace: both kinds are of
-        images that the next run captions again.
+        A crash at any line loses these rows at most. The rows that they replace are still there.
 
         Raises:
             OutputError: the folder is read-only or full; what was committed before is intact.
@@ -120,12 +159,36 @@ class CaptionFolder:
         if not self._pending:
             return
         self._begin()
-        self._drop_superseded()
         part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
-        table = pa.concat_tables(self._pending)
-        self._write(part.path, [table])
+        self._write(part.path, [pa.concat_tables(self._pending)])
         self._files.append(part)
         self._pending = []
+        for file, hashes in self._replaced.items():
+            self._superseded.setdefault(file, []).extend(hashes)
+        self._replaced = {}
+        self._write_manifest(complete=False)
+
+    def drop_superseded(self, progress: Callable[[], object] = lambda: None) -> None:
+        """Rewrite a data set's files without the rows that committed ones replace.
+
+        Files of an earlier schema are rewritten too, so that all are alike. `progress` is called
+        after each file. What a crash prevents, the next run does. A single file is rewritten only
+        at the end.
+
+        Raises:
+            OutputError: the folder is read-only or full; no row is lost.
+        """
+        if self.layout.is_file or not self._begun:
+            return
+        outdated = {number for number, file in enumerate(self._files) if file.is_outdated}
+        for number in sorted(outdated | self._superseded.keys()):
+            file = self._files[number]
+            with _damage_reported():
+                schema = schema_of([file.path])
+            file.rows = self._write(file.path, self._current_rows(number), schema)
+            file.is_outdated = False
+            self._superseded.pop(number, None)
+            progress()
         self._write_manifest(complete=False)
 
     def reusable(self, sha256: str) -> Row | None:
@@ -142,44 +205,89 @@ class CaptionFolder:
 
         Rows of excluded images stay: whether the input has these images is not known.
         """
-        gone = {
-            file: {*filterfalse(is_excluded, self.index.vanished_of(file, self._ids_of(file)))}
-            for file in range(len(self._files))
-        }
-        if any(gone.values()):
-            self._begin()
-            for file, image_ids in gone.items():
-                self._supersede(file, image_ids)
-            self._drop_superseded()
-        return sum(map(len, gone.values()))
+        count = 0
+        for file in range(len(self._files)):
+            if len(vanished := self.index.vanished_of(file)):
+                ids = [image_id for image_id in self._ids_of(file) if not is_excluded(image_id)]
+                hashes = np.intersect1d(hashes_of(ids), vanished)
+                if len(hashes):
+                    self._superseded.setdefault(file, []).append(hashes)
+                    count += len(hashes)
+        return count
 
-    def finish(self) -> None:
+    def finish(self, complete: bool = True) -> None:
         """Make the output whole: commit what is left and, for one file, join the parts.
+
+        `complete` says whether all of the input has rows now; if not, the output says so too.
 
         Raises:
             OutputError: there is no room; the parts stay, and the next run joins them.
         """
         self.commit()
-        layout = self.layout
-        if not self._begun and not self._overwrite and is_whole(layout, self._files):
-            return
+        if self._has_own_doubles:
+            paths = [file.path for file in self._files]
+            with _damage_reported():
+                index = RowIndex([entries_of(read_groups(path)) for path in paths])
+            for file, hashes in index.superseded.items():
+                self._superseded.setdefault(file, []).append(hashes)
+        if not self._begun and not self._overwrite and not self._superseded:
+            if is_whole(self.layout, self._files):
+                return
+            if not complete and is_joined(self.layout):
+                return
         self._begin()
-        if not layout.is_file:
-            self._write_manifest(complete=True)
-            with saying_where(layout):
-                mark = layout.mark(digest_of(self._files))
+        if self.layout.is_file:
+            self._join(complete)
+        else:
+            self.drop_superseded()
+            self._mark(complete)
+
+    def _join(self, complete: bool) -> None:
+        """Replace a single file by all parts."""
+        layout = self.layout
+        with _damage_reported():
+            schema = schema_of(file.path for file in self._files)
+        tables = (
+            with_columns_of(schema, table)
+            for number in range(len(self._files))
+            for table in self._current_rows(number)
+        )
+        metadata = self.metadata if complete else self.metadata | INCOMPLETE
+        self._write(layout.output, regrouped(tables), schema, metadata)
+        with saying_where(layout.parts):
+            _remove_folder(layout.parts)
+
+    def _mark(self, complete: bool) -> None:
+        """Write the manifest of a data set and, if it is complete, its mark."""
+        self._write_manifest(complete)
+        if complete:
+            mark = self.layout.mark(digest_of(self._files))
+            with saying_where(self.layout):
                 mark.touch()
                 sync(mark.parent)
-            layout.publish(mark)
-        else:
-            tables = (table for file in self._files for table in verified(file.path))
-            self._write(layout.output, regrouped(tables))
-            with saying_where(layout.parts):
-                _remove_folder(layout.parts)
+            self.layout.publish(mark)
 
-    def _write(self, path: Path, tables: Iterable[pa.Table]) -> int:
-        staged = self.layout.staged(path)
-        rows = write_rows(path, tables, self.metadata, staged=staged, like=self._like)
+    def _current_rows(self, number: int) -> Iterator[pa.Table]:
+        """The row groups of a file without superseded rows; they keep their numbers, even empty."""
+        hashes = self._superseded.get(number)
+        superseded = None if hashes is None else np.unique(np.concatenate(hashes))
+        return (without(table, superseded) for table in verified(self._files[number].path))
+
+    def _write(
+        self,
+        path: Path,
+        tables: Iterable[pa.Table],
+        schema: pa.Schema = ARROW_SCHEMA,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        rows = write_rows(
+            path,
+            tables,
+            self.metadata if metadata is None else metadata,
+            staged=self.layout.staged(path),
+            like=self._like,
+            schema=schema,
+        )
         self.layout.publish(path)
         return rows
 
@@ -222,22 +330,6 @@ class CaptionFolder:
     def _next_number(self) -> int:
         numbers = (int(file.path.stem.removeprefix("part-")) for file in self._files)
         return max(numbers, default=0) + 1
-
-    def _supersede(self, file: int, image_ids: set[str]) -> None:
-        if image_ids:
-            self._superseded.setdefault(file, set()).update(image_ids)
-
-    def _drop_superseded(self) -> None:
-        """Rewrite files without rows that are replaced: ahead of their new ones, never after."""
-        for number, image_ids in self._superseded.items():
-            file, dropped = self._files[number], pa.array(sorted(image_ids))
-            # Row groups keep their numbers, even empty: the index knows rows by them.
-            kept = (
-                table.filter(pc.invert(pc.is_in(table["image_id"], dropped)))
-                for table in verified(file.path)
-            )
-            file.rows = self._write(file.path, kept)
-        self._superseded = {}
 
     def _ids_of(self, file: int) -> Iterator[str]:
         for table in verified(self._files[file].path):
@@ -284,7 +376,7 @@ def digest_of(files: list[RowFile]) -> str:
 def is_whole(layout: Layout, files: list[RowFile]) -> bool:
     """Whether a run has made these rows whole, so that nothing is left to be done."""
     if layout.is_file:
-        return layout.output.exists() and not layout.parts.is_dir()
+        return is_joined(layout) and not INCOMPLETE.items() <= _metadata_of(files).items()
     if layout.mark(digest_of(files)).exists():
         return True
     if layout.manifest.parent != layout.output:
@@ -296,9 +388,23 @@ def is_whole(layout: Layout, files: list[RowFile]) -> bool:
         return False
 
 
+def is_joined(layout: Layout) -> bool:
+    """Whether no parts wait to be joined."""
+    return not layout.is_file or (layout.output.exists() and not layout.parts.is_dir())
+
+
+def _metadata_of(files: list[RowFile]) -> dict[str, str]:
+    with suppress(DamagedError):
+        return read_file_metadata(files[0].path) if files else {}
+    return {}
+
+
 @contextmanager
 def open_captions(
-    layout: Layout, identity: Mapping[str, str], on_existing: OnExisting
+    layout: Layout,
+    identity: Mapping[str, str],
+    on_existing: OnExisting,
+    upgrades: Upgrades = Upgrades(),
 ) -> Iterator[CaptionFolder]:
     """An output to add rows to, held by this process alone.
 
@@ -308,6 +414,7 @@ def open_captions(
         layout: which output; the folder that it is in must exist.
         identity: by the keys of `IDENTITY`, what rows must have in common.
         on_existing: what to do where there are rows already.
+        upgrades: which differences from rows of earlier versions are none.
 
     Raises:
         LockedError: another run holds it.
@@ -329,7 +436,7 @@ def open_captions(
             layout.move_out()
             like = _like_of(layout)
         paths = existing_rows(layout, on_existing)
-        metadata = check_identity(layout, paths, identity)
+        metadata = check_identity(layout, paths, identity, upgrades)
         files, index = index_of(paths, partial(_set_aside, layout))
         overwrite = on_existing is OnExisting.OVERWRITE
         yield CaptionFolder(layout, metadata, files, index, overwrite, like)
@@ -373,28 +480,48 @@ def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
 
 
 def check_identity(
-    output: object, files: Iterable[Path], identity: Mapping[str, str]
+    output: object,
+    files: Iterable[Path],
+    identity: Mapping[str, str],
+    upgrades: Upgrades = Upgrades(),
 ) -> dict[str, str]:
     """See that rows are of the same model and settings as those to come.
 
-    Returns what the newest rows say of themselves, as far as these settings don't.
+    Returns the identity, with what else the newest rows say of themselves.
 
     Raises:
         OtherOutputError: they are not; says what differs.
         OutputError: a file is not of batchcap.
     """
     found: dict[str, str] = {}
+    identity = dict(identity)
     for path in files:
         with suppress(DamagedError):  # for the reader of the rows to meet
             found = read_file_metadata(path)
+            if upgrades.keeps_precision:
+                identity["batchcap.precision"] = found.get("batchcap.precision", "none")
+            there, asked = upgrades.comparable(found), upgrades.comparable(identity)
             for key, name in IDENTITY.items():
-                if found.get(key) != identity[key]:
-                    there, asked = _differing(found.get(key, "none"), identity[key])
-                    raise OtherOutputError(
-                        f"{output} has rows of another {name} ({there}) than what is asked for "
-                        f"({asked}): {WAYS_OUT}"
-                    )
-    return {**found, **identity}
+                if there[key] != asked[key]:
+                    raise _other_output(output, name, there[key], asked[key], upgrades)
+    return {key: value for key, value in found.items() if key not in INCOMPLETE} | identity
+
+
+def _other_output(
+    output: object, name: str, there: str | None, asked: str | None, upgrades: Upgrades
+) -> OtherOutputError:
+    there, asked = _differing(there or "none", asked or "none")
+    if name == "model" and upgrades.has_shipped_model:
+        return OtherOutputError(
+            f"{output} has rows of another model ({there}) than the one that this version of "
+            f"batchcap ships ({asked}); if an earlier version's made them, that model has been "
+            "replaced. To go on with the old one, give its directory with --model; or "
+            f"{WAYS_OUT}"
+        )
+    return OtherOutputError(
+        f"{output} has rows of another {name} ({there}) than what is asked for ({asked}): "
+        f"{WAYS_OUT}"
+    )
 
 
 def _differing(there: str, asked: str) -> tuple[str, str]:
@@ -413,25 +540,38 @@ def _differing(there: str, asked: str) -> tuple[str, str]:
 def index_of(
     paths: Iterable[Path], on_damage: Callable[[Path, DamagedError], object]
 ) -> tuple[list[RowFile], RowIndex]:
-    """The files of rows that are whole, and what they say; `on_damage` is told of the others."""
+    """The files of rows that are whole, and what they say; `on_damage` is told of the others.
+
+    Raises:
+        OutputError: a file can't be opened, or this machine has no memory for it.
+    """
     files, entries = [], []
     for path in paths:
         try:
-            entries.append(entries_of(read_groups(path)))
-            files.append(RowFile(path, len(entries[-1].hashes)))
+            read = entries_of(read_groups(path))
+            is_outdated = not is_of_newest_schema(path)
         except DamagedError as error:
             on_damage(path, error)
+            continue
+        entries.append(read)
+        files.append(RowFile(path, len(read.hashes), is_outdated))
     return files, RowIndex(entries)
 
 
-def verified(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a file.
+def verified(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The row groups of a file, as `read_groups` reads them.
 
     Raises:
         OutputError: it is damaged, or can't be opened.
     """
+    with _damage_reported():
+        yield from read_groups(path, columns)
+
+
+@contextmanager
+def _damage_reported() -> Iterator[None]:
     try:
-        yield from read_groups(path)
+        yield
     except DamagedError as error:
         raise OutputError(f"{error}; run again, which redoes the rows of damaged files") from error
 

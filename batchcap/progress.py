@@ -43,7 +43,9 @@ class _Lines:
         rate = (self.done - self.done_before) / (now - self.started)
         of, left = "", ""
         if self.total is not None:
-            of, left = f" of {self.total:.0f}", f", {(self.total - self.done) / rate:.0f} s left"
+            of = f" of {self.total:.0f}"
+            if rate:  # else that is not known
+                left = f", {max(self.total - self.done, 0) / rate:.0f} s left"
         log.info(
             "%s: %d%s %ss, %.1f %ss/s%s",
             *(self.what, self.done, of, self.unit, rate, self.unit, left),

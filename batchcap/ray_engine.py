@@ -2,38 +2,41 @@
 
 Ray Data keeps the workers busy with bounded read-ahead, and retries pieces lost with a process or a
 machine. A retried piece yields the same chunks, so that no row comes back twice. Only the driver
-writes.
+writes. Apart from rows, workers report that they move: much work yields no rows.
 """
 
 import logging
+import math
 import os
 import pickle
+import queue
 import re
 import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, compress, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
+from batchcap.arrivals import Piece, PieceInventory, Tally
 from batchcap.contracts import BatchcapError, ImageRef, UsageError, first_line
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.inputs import archives_in
-from batchcap.inventory import Inventory, Tally, columns_of, list_images_of
+from batchcap.inventory import columns_of, list_images_of
 from batchcap.last_words import DID_NOT_START, kept_back, stderr_to
 from batchcap.model.runtime import start_tensorflow
 from batchcap.options import WorkerSettings
 from batchcap.remote import is_url
 from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
-from batchcap.run_report import RunSummary
 from batchcap.settings import RunSettings
 from batchcap.shards import Archive, Unread
 from batchcap.stopping import SIGNALS
@@ -43,28 +46,30 @@ from batchcap.worker import CaptionWorker
 CALLS_AT_ONCE = 2  # of a worker: while one waits for the model, the other loads photos
 PHOTOS_PER_PIECE = 256
 CONNECT_S = 10.0
+REPORT_S = 2.0  # between two reports of a worker, at least
 STARTS = 3  # of TensorFlow in a worker
 TENSORFLOW_DIED = DID_NOT_START.format("TensorFlow")
 INIT = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
 # Silence Ray's own messages and tracebacks; batchcap reports failures itself.
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 
-log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
-# An archive, or some photos of a folder or a list.
-Piece = Archive | list[ImageRef]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Chunk:
     """A part of a worker's answer for a piece: some rows or, after all rows, the piece's tally.
 
-    metadata: that of a file of these rows. failure: why there are no rows; sent as a value because
-    Ray would wrap an exception.
+    metadata: that of a file of these rows. archive: the piece, if it is one. failure: why there are
+    no rows; sent as a value because Ray would wrap an exception. A chunk without anything says that
+    the cluster moves.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    archive: Archive | None = None
     tally: Tally | None = None
     failure: BatchcapError | None = None
 
@@ -81,10 +86,11 @@ def pieces_of(
     settings: RunSettings,
     unlisted: Unread,
     left_out: Callable[[str], object] = lambda _name: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Piece]:
     """Split the input into pieces, one for a worker at a time: its archives, or lists of photos.
 
-    Paths are absolute, since workers run elsewhere.
+    Paths are absolute, since workers run elsewhere. `progress` is that of `list_images`.
 
     Raises:
         UsageError, InputError: as `list_images` does.
@@ -94,7 +100,7 @@ def pieces_of(
         yield from (archive._replace(path=_whole(archive.path)) for archive in archives)
         return
     met = IdSet()
-    refs = list_images_of(settings, unlisted, left_out=left_out)
+    refs = list_images_of(settings, unlisted, left_out=left_out, progress=progress)
     while some := list(islice(refs, PHOTOS_PER_PIECE)):
         is_new = met.add(hashes_of([ref.image_id for ref in some]))  # a list may name a photo twice
         yield [ref._replace(path=_whole(ref.path)) for ref in compress(some, is_new.tolist())]
@@ -109,22 +115,25 @@ def run_on_ray(
 ) -> Iterator[Chunk]:
     """Caption pieces of an input on all machines of a cluster; chunks come as they are done.
 
-    The model and the index of existing rows are sent once to each machine.
+    The model and the index of existing rows are sent once to each machine. While no chunk comes,
+    empty ones are yielded as long as workers move, or the cluster waits for machines.
 
     Raises:
         UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
         BatchcapError: a worker raised it, or the cluster has failed.
     """
     with _connected(settings.address) as ray, _reporting_failure():
+        yield Chunk()
         workers = workers_on(_resources(ray), settings.workers, settings.gpus_per_worker)
         model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
         at_hand = [ray.put(model), ray.put(index)]
+        pulse = _start_pulse(ray)
         chunks = ray.data.from_items(
             [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
         ).map_batches(
             RayWorker,
-            fn_constructor_args=(settings, worker, at_hand),
-            batch_size=None,
+            fn_constructor_args=(settings, worker, at_hand, pulse),
+            batch_size=1,  # a block is one piece; with GPUs, Ray wants a number
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=workers.number, max_concurrent_calls_per_actor=CALLS_AT_ONCE
@@ -132,41 +141,182 @@ def run_on_ray(
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
         )
-        for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
+        tables = chunks.iter_batches(batch_size=None, batch_format="pyarrow")
+        moves = asking(ray, pulse, workers, settings.stall_timeout)
+        for table in with_news(tables, moves, _report_s(settings)):
+            if table is None:
+                yield Chunk()
+                continue
             for chunk in map(pickle.loads, table["chunk"].to_pylist()):
                 if chunk.failure is not None:
                     raise chunk.failure
                 yield chunk
 
 
+class Pulse:
+    """An actor that workers report to, and that the driver asks how they are."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, tuple[str, int]] = {}  # by id: node, pieces
+        self._has_moved = False
+
+    def report(self, worker: str, node: str, pieces: int) -> None:
+        """Note that a worker moves, on which node it is, and how many pieces it has in hand."""
+        self._workers[worker] = node, pieces
+        self._has_moved = True
+
+    def ask(self) -> tuple[bool, int, int]:
+        """Return whether a worker has moved since the last call, and how many are there and busy.
+
+        A worker is there if its node is alive.
+        """
+        import ray
+
+        has_moved, self._has_moved = self._has_moved, False
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        pieces = [pieces for node, pieces in self._workers.values() if node in alive]
+        return has_moved, len(pieces), sum(map(bool, pieces))
+
+
+def _start_pulse(ray: Any) -> Any:
+    """Start a `Pulse` on the driver's own node, with which it lives and dies."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(Pulse).options(**options, scheduling_strategy=here).remote()
+
+
+def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[], bool]:
+    """Make the function that says whether the cluster moves, or waits for machines.
+
+    It does not wait for an answer, since a cluster that hangs gives none.
+    """
+    asked = [pulse.ask.remote()]
+    next_warning = time.monotonic() + warn_s
+
+    def moves() -> bool:
+        nonlocal next_warning
+        answered, _ = ray.wait(asked, timeout=0)
+        if not answered:
+            return False
+        has_moved, there, busy = ray.get(asked.pop())
+        asked.append(pulse.ask.remote())
+        waits = not busy and there < workers.number
+        now = time.monotonic()
+        if has_moved or not waits:
+            next_warning = now + warn_s
+        elif now >= next_warning:
+            next_warning = now + warn_s
+            log.warning(
+                "the Ray cluster has machines for %d of %d workers of %d processors and %g GPUs, "
+                "and none of them is busy; waiting for machines",
+                there,
+                *workers,
+            )
+        return has_moved or waits
+
+    return moves
+
+
+def with_news(
+    items: Iterable[Item], moves: Callable[[], bool], seconds: float
+) -> Iterator[Item | None]:
+    """Yield items as they come and, every so many seconds without one, None if `moves()`."""
+    arrived: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(1)
+    over = threading.Event()
+
+    def pass_on() -> None:
+        try:
+            for item in items:
+                arrived.put((item, None))
+                if over.is_set():
+                    return
+            arrived.put((None, None))
+        except BaseException as error:
+            arrived.put((None, error))
+
+    threading.Thread(target=pass_on, daemon=True).start()
+    try:
+        while True:
+            try:
+                item, error = arrived.get(timeout=seconds)
+            except queue.Empty:
+                if moves():
+                    yield None
+                continue
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        over.set()
+        with suppress(queue.Empty):  # for the thread to go on, and end
+            arrived.get_nowait()
+
+
+def _report_s(settings: RunSettings) -> float:
+    """Often enough for the shortest timeout."""
+    return min(REPORT_S, settings.stall_timeout / 10)
+
+
 class RayWorker:
     """A `CaptionWorker` as an actor of Ray Data."""
 
+    moves: Callable[[], object] = staticmethod(lambda: None)  # reports that it does
+
     def __init__(
-        self, settings: RunSettings, worker: WorkerSettings, at_hand: Sequence[Any]
+        self, settings: RunSettings, worker: WorkerSettings, at_hand: Sequence[Any], pulse: Any
     ) -> None:
         import ray
 
-        self.settings = settings
-        model, self.index = ray.get(at_hand)
         context: Any = ray.get_runtime_context()
-        cpus = context.get_assigned_resources().get("CPU", 1)
+        self.settings, self._pulse = settings, pulse
+        self._id, self._node = context.get_actor_id(), context.get_node_id()
+        self._pieces, self._counting = 0, threading.Lock()
+        self.moves = at_most_every(_report_s(settings), self._report)
         self.failure: BatchcapError | None = None
+        with self._busy():
+            model, self.index = ray.get(at_hand)
+            cpus = context.get_assigned_resources().get("CPU", 1)
+            self._start(worker, model, int(cpus))
+
+    def _start(self, worker: WorkerSettings, model: dict[str, bytes], cpus: int) -> None:
         with tempfile.TemporaryDirectory(prefix="batchcap-") as folder:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
-                _start_tensorflow(context.get_actor_id())
-                self.worker = CaptionWorker(replace(worker, model=Path(folder)), int(cpus))
+                _start_tensorflow(self._id)
+                self.moves()
+                self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus, self.moves)
                 _ = self.worker.captioner  # read while the folder is there
             except BatchcapError as error:  # names the copy's folder
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))
 
+    def _report(self) -> None:
+        self._pulse.report.remote(self._id, self._node, self._pieces)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Report that there is work in hand; starting counts as a piece."""
+        self._count_piece(1)
+        try:
+            yield
+        finally:
+            self._count_piece(-1)
+
+    def _count_piece(self, by: int) -> None:
+        with self._counting:
+            self._pieces += by
+            self._report()
+
     def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
         """Chunks, pickled, of one pickled piece."""
-        for piece in map(pickle.loads, pieces["piece"].to_pylist()):
-            for chunk in self._chunks_or_failure(piece):
-                yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
+        with self._busy():
+            for piece in map(pickle.loads, pieces["piece"].to_pylist()):
+                for chunk in self._chunks_or_failure(piece):
+                    yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
 
     def _chunks_or_failure(self, piece: Piece) -> Iterator[Chunk]:
         try:
@@ -178,33 +328,52 @@ class RayWorker:
 
     def chunks(self, piece: Piece) -> Iterator[Chunk]:
         """Caption a piece; a retried piece yields the same number of chunks."""
-        unread: list[tuple[str, str]] = []
-        seen = [np.zeros(0, np.int64)]
         # All workers of a machine share one read-only index.
-        inventory = Inventory(self.settings, self.index, RunSummary("", "", ""), seen.append)
+        inventory = PieceInventory(self.settings, self.index)
+        archive = piece if isinstance(piece, Archive) else None
         refs: Iterable[ImageRef]
         if isinstance(piece, Archive):
             refs = list_images_of(
                 self.settings,
-                lambda *name_and_reason: unread.append(name_and_reason),
+                inventory.note_unlisted,
                 archive=piece,
                 left_out=inventory.note_left_out,
+                progress=self.moves,
             )
         else:
             refs = piece
-        rows = chain.from_iterable(self.worker(inventory.unfinished(refs)))
+        failed: dict[int, str] = {}
+        rows = chain.from_iterable(self.worker(inventory.unfinished(refs, self._goes_on)))
         while some := list(islice(rows, self.worker.settings.batch_size)):
-            yield Chunk(self.worker.metadata, some)
-        tally = Tally(
-            summary=inventory.summary,
-            taken=inventory.taken,
-            is_empty=inventory.is_empty,
-            doubled=inventory.doubled,
-            seen=np.concatenate(seen),
-            unread=unread,
-            left_out=inventory.left_out,
-        )
-        yield Chunk(self.worker.metadata, tally=tally)
+            self.moves()
+            failed |= failures(some)
+            yield Chunk(self.worker.metadata, some, archive)
+        yield Chunk(self.worker.metadata, archive=archive, tally=inventory.tally(failed))
+
+    def _goes_on(self) -> bool:
+        self.moves()
+        return True
+
+
+def failures(rows: list[Row]) -> dict[int, str]:
+    """Why photos have no caption, by the hash of their id."""
+    failed = [row for row in rows if row["status"] == "failed"]
+    hashes = hashes_of([row["image_id"] for row in failed]).tolist()
+    return dict(zip(hashes, [row["error_type"] for row in failed], strict=True))
+
+
+def at_most_every(seconds: float, report: Callable[[], object]) -> Callable[[], None]:
+    """Make the function that calls `report`, unless it has done so just before."""
+    last = -math.inf
+
+    def reported() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= seconds:
+            last = now
+            report()
+
+    return reported
 
 
 def _start_tensorflow(worker_id: str) -> None:

@@ -1,11 +1,13 @@
 """Which images have rows already, and in which files: 46 bytes an image, whatever its name.
 
-Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays.
+Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays. Where files have several rows of an
+image, that of the newest file counts; the others are superseded.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcap.id_hashes import Hashes, hashes_of, positions
+from batchcap.row_files import read_groups
 
 UNKNOWN = -1  # a size or a time that could not be read
 
@@ -54,11 +57,13 @@ NO_ENTRIES = Entries(*(np.zeros(0, np.int64) for _ in Entries._fields))
 
 
 class RowIndex:
-    """What the rows of some files say of their images; each image has one row."""
+    """What the rows of some files, oldest first, say of their images.
 
-    def __init__(self, files: list[Entries]) -> None:
-        rows = np.cumsum([0, *(len(entries.hashes) for entries in files)])
-        order = np.argsort(np.concatenate([NO_ENTRIES.hashes, *(f.hashes for f in files)]))
+    `superseded` has, by the number of a file, the hashes of images that newer files have rows of.
+    """
+
+    def __init__(self, files: Sequence[Entries]) -> None:
+        order, self._file, self.superseded = _newest([entries.hashes for entries in files])
 
         def column(name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
             """One at a time, since all of them together are large."""
@@ -68,7 +73,6 @@ class RowIndex:
         self._hashes, self._sizes = column("hashes", np.int64), column("sizes", np.int64)
         self._times, self._sums = column("times", np.int64), column("sums", np.int64)
         self._failed, self._groups = column("failed", np.bool_), column("groups", np.int32)
-        self._file = (np.searchsorted(rows, order, "right") - 1).astype(np.int32)
         self._seen = np.zeros(len(order), np.bool_)
         captioned = np.flatnonzero(~self._failed).astype(np.uint32)
         self._by_sum = captioned[np.argsort(self._sums[captioned])]  # captioned rows
@@ -97,25 +101,26 @@ class RowIndex:
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 
-    def file_of(self, row: int) -> int:
-        """The number of the file that the row is in."""
-        return int(self._file[row])
+    def files_of(self, rows: Hashes) -> npt.NDArray[np.int32]:
+        """`int32[N]`: the numbers of the files that rows are in."""
+        return self._file[rows]
 
     def mark_seen(self, rows: int | Hashes) -> None:
         """Remember that the input still has these images."""
         self._seen[rows] = True
+
+    def is_seen(self, rows: Hashes) -> npt.NDArray[np.bool_]:
+        """`bool[N]`: which of these rows are marked as seen."""
+        return self._seen[rows]
 
     @property
     def vanished(self) -> int:
         """How many images have rows but were not seen."""
         return len(self) - int(np.count_nonzero(self._seen))
 
-    def vanished_of(self, file: int, image_ids: Iterable[str]) -> set[str]:
-        """Those of a file's images that were not seen."""
-        if self._seen[self._file == file].all():
-            return set()
-        rows = ((image_id, self.find(image_id)) for image_id in image_ids)
-        return {image_id for image_id, row in rows if row is not None and not self._seen[row]}
+    def vanished_of(self, file: int) -> Hashes:
+        """Of a file's images that were not seen: the hashes, sorted."""
+        return self._hashes[(self._file == file) & ~self._seen]
 
     def places_of(self, sha256: str) -> list[Place]:
         """Where captioned rows may be of a file of these bytes; their own sums decide."""
@@ -127,10 +132,63 @@ class RowIndex:
         return list(map(Place, self._file[rows].tolist(), self._groups[rows].tolist()))
 
 
+def newest_rows(
+    paths: Sequence[Path], read: Callable[..., Iterator[pa.Table]] = read_groups
+) -> Iterator[pa.Table]:
+    """The row groups of files, oldest first, without the rows that newer files supersede.
+
+    `read` takes a path and column names as `read_groups` does, and raises what it raises.
+    """
+    superseded: dict[int, Hashes] = {}
+    if len(paths) > 1:
+        hashes = [
+            np.concatenate([NO_ENTRIES.hashes, *map(_hashes_in, read(path, ["image_id"]))])
+            for path in paths
+        ]
+        _, _, superseded = _newest(hashes)
+    for number, path in enumerate(paths):
+        for table in read(path):
+            yield without(table, superseded.get(number))
+
+
+def without(table: pa.Table, superseded: Hashes | None) -> pa.Table:
+    """The rows whose images have none of these hashes, which are sorted."""
+    if superseded is None:
+        return table
+    return table.filter(pa.array(positions(superseded, _hashes_in(table)) < 0))
+
+
+def _newest(
+    files: Sequence[Hashes],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], dict[int, Hashes]]:
+    """Where the newest rows are among those of all files, in the order of their hashes.
+
+    Returns their numbers, those of their files and, by file, the hashes that newer files have too.
+    """
+    rows = np.cumsum([0, *map(len, files)])
+    hashes = np.concatenate([NO_ENTRIES.hashes, *files])
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    file = (np.searchsorted(rows, order, "right") - 1).astype(np.int32)
+    newest = np.flatnonzero(np.append(hashes[1:] != hashes[:-1], True)[: len(order)])
+    older = np.setdiff1d(np.arange(len(order)), newest, assume_unique=True)
+    # Two rows in one file are not of batchcap; they stay.
+    older = older[file[older] != file[newest[np.searchsorted(newest, older)]]]
+    superseded = {
+        int(number): np.unique(hashes[older[file[older] == number]])
+        for number in np.unique(file[older])
+    }
+    return order[newest], file[newest], superseded
+
+
+def _hashes_in(table: pa.Table) -> Hashes:
+    return hashes_of(table["image_id"].to_pylist())
+
+
 def _columns(group: int, table: pa.Table) -> Entries:
     count = len(table)
     return Entries(
-        hashes=hashes_of(table["image_id"].to_pylist()),
+        hashes=_hashes_in(table),
         sizes=table["file_size"].fill_null(UNKNOWN).to_numpy(),
         times=table["mtime_ns"].fill_null(UNKNOWN).to_numpy(),
         failed=pc.not_equal(table["status"], "ok").to_numpy().astype(np.int64),

@@ -6,15 +6,17 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, takewhile
 from typing import Any
 
+from batchcap.arrivals import Arrivals
 from batchcap.clock import StageClock
 from batchcap.contracts import (
     SCHEMA_VERSION,
@@ -23,6 +25,7 @@ from batchcap.contracts import (
     LockedError,
     OtherOutputError,
     OutputError,
+    Precision,
 )
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, excluded_by, list_images_of
@@ -30,11 +33,12 @@ from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count
 from batchcap.locking import locked
 from batchcap.logs import log_event
-from batchcap.model.config import DecodeSettings, fingerprint, read_config
+from batchcap.model.config import DECODE_DEFAULTS, DecodeSettings, fingerprint, read_config
 from batchcap.model.runtime import precision_of
 from batchcap.options import decode_settings_of, worker_settings_of
 from batchcap.output import (
     CaptionFolder,
+    Upgrades,
     check_identity,
     existing_rows,
     index_of,
@@ -45,7 +49,7 @@ from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.records import counted, printable
 from batchcap.row_files import Row, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
-from batchcap.settings import AttentionDetail, Engine, RunSettings
+from batchcap.settings import DEFAULT_MODEL, AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
 from batchcap.worker import CaptionWorker
@@ -83,8 +87,10 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
         _make_room_for_share(settings, layout)
-        with open_captions(layout, summary.metadata, settings.on_existing) as folder:
+        upgrades = _upgrades(settings)
+        with open_captions(layout, summary.metadata, settings.on_existing, upgrades) as folder:
             summary.metadata = folder.metadata
+            settings = replace(settings, precision=Precision(folder.metadata["batchcap.precision"]))
             inventory = Inventory(settings, folder.index, summary)
             with stopping_softly() as stop:
                 _Captioning(inventory, folder, decode_settings, stop).run()
@@ -106,7 +112,7 @@ def plan_run(settings: RunSettings) -> str:
             layout.refresh()
     identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
     files = existing_rows(layout, settings.on_existing)
-    check_identity(layout, files, identity)
+    check_identity(layout, files, identity, _upgrades(settings))
     summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index, summary)
@@ -150,8 +156,7 @@ class _Captioning:
         self.inventory, self.folder, self.stop = inventory, folder, stop
         self.decode_settings = decode_settings
         self.listed: int | None = None
-        self.reused: set[str] = set()  # SHA-256 sums
-        self.is_committing = False
+        self.reused: Counter[str] = Counter()  # SHA-256 sums of photos in flight
 
     def run(self) -> None:
         """Caption what needs it until there is no more, or a signal comes."""
@@ -160,18 +165,19 @@ class _Captioning:
                 self._caption_on_ray(watchdog)
                 return
             goes_on = partial(self._goes_on, watchdog)
-            refs = self.inventory.unfinished(self.inventory.listed(goes_on), goes_on)
+            listed = self.inventory.listed(goes_on, watchdog.progress)
+            refs = self.inventory.unfinished(listed, goes_on)
             first = list(islice(refs, self.settings.batch_size))
             if self.stop():
                 return
             self.inventory.check_any()
             if first:
-                self._look_ahead(len(first))
+                self._look_ahead(len(first), watchdog)
                 self._caption(first, refs, watchdog)
 
-    def _look_ahead(self, least: int) -> None:
+    def _look_ahead(self, least: int, watchdog: Watchdog) -> None:
         """See that there is room for the rows to come, and begin to count them."""
-        self._check_room(least)
+        self._check_room(least, watchdog)
         threading.Thread(target=self._count, daemon=True).start()
 
     def _goes_on(self, watchdog: Watchdog) -> bool:
@@ -187,7 +193,7 @@ class _Captioning:
             batch_size=len(first),
             run_id=self.summary.run_id,
         )
-        with closing(CaptionWorker(wanted, core_count())) as worker:
+        with closing(CaptionWorker(wanted, core_count(), watchdog.progress)) as worker:
             if not self._goes_on(watchdog):
                 return
             name = printable(first[0].image_id)
@@ -203,11 +209,15 @@ class _Captioning:
     def _caption_on_ray(self, watchdog: Watchdog) -> None:
         """Workers list their pieces of the input, and send a tally of each at its end."""
         settings, inventory = self.settings, self.inventory
-        listed = pieces_of(settings, inventory.note_unlisted, inventory.note_left_out)
+        listed = pieces_of(
+            settings, inventory.note_unlisted, inventory.note_left_out, watchdog.progress
+        )
         pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
-        inventory.check_list(piece for piece in pieces if isinstance(piece, list))
+        inventory.check_list(
+            (piece for piece in pieces if isinstance(piece, list)), partial(self._goes_on, watchdog)
+        )
         if pieces and not self.stop():
-            self._look_ahead(len(pieces))
+            self._look_ahead(len(pieces), watchdog)
             wanted = worker_settings_of(
                 settings,
                 self.decode_settings,
@@ -216,17 +226,28 @@ class _Captioning:
             )
             self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
             chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
-            self._commit_rows(self._rows_of(chunks), watchdog, StageClock())
+            arrivals = Arrivals(inventory, pieces)
+            self._commit_rows(self._rows_of(chunks, arrivals), watchdog, StageClock())
+            if arrivals.untallied and not self.stop():
+                raise RuntimeError(f"Ray has left out {arrivals.untallied} pieces")
         if not self.stop():
             inventory.complete = not inventory.unlisted
             inventory.check_any()
 
-    def _rows_of(self, chunks: Iterator[Chunk]) -> Iterator[list[Row]]:
-        for chunk in takewhile(lambda _chunk: not self.stop(), chunks):
+    def _rows_of(self, chunks: Iterator[Chunk], arrivals: Arrivals) -> Iterator[list[Row]]:
+        """Rows to append as they come; empty lists are news, too."""
+        for chunk in chunks:
             self.folder.metadata |= chunk.metadata
-            if chunk.tally is not None:
-                self.inventory.add(chunk.tally)
-            yield self.inventory.admitted(chunk.rows)
+            for admitted in arrivals.take(chunk.archive, chunk.rows, chunk.tally):
+                if admitted.again:
+                    self.folder.append(admitted.rows, again=True)
+                    self._count_rows(admitted.rows)
+                else:
+                    yield admitted.rows
+            if self.stop():
+                break
+        for admitted in arrivals.rest():
+            yield admitted.rows
 
     def _commit_rows(
         self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
@@ -243,35 +264,36 @@ class _Captioning:
                             folder.pending >= settings.rows_per_part
                             or seconds >= settings.seconds_per_part
                         ):
-                            self._commit()
+                            self._commit(watchdog)
                             last_commit = time.monotonic()
                     watchdog.landed(row["image_id"] for row in rows)
                     self._count_rows(rows)
                     bar.total = self.listed and self.listed - self.summary.already_done
                     bar.update(len(rows))
             except Stopped:
-                # Out of time. Not where somebody insisted, nor where a commit was interrupted,
-                # whose rows may have got there.
-                if not self.stop.insisted and not self.is_committing:
-                    self._commit()
+                self.stop.has_time = True  # or the next alarm would interrupt the commit
+                if not self.stop.insisted:
+                    self.folder.commit()
                 raise
             finally:
                 self.summary.seconds = time.monotonic() - started
                 self.summary.stage_seconds = dict(clock.seconds)
-            self._commit()
+            self._commit(watchdog)
 
-    def _commit(self) -> None:
+    def _commit(self, watchdog: Watchdog) -> None:
         rows = self.folder.pending
-        self.is_committing = True
         self.folder.commit()
-        self.is_committing = False
+        watchdog.progress()
+        if not self.stop():  # else the next run drops them
+            self.folder.drop_superseded(watchdog.progress)
         log_event(log, "committed", f"{rows} rows committed", logging.DEBUG, rows=rows)
 
     def _count_rows(self, rows: list[Row]) -> None:
         for row in rows:
             if row["status"] == "failed":
                 self.summary.failed[row["error_type"]] += 1
-            elif row["sha256"] in self.reused:
+            elif self.reused[row["sha256"]]:
+                self.reused -= Counter([row["sha256"]])
                 self.summary.reused += 1
             else:
                 self.summary.captioned += 1
@@ -279,7 +301,7 @@ class _Captioning:
     def _reusable(self, sha256: str) -> Row | None:
         caption = self.folder.reusable(sha256) if self.settings.reuse else None
         if caption is not None:
-            self.reused.add(sha256)
+            self.reused[sha256] += 1
         return caption
 
     def _count(self) -> None:
@@ -288,14 +310,15 @@ class _Captioning:
             listed = sum(1 for _ in _listed_again(self.settings))
             self.listed = listed // self.settings.share[1] or None
 
-    def _check_room(self, least: int) -> None:
+    def _check_room(self, least: int, watchdog: Watchdog) -> None:
         """See that the disk has room for the rows to come, as far as they can be counted soon.
 
         Raises:
             OutputError: it has not.
         """
         layout, settings = self.folder.layout, self.settings
-        listed = sum(1 for _ in islice(_listed_again(settings), COUNTED_AHEAD)) // settings.share[1]
+        again = _listed_again(settings, watchdog.progress)
+        listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.share[1]
         rows = max(least, min(listed - len(self.folder.index), settings.limit or listed))
         needed = rows * BYTES_PER_ROW[settings.attention]
         if layout.is_file:  # the parts, and the file that they are joined to
@@ -324,14 +347,18 @@ class _Captioning:
 
     def _say_last_words(self, message: str) -> None:
         log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
+        with suppress(BatchcapError):
+            self.folder.commit()
         _account(self.settings, self.folder.layout, self.summary)
 
 
-def _listed_again(settings: RunSettings) -> Iterator[ImageRef]:
+def _listed_again(
+    settings: RunSettings, progress: Callable[[], object] = lambda: None
+) -> Iterator[ImageRef]:
     """The input once more, in silence; nothing where that can't be done, or takes long."""
     if not can_be_listed_twice(settings.source):
         return iter(())
-    return list_images_of(settings, lambda *_: None)
+    return list_images_of(settings, lambda *_: None, progress=progress)
 
 
 def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
@@ -341,7 +368,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
     # An input with nothing in it is rather a disk that is not mounted.
     if settings.prune and inventory.complete and not inventory.is_empty:
         summary.pruned = folder.prune(excluded_by(settings))
-    folder.finish()
+    folder.finish(inventory.complete and not inventory.doubled)
     if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
         raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")
     inventory.check_whole()
@@ -386,6 +413,14 @@ def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[st
         "batchcap.precision": precision_of(settings.precision),
         "batchcap.attention": settings.attention,
     }
+
+
+def _upgrades(settings: RunSettings) -> Upgrades:
+    return Upgrades(
+        decode_defaults=DECODE_DEFAULTS,
+        keeps_precision=settings.precision is Precision.AUTO,
+        has_shipped_model=settings.model == DEFAULT_MODEL,
+    )
 
 
 def _now() -> str:

@@ -71,8 +71,9 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, with the rate; no path but the output's name."""
+        name = Path(self.output).name.encode("utf-8", "surrogateescape")
         return {
-            "output": Path(self.output).name,
+            "output": name.decode("utf-8", "backslashreplace"),
             "outcome": self.outcome,
             "found": self.found,
             **{

@@ -25,11 +25,12 @@ class Stopped(BaseException):
 class StopRequest:
     """Whether a signal has asked the run to end; called, says so.
 
-    `insisted` is whether a second one has come.
+    `insisted` is whether a second one has come. While `has_time` is set, time does not run out.
     """
 
     number: signal.Signals | None = None
     insisted = False
+    has_time = False
 
     def __call__(self) -> bool:
         """True once it has."""
@@ -50,6 +51,8 @@ def stopping_softly() -> Iterator[StopRequest]:
 
     def take(number: int, _frame: types.FrameType | None) -> None:
         if request.number is not None:
+            if number == signal.SIGALRM and request.has_time:
+                return
             request.insisted = number != signal.SIGALRM
             raise Stopped(request.number)
         if number == signal.SIGALRM:  # not ours, which follows a request

@@ -1,9 +1,13 @@
-"""End a run that makes no progress, and report where it stopped."""
+"""End a run that makes no progress, and report where it stopped.
+
+Time counts only while this process runs: one that is suspended, by Ctrl-Z, Slurm or a container's
+pause, goes on when it is resumed.
+"""
 
 import contextlib
 import faulthandler
-import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -13,28 +17,54 @@ from batchcap.contracts import ImageRef
 from batchcap.records import printable
 
 EXIT_CODE = 1
-GRACE_S = 10.0  # after which C code ends the process, should Python be stuck
+GRACE_S = 10.0  # for the last words; and after which another process ends this one
+TICK_S = 1.0
 SHOWN = 20
+
+# Ends the process that started it if no byte comes for so many seconds: Python is stuck in C code.
+GUARD = """
+import os, select, signal, sys, time
+
+limit_s, tick_s, parent = float(sys.argv[1]), float(sys.argv[2]), os.getppid()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+
+def is_suspended():
+    try:
+        with open(f"/proc/{parent}/stat", "rb") as status:
+            return status.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+quiet_s = 0.0
+while quiet_s < limit_s:
+    began = time.monotonic()
+    if select.select([0], [], [], tick_s)[0]:
+        if not os.read(0, 4096):
+            sys.exit()
+        quiet_s = 0.0
+    elif not is_suspended():
+        quiet_s += min(time.monotonic() - began, 2 * tick_s)
+if os.getppid() == parent:
+    print("batchcap: Python is stuck; what was committed is safe: run again", file=sys.stderr)
+    os.kill(parent, signal.SIGABRT)
+"""
 
 
 class Watchdog:
-    """Keeps the time of the last progress, and the images in flight."""
+    """Counts the signs of progress, and keeps the names of images in flight."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.moves = 0
         self.names: dict[str, None] = {}  # of images in flight, in the order they were taken
         # A duplicate of stderr, which is redirected while TensorFlow starts.
         stderr = os.dup(sys.stderr.fileno()) if sys.stderr else os.open(os.devnull, os.O_WRONLY)
         self.traces = os.fdopen(stderr, "w", encoding="utf-8")
-        self._last = self._armed = -math.inf
-        self.progress()
 
     def progress(self) -> None:
         """Restart the timeout."""
-        self._last = time.monotonic()
-        if self._last - self._armed > GRACE_S / 10:  # arming starts a thread each time
-            self._armed = self._last
-            faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True, file=self.traces)
+        self.moves += 1
 
     def in_flight(self, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
         """Pass images on; each is in flight until it has landed."""
@@ -48,44 +78,76 @@ class Watchdog:
             self.names.pop(image_id, None)
         self.progress()
 
-    @property
-    def seconds_left(self) -> float:
-        """Until the run counts as stalled."""
-        return self._last + self.timeout_s - time.monotonic()
-
 
 @contextlib.contextmanager
 def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Watchdog]:
     """End the process with exit code 1 if nothing moves for `timeout_s` while the block runs.
 
     First the stacks of all threads go to stderr, and a message with the images in flight to
-    `last_words`. Committed rows stay.
+    `last_words`. Committed rows stay. If C code holds Python up, SIGABRT ends the process.
     """
     watchdog, done = Watchdog(timeout_s), threading.Event()
+    tick_s = min(TICK_S, timeout_s / 4)
+    dumps_already = faulthandler.is_enabled()
+    if not dumps_already:
+        faulthandler.enable(watchdog.traces)  # for SIGABRT
+    with _guard(timeout_s + GRACE_S, tick_s) as beat:
 
-    def watch() -> None:
-        while not done.wait(max(watchdog.seconds_left, 0.01)):
-            if watchdog.seconds_left <= 0:
-                _end(watchdog, last_words)
+        def watch() -> None:
+            quiet_s, moves, before = 0.0, -1, time.monotonic()
+            while not done.wait(tick_s):
+                beat()
+                now = time.monotonic()
+                # A longer gap is no stall: this process was suspended.
+                quiet_s += min(now - before, 2 * tick_s)
+                before = now
+                if watchdog.moves != moves:
+                    quiet_s, moves = 0.0, watchdog.moves
+                if quiet_s > timeout_s:
+                    _end(watchdog, last_words)
 
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    thread.start()
+        thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield watchdog
+        finally:
+            done.set()
+            thread.join()
+            if not dumps_already:
+                faulthandler.disable()
+            watchdog.traces.close()
+
+
+@contextlib.contextmanager
+def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
+    """A process that ends this one unless the function it yields is called again and again."""
+    command = [sys.executable, "-I", "-S", "-c", GUARD, str(limit_s), str(tick_s)]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert guard.stdin is not None
+    pipe = guard.stdin.fileno()
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # somebody has killed it
+            os.write(pipe, b".")
+
     try:
-        yield watchdog
+        yield beat
     finally:
-        done.set()
-        faulthandler.cancel_dump_traceback_later()
-        watchdog.traces.close()
+        guard.kill()
+        guard.wait()
+        guard.stdin.close()
 
 
 def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
+    # The disk may be what is wrong, and the last words may never end.
+    faulthandler.dump_traceback_later(GRACE_S, exit=True, file=watchdog.traces)
     names = [*watchdog.names]
     shown = ", ".join(map(printable, names[:SHOWN])) or "none"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     if sys.stderr:
         os.dup2(watchdog.traces.fileno(), sys.stderr.fileno())
     faulthandler.dump_traceback(watchdog.traces, all_threads=True)
-    with contextlib.suppress(Exception):  # the disk may be what is wrong
+    with contextlib.suppress(Exception):
         last_words(
             f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
             "committed is safe: run again, without these files if it happens again"

@@ -19,19 +19,24 @@ if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
 class CaptionWorker:
     """Photos to rows, for as long as there are photos. Begins with its processes and TensorFlow.
 
-    `readers` is how many processes read photos.
+    `readers` is how many processes read photos; `progress` is called when one of them is replaced.
 
     Raises:
         UsageError: the runtime or the precision is none that this machine has.
         ModelError: at the first use of the model, that the directory is wrong.
     """
 
-    def __init__(self, settings: WorkerSettings, readers: int) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        readers: int,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
         self.settings = settings
         keep_freed_memory()
         # First, since its processes start while TensorFlow does.
         load = partial(load_image, settings=settings.load)
-        self._read = Readers(load, readers, settings.reader_timeout_s)
+        self._read = Readers(load, readers, settings.reader_timeout_s, progress)
         try:
             self.execution = choose_execution(settings.runtime, settings.precision)
         except BaseException:

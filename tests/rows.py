@@ -8,7 +8,7 @@ from batchcap.contracts import ARROW_SCHEMA
 from batchcap.row_files import Row
 
 METADATA = {
-    "batchcap.schema": "1",
+    "batchcap.schema": "2",
     "batchcap.version": "1.2",
     "batchcap.model": "abc",
     "batchcap.decode": '{"max_length": 20, "beam_size": 1}',
@@ -50,6 +50,7 @@ def captioned_row(image_id: object = 0, content: object = "photo", **columns: An
             "mtime_ns": 2**60,
             "sha256": sum_of(content),
             "error_type": None,
+            "caption_source": "model",
         }
         | columns
     )

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import batchcap_here
 from crashes import (
@@ -36,6 +38,7 @@ from crashes import (
 from PIL import Image
 from rows import METADATA
 
+from batchcap.caption_files import read_rows
 from batchcap.layout import Layout
 from batchcap.output import open_captions
 from batchcap.settings import OnExisting
@@ -121,6 +124,38 @@ def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
     assert rows["image_id"].to_pylist() == [f"{number:03}.jpg" for number in range(PHOTOS)]
     assert difference(rows, expected) <= ROUNDING
     assert chain.largest_part < 32 + 2 * 16  # and a kill costs less than a part
+
+
+@pytest.mark.slow
+def test_kills_while_rows_are_replaced_leave_each_photo_a_row(
+    photos: Path, whole: Watched, tmp_path: Path
+) -> None:
+    """The old rows went before the new ones came."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    output = shutil.copytree(whole.output, tmp_path / "o")
+    for photo in folder.iterdir():
+        os.utime(photo, (1e9, 1e9))
+    layout = Layout(output)
+    all_ids = {photo.name for photo in photos.iterdir()}
+
+    def rewritten() -> set[int]:
+        return {path.stat().st_ino for path in layout.row_files()[:7]}
+
+    for _ in range(3):
+        before = rewritten()
+        with running(folder, output, "--rows-per-part", 96, "--batch-size", 16) as process:
+            assert wait_until(lambda: rewritten() != before)  # noqa: B023
+            process.kill()
+            process.wait()
+        ids = [
+            i for path in layout.row_files() for i in pq.read_table(path)["image_id"].to_pylist()
+        ]
+        assert set(ids) == all_ids
+        current = pa.concat_tables(read_rows(output))["image_id"].to_pylist()
+        assert sorted(current) == sorted(all_ids)
+    assert run(folder, output).returncode == 0
+    assert rows_of(output)["image_id"].to_pylist() == sorted(all_ids)
+    assert set(rows_of(output)["mtime_ns"].to_pylist()) == {10**18}
 
 
 def test_a_reader_sees_whole_parts_and_no_image_twice_at_any_moment(whole: Watched) -> None:

@@ -103,7 +103,8 @@ def test_ai_challenger_to_the_byte(captions: Path) -> None:
 
 def test_jsonl_to_the_byte(captions: Path) -> None:
     look = '{"row": 1.5, "col": 0.5, "peak_row": 2, "peak_col": 0, "peak": 0.25, "entropy": 3.5}'
-    written = '"run_id": "r", "created_at": "2024-05-17T12:30:00.000000Z"}\n'
+    written = '"run_id": "r", "created_at": "2024-05-17T12:30:00.000000Z", '
+    rest = '"edited_at": null, "familiarity": null}\n'
     out = export(captions, "rows.jsonl", ExportFormat.JSONL)
     assert out.read_text("utf-8") == (
         '{"image_id": "a/1.jpg", "status": "ok", "caption": "一只狗", "tokens": ["一只", "狗"], '
@@ -112,11 +113,13 @@ def test_jsonl_to_the_byte(captions: Path) -> None:
         '"attention_map": [[0.25, 0.75], [0.5, 0.5]], "width": 640, "height": 480, '
         '"file_size": 1099511627776, "mtime_ns": 1152921504606846976, '
         f'"sha256": "{sum_of("狗")}", "error_type": null, "error_message": null, {written}'
+        f'"caption_source": "model", {rest}'
         '{"image_id": "b/2.jpg", "status": "failed", "caption": null, "tokens": null, '
         '"token_ids": null, "token_logprobs": null, "logprob": null, "mean_logprob": null, '
         '"finished": null, "attention": null, "attention_map": null, "width": null, '
         '"height": null, "file_size": null, "mtime_ns": null, "sha256": null, '
         f'"error_type": "corrupt", "error_message": null, {written}'
+        f'"caption_source": null, {rest}'
     )
 
 

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rows import captioned_row, failed_row, sum_of
 from shard_files import write_parquet, write_tar
@@ -15,8 +14,7 @@ from stores import answer, status, web_server
 
 from batchcap import inventory as inventories
 from batchcap.contracts import ImageRef, InputError, int64_or_none
-from batchcap.id_hashes import Hashes
-from batchcap.inventory import Inventory, Tally, chunks, list_images_of
+from batchcap.inventory import Inventory, chunks, list_images_of
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.row_files import Row, table_of
 from batchcap.row_index import RowIndex, entries_of
@@ -185,7 +183,6 @@ def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert list(inventory(tmp_path, exclude=("a",)).listed()) == []
     (told,) = caplog.messages
-    assert tally_of(inventory(tmp_path)).left_out == "@eaDir/"
     assert told.startswith("skipping system folders (lost+found, @eaDir, ")
     assert "such as @eaDir/" in told
 
@@ -241,37 +238,3 @@ def test_stores_are_asked_only_of_photos_that_have_rows(tmp_path, monkeypatch):
     done = row_of("s3://b/2.jpg", b"x")
     assert unfinished(tmp_path / "list.txt", done) == ["s3://b/1.jpg", "3.jpg"]
     assert asked == ["s3://b/2.jpg"]
-
-
-def tally_of(found: Inventory) -> Tally:
-    """What a worker would tell of a piece, all of which it has listed."""
-    seen: list[Hashes] = [np.zeros(0, np.int64)]
-    piece = Inventory(found.settings, found.index, RunSummary("", "", ""), seen.append)
-    list(piece.unfinished(piece.listed()))
-    return Tally(
-        *(piece.summary, piece.taken, piece.is_empty, piece.doubled, np.concatenate(seen)),
-        *([("broken.tar", "it ends early")], piece.left_out),
-    )
-
-
-def test_what_workers_have_found_adds_up_to_what_one_finds(tmp_path, caplog):
-    write_tar(tmp_path / "x.tar", [("done.jpg", b"x"), ("changed.jpg", b"y"), ("new.jpg", b"z")])
-    rows = [row_of(name, b"x") for name in ("done.jpg", "changed.jpg", "gone.jpg")]
-    found = inventory(tmp_path / "x.tar", *rows)
-    found.add(tally_of(found))
-    assert (found.summary.new, found.summary.changed, found.summary.already_done) == (1, 1, 1)
-    assert (found.taken, found.unlisted, found.is_empty) == (2, 1, False)
-    assert "broken.tar (it ends early); skipping its remaining photos" in caplog.text
-    found.complete = True
-    assert found.vanished == 1
-
-
-def test_a_row_whose_id_came_from_another_piece_is_left_out(tmp_path):
-    found = inventory(tmp_path / "x.tar")
-    found.taken = 3
-    first = found.admitted([captioned_row("a"), captioned_row("b")])
-    second = found.admitted([captioned_row("b", "another")])
-    assert ([row["image_id"] for row in first], second) == (["a", "b"], [])
-    assert (found.taken, found.doubled) == (2, 1)
-    with pytest.raises(InputError, match=r"1 photo of .* had ids that came before"):
-        found.check_whole()

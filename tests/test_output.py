@@ -1,5 +1,6 @@
 """The safe folder: what is committed is there for all to read, once, whatever happens next."""
 
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -17,6 +19,7 @@ import datasets
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +33,7 @@ from batchcap.files import replacing
 from batchcap.layout import Layout, layout_of
 from batchcap.output import ROWS_PER_GROUP, CaptionFolder, RowFile, is_whole, open_captions
 from batchcap.row_files import Row, table_of, write_rows
+from batchcap.row_index import newest_rows
 from batchcap.run_report import RunSummary, read_rate, write_summary
 from batchcap.settings import OnExisting
 
@@ -73,6 +77,12 @@ def stop_before_the_end(layout: Layout, *parts: list[Row]) -> None:
 
 
 def rows_of(layout: Layout) -> list[Row]:
+    """As batchcap reads them."""
+    return [row for table in newest_rows(layout.row_files()) for row in table.to_pylist()]
+
+
+def rows_of_others(layout: Layout) -> list[Row]:
+    """As other programs read them."""
     return [row for path in layout.row_files() for row in pq.read_table(path).to_pylist()]
 
 
@@ -219,6 +229,205 @@ def test_changed_images_have_their_new_row_only(layout):
     assert captions_by_id == {"1": "一只new", "2": "一只photo", "3": "一只new", "4": "一只photo"}
 
 
+def test_publishes_the_new_row_before_it_drops_the_old_one(layout):
+    """A kill in between cost rows of photos that had one."""
+    run(layout, [captioned_row(1, "old"), captioned_row(2)])
+    stop_before_the_end(layout, [captioned_row(1, "new")])
+    assert [row["caption"] for row in rows_of_others(layout)] == ["一只old", "一只photo", "一只new"]
+    assert [row["caption"] for row in rows_of(layout)] == ["一只photo", "一只new"]
+    with opened(layout) as captions:
+        assert len(captions.index) == 2
+        captions.finish()
+    assert [row["caption"] for row in rows_of_others(layout)] == ["一只photo", "一只new"]
+
+
+def test_drops_a_pruned_image_with_its_superseded_rows(layout):
+    run(layout, [captioned_row(1, "old"), captioned_row(2)])
+    stop_before_the_end(layout, [captioned_row(1, "new")])
+    with opened(layout) as captions:
+        captions.index.mark_seen(captions.index.find("2"))
+        assert captions.prune() == 1
+        captions.finish()
+    assert [row["image_id"] for row in rows_of_others(layout)] == ["2"]
+
+
+def test_each_rewritten_file_is_progress(folder):
+    run(folder, *([captioned_row(number)] for number in range(5)))
+    events: list[str] = []
+    with opened(folder) as captions:
+        captions.append([captioned_row(number, "new") for number in (0, 2, 3)])
+        captions.commit()
+        captions.drop_superseded(lambda: events.append("rewritten"))
+        assert events == ["rewritten"] * 3
+        captions.drop_superseded(lambda: events.append("rewritten"))
+        assert events == ["rewritten"] * 3
+
+
+def test_one_file_is_rewritten_once_a_run(file, monkeypatch):
+    run(file, [captioned_row(number) for number in range(4)])
+    written: list[str] = []
+    replace = Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        written.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    run(file, *([captioned_row(number, "new")] for number in range(4)))
+    parts = [f"part-{number:06}.parquet" for number in range(1, 5)]
+    assert written == [*parts, "out.parquet"]
+    assert [row["caption"] for row in rows_of_others(file)] == ["一只new"] * 4
+
+
+def test_a_row_replaces_one_of_the_same_run_if_told_so(layout):
+    with opened(layout) as captions:
+        captions.append([captioned_row(1, "second"), captioned_row(2)])
+        captions.append([captioned_row(1, "first")], again=True)
+        captions.append([captioned_row(3)])
+        captions.finish()
+    assert [row["caption"] for row in rows_of_others(layout)] == [
+        "一只photo",
+        "一只first",
+        "一只photo",
+    ]
+
+
+def test_no_rows_change_nothing(layout, tmp_path):
+    run(layout, [captioned_row(1)])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with opened(layout) as captions:
+        captions.append([])
+        captions.commit()
+        captions.drop_superseded()
+        captions.finish()
+    assert before == {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    }
+
+
+def test_an_output_is_whole_once_a_run_has_seen_all_of_the_input(layout):
+    """Runs with --limit, and those that left photos out, said `complete` too."""
+    is_whole_after = []
+    for number, complete in ((1, False), (1, True), (1, False), (2, False), (2, True)):
+        with opened(layout) as captions:
+            if captions.index.find(f"{number}") is None:
+                captions.append([captioned_row(number)])
+            captions.finish(complete)
+        files = [RowFile(path, pq.read_metadata(path).num_rows) for path in layout.row_files()]
+        is_whole_after.append(is_whole(layout, files))
+    assert is_whole_after == [False, True, True, False, True]
+    assert ids_of(layout) == ["1", "2"]
+
+
+def test_columns_of_other_programs_are_kept(layout):
+    """An output with a column that its user had added was set aside as damaged."""
+    run(layout, [captioned_row(1), captioned_row(2)])
+    (path,) = layout.row_files()
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("stars", [[5, 3]]), path, write_page_checksum=True)
+    run(layout, [captioned_row(2, "new"), captioned_row(3)])
+    rows = rows_of(layout)
+    assert [(row["image_id"], row.get("stars")) for row in rows] == [
+        ("1", 5),
+        ("2", None),
+        ("3", None),
+    ]
+
+
+def test_columns_of_one_name_and_two_types_are_refused(file):
+    stop_before_the_end(file, [captioned_row(1)], [captioned_row(2)])
+    for path, stars in zip(file.row_files(), ([5], ["five"]), strict=True):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("stars", [stars]), path, write_page_checksum=True)
+    with pytest.raises(OutputError, match="a column stars of another type"):
+        run(file)
+    assert ids_of(file) == ["1", "2"]
+
+
+SHORT_OF = [
+    pa.lib.ArrowMemoryError("malloc of size 4096 failed"),
+    pa.lib.ArrowException("Failed to launch worker thread: Resource temporarily unavailable"),
+    OSError("ZSTD decompression failed: Allocation error : not enough memory"),
+    OSError("ZSTD_DCtx create failed"),
+    OSError(errno.EMFILE, "Too many open files"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("shortage", SHORT_OF, ids=lambda error: type(error).__name__)
+def test_lack_of_memory_or_threads_is_no_damage(layout, monkeypatch, tmp_path, shortage):
+    """A good output was set aside, and everything captioned again."""
+    run(layout, [captioned_row(1)])
+    before = names_in(tmp_path)
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise shortage
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(OutputError, match=r"cannot read .*part|cannot read .*out"), opened(layout):
+        pass
+    monkeypatch.undo()
+    assert names_in(tmp_path) == before
+    assert ids_of(layout) == ["1"]
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+from batchcap.contracts import OutputError
+from batchcap.layout import Layout
+from batchcap.output import open_captions
+from batchcap.settings import OnExisting
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20,) * 2)
+try:
+    with open_captions(Layout(Path(sys.argv[1])), json.loads(sys.argv[3]), OnExisting.RESUME):
+        pass
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("free_mib", [4, 32, 120])
+def test_a_process_with_little_memory_touches_no_output(file, free_mib, tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    tables = [
+        table_of([captioned_row(f"{group}/{n}", n) for n in range(1024)]) for group in range(8)
+    ]
+    write_rows(file.output, tables, METADATA)
+    before = file.output.read_bytes()
+    command = [sys.executable, "-c", LIMITED, file.output, str(free_mib), json.dumps(METADATA)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.stdout or "short of memory or threads" in done.stdout
+    assert file.output.read_bytes() == before
+    assert not [*tmp_path.glob(".*damaged")]
+
+
+def test_a_size_that_no_machine_has_is_damage(folder, monkeypatch):
+    run(folder, [captioned_row(1)])
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise pa.lib.ArrowMemoryError(f"malloc of size {2**60} failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with opened(folder) as captions:
+        assert len(captions.index) == 0
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.parquet", "caf\udce9"])
+def test_paths_need_not_be_utf_8(tmp_path, name):
+    """Everything was captioned, and then nothing committed."""
+    layout = Layout(tmp_path / "fol\udce9der" / name)
+    layout.output.parent.mkdir()
+    run(layout, [captioned_row(1)])
+    run(layout, [captioned_row(1, "new"), captioned_row(2)])
+    assert sorted(ids_of(layout)) == ["1", "2"]
+    write_summary(layout.summary, RunSummary(str(layout), "r", ""))
+    assert read_rate(layout.summary) is None
+
+
 def test_rows_of_images_that_are_gone_are_dropped(layout):
     run(layout, [captioned_row(1), captioned_row(2)], [captioned_row(3)])
     with opened(layout) as captions:
@@ -338,8 +547,9 @@ def test_damage_that_comes_during_a_run_ends_it_with_the_way_out(folder):
     with opened(folder) as captions:
         (folder.output / "part-000001.parquet").write_bytes(b"PAR1")
         captions.append([captioned_row(1, "new")])
+        captions.commit()
         with pytest.raises(OutputError, match="run again, which redoes the rows"):
-            captions.commit()
+            captions.drop_superseded()
     run(folder, [captioned_row(1, "new")])
     assert rows_of(folder) == [captioned_row(1, "new")]
 
@@ -350,7 +560,7 @@ def test_damage_that_comes_during_a_run_ends_it_with_the_way_out(folder):
         ("batchcap.model", "def", "another model (abc) than what is asked for (def)"),
         ("batchcap.precision", "float16", "another precision (float32)"),
         ("batchcap.attention", "full", "another attention (summary)"),
-        ("batchcap.schema", "2", "another schema (1) than what is asked for (2)"),
+        ("batchcap.schema", "3", "another schema (2) than what is asked for (3)"),
         (
             "batchcap.decode",
             '{"max_length": 9, "beam_size": 1}',
@@ -631,19 +841,21 @@ def test_captions_are_found_by_the_bytes_of_the_photo(layout):
             if not rewritten:
                 captions.append([captioned_row("cut", "other")])
                 captions.commit()
+                captions.drop_superseded()
                 captions._captions.cache_clear()
         captions.append([captioned_row(9, **captions.reusable(sum_of("dog")))])
         captions.finish()
 
 
-def test_captions_are_found_in_each_row_group_of_a_rewritten_file(file):
+def test_captions_are_found_in_each_row_group_of_a_rewritten_file(folder):
     tables = [table_of([captioned_row(n, n)]) for n in range(3)]
-    write_rows(file.output, tables, METADATA)
-    with opened(file) as captions:
+    folder.output.mkdir()
+    write_rows(folder.output / "part-000001.parquet", tables, METADATA)
+    with opened(folder) as captions:
         captions.append([captioned_row(0, "new"), captioned_row(1, "new")])
         captions.commit()
+        captions.drop_superseded()
         assert captions.reusable(sum_of(2))["caption"] == "一只2"
-        assert captions.reusable(sum_of(1)) is None
 
 
 def test_captions_of_a_file_that_was_damaged_meanwhile_are_not_reused(folder):

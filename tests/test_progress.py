@@ -57,3 +57,25 @@ def test_work_done_before_does_not_count_as_speed(
     with caplog.at_level(logging.INFO), progress("epoch 3", 5000, "step", done=4000) as bar:
         bar.update(31)
     assert caplog.messages == ["epoch 3: 4031 of 5000 steps, 1.0 steps/s, 969 s left"]
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "line"),
+    [
+        (80, 0, "captioning: 0 of 80 images, 0.0 images/s"),
+        (10, 62, "captioning: 62 of 10 images, 2.0 images/s, 0 s left"),  # the input has grown
+    ],
+)
+def test_news_without_work_and_work_beyond_the_total_are_told_too(
+    total: int,
+    done: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = iter([0.0, 31.0])
+    monkeypatch.setattr("batchcap.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("batchcap.progress.sys.stderr.isatty", lambda: False)
+    with caplog.at_level(logging.INFO), progress("captioning", total, "image") as bar:
+        bar.update(done)
+    assert caplog.messages == [line]

@@ -67,14 +67,21 @@ def of_one_machine(tars: str, tmp_path_factory: pytest.TempPathFactory) -> pa.Ta
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    with cluster() as (address, _):
+        yield address
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A cluster whose head is a node of one processor; of others there are none yet."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="ray")  # short, since its name becomes a socket's
-    with node("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"):
-        yield f"127.0.0.1:{port}"
+    flags = (f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
+    with node("--head", *flags) as head:
+        yield f"127.0.0.1:{port}", head
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -181,6 +188,60 @@ def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
+    photo_crops: npt.NDArray[np.uint8], address: str, tmp_path: Path
+) -> None:
+    for number in range(2):
+        photos = []
+        for crop in photo_crops[40 * number :][:40]:
+            file = io.BytesIO()
+            Image.fromarray(crop).save(file, "PNG")
+            photos.append((f"{len(photos):02}.png", file.getvalue()))
+        write_tar(tmp_path / f"{number}.tar", photos[:: 1 - 2 * number])
+    archives, output = f"{tmp_path}/{{0..1}}.tar", tmp_path / "o"
+    local = run(archives, tmp_path / "local", *FLAGS)
+    parts: list[list[str]] = []
+    for _ in range(3):
+        done = run(archives, output, *FLAGS, "--engine", "ray", "--address", address)
+        assert (done.returncode, local.returncode) == (1, 1), done.stderr
+        assert "has the id of a photo before it" in done.stderr
+        assert done.stderr.splitlines()[-1] == local.stderr.splitlines()[-1].replace("local", "o")
+        assert difference(rows_of(output), rows_of(tmp_path / "local")) <= ROUNDING
+        parts.append(sorted(f"{path.name} {path.stat().st_mtime_ns}" for path in output.iterdir()))
+    assert parts[0] == parts[1] == parts[2]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_waits_for_machines_is_not_stalled(
+    tars: str, address: str, tmp_path: Path
+) -> None:
+    flags = ("--engine", "ray", "--address", address, "--workers", 1, "--gpus-per-worker", 1)
+    with running(tars, tmp_path / "o", *flags, "--stall-timeout", 20) as process:
+        assert process.stderr
+        warnings = (line for line in process.stderr if "waiting for machines" in line)
+        assert [next(warnings, "") != "" for _ in range(2)] == [True, True]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+
+
+@pytest.mark.slow
+def test_a_cluster_that_dies_ends_the_run(tars: str, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    with (
+        cluster() as (address, head),
+        running(
+            *(tars, output, *FLAGS, "--engine", "ray", "--address", address, "--stall-timeout", 30)
+        ) as process,
+    ):
+        assert wait_until(lambda: committed(output))
+        kill_node(head)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "what was committed is safe" in errors.splitlines()[-1]
+    assert committed(output)
+
+
 def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
     done = run(tars, tmp_path / "o", "--engine", "ray", "--address", "127.0.0.1:9")
     assert done.returncode == 2
@@ -235,6 +296,15 @@ def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
     tars = [write_tar(tmp_path / f"{number}.tar", []) for number in range(3)]
     pieces = pieces_of(RunSettings(source="*.tar", output=Path("o")), print)
     assert list(pieces) == [Archive(str(tar), tar.name) for tar in tars]
+
+
+def test_listing_for_workers_is_progress_at_each_file_though_it_is_no_photo(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").touch()
+    files: list[int] = []
+    settings = RunSettings(source=str(tmp_path), output=Path("o"))
+    assert [*pieces_of(settings, print, progress=lambda: files.append(1))] == []
+    assert len(files) >= 5
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:

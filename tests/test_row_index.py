@@ -1,14 +1,18 @@
 """The index against what a plain dict would say."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import captioned_row, failed_row, sum_of
 
-from batchcap.row_files import table_of
-from batchcap.row_index import UNKNOWN, Entries, Known, RowIndex, entries_of
+from batchcap.id_hashes import hashes_of
+from batchcap.row_files import Row, table_of
+from batchcap.row_index import UNKNOWN, Entries, Known, RowIndex, entries_of, newest_rows
 
 
 class Expected(NamedTuple):
@@ -67,7 +71,7 @@ def test_images_are_found_and_compared(images, stranger, size, time):
     asked = (UNKNOWN if size is None else size, UNKNOWN if time is None else time)
     for image_id, (file, _, row) in model.items():
         number = index.find(image_id)
-        assert index.file_of(number) == file
+        assert index.files_of(np.array([number])) == [file]
         if (size, time) != (row["file_size"], row["mtime_ns"]):
             known = Known.CHANGED
         else:
@@ -84,7 +88,7 @@ def test_what_was_not_seen_has_vanished(images, seen):
     assert index.vanished == len(model.keys() - seen)
     for file in range(6):  # two more than there are: those that a run adds
         here = {image_id for image_id, expected in model.items() if expected.file == file}
-        assert index.vanished_of(file, here) == here - seen
+        assert index.vanished_of(file).tolist() == sorted(hashes_of(here - seen).tolist())
 
 
 @settings(deadline=None)
@@ -106,7 +110,8 @@ def test_index_of_nothing(files):
     assert len(index) == index.vanished == 0
     assert index.find("a.jpg") is None
     assert index.places_of(sum_of("a")) == []
-    assert index.vanished_of(0, []) == set()
+    assert len(index.vanished_of(0)) == 0
+    assert index.superseded == {}
 
 
 def test_entries_of_a_failed_row_without_size_or_sum():
@@ -117,5 +122,38 @@ def test_entries_of_a_failed_row_without_size_or_sum():
 def test_many_files_are_searched_as_one():
     index = index_of([[[captioned_row(f"{file}.jpg", file)]] for file in range(300)])
     for file in range(300):
-        assert index.file_of(index.find(f"{file}.jpg")) == file
+        assert index.files_of(np.array([index.find(f"{file}.jpg")])) == [file]
         assert index.places_of(sum_of(file)) == [(file, 0)]
+
+
+@given(st.lists(st.lists(st.sets(st.sampled_from("abcdef")), max_size=3), max_size=4))
+def test_the_row_of_the_newest_file_counts(files):
+    """In one file an image has one row."""
+    distinct = []
+    for groups in files:
+        met: set[str] = set()
+        distinct.append([[*(group - met), met.update(group)][:-1] for group in groups])
+    rows = [
+        [[captioned_row(image_id, number) for image_id in group] for group in groups]
+        for number, groups in enumerate(distinct)
+    ]
+    newest = {row["image_id"]: row for groups in rows for group in groups for row in group}
+    index = index_of(rows)
+    assert len(index) == len(newest)
+    for image_id, row in newest.items():
+        number = index.find(image_id)
+        assert row["tokens"][1] == str(index.files_of(np.array([number]))[0])
+    for number, groups in enumerate(distinct):
+        older = [i for group in groups for i in group if newest[i]["tokens"][1] != str(number)]
+        assert sorted(index.superseded.get(number, [])) == sorted(hashes_of(older))
+
+    def read(number: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        tables = map(table_of, rows[number])
+        return (table.select(columns) if columns else table for table in tables)
+
+    read_back = [row for table in newest_rows(range(len(rows)), read) for row in table.to_pylist()]
+    assert sorted(read_back, key=_id) == sorted(newest.values(), key=_id)
+
+
+def _id(row: Row) -> str:
+    return row["image_id"]

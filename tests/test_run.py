@@ -15,6 +15,7 @@ import pytest
 from commands import batchcap_here
 from crashes import run
 from PIL import Image
+from shard_files import photos_of, write_tar
 
 from batchcap.contracts import ARROW_SCHEMA
 from batchcap.model.config import fingerprint
@@ -138,7 +139,7 @@ def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, An
     schema = pq.read_schema(mixed_run[0])
     assert schema.equals(ARROW_SCHEMA)
     metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
-    assert metadata["batchcap.schema"] == "1"
+    assert metadata["batchcap.schema"] == "2"
     assert metadata["batchcap.model"] == fingerprint(DEFAULT_MODEL)
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
     assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
@@ -306,3 +307,25 @@ def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path
     assert_refused([photos_folder, output, "--model", tmp_path], 1)
     assert output.read_text() == "what was here before"
     assert len(run_with(photos_folder, output)) == 5
+
+
+@pytest.mark.parametrize("name", ["captions", "captions.parquet"])
+def test_a_run_with_a_limit_is_not_complete_and_not_merged(photos_folder, tmp_path, name):
+    output, merged = tmp_path / name, tmp_path / "merged.parquet"
+    assert batchcap_here("run", photos_folder, output, "--limit", 2).returncode == 0
+    refused = batchcap_here("merge", output, merged)
+    assert refused.returncode == 1
+    assert f"{name} is not finished: run it to its end" in refused.stderr
+    assert batchcap_here("run", photos_folder, output).returncode == 0
+    assert batchcap_here("merge", output, merged).returncode == 0
+    assert pq.read_metadata(merged).num_rows == 5
+
+
+@pytest.mark.parametrize("name", ["captions", "captions.parquet"])
+def test_a_run_that_left_photos_out_is_not_complete(photos_folder, tmp_path, name):
+    for number in (1, 2):
+        write_tar(tmp_path / f"{number}.tar", photos_of(photos_folder).items())
+    done = batchcap_here("run", tmp_path / "*.tar", tmp_path / name)
+    assert done.returncode == 1
+    assert "5 photos of" in done.stderr
+    assert batchcap_here("merge", tmp_path / name, tmp_path / "merged").returncode == 1

@@ -1,5 +1,6 @@
 """The watchdog ends real processes."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -82,9 +83,25 @@ def test_a_process_that_c_code_holds_up_is_ended_too():
     started = time.monotonic()
     run = ended("""re.match(r"(a+)+$", "a" * 40 + "b")""")
     assert time.monotonic() - started < 15
-    assert run.returncode == 1
-    assert "Timeout" in run.stderr
+    assert run.returncode == -signal.SIGABRT
+    assert "batchcap: Python is stuck; what was committed is safe: run again" in run.stderr
     assert "in match" in run.stderr
+
+
+def test_a_suspended_process_goes_on_when_it_is_resumed():
+    """It was ended on waking, as by Ctrl-Z, Slurm and a container's pause."""
+    command = script("""for _ in range(20):
+    time.sleep(0.1)
+    watching.progress()
+    print("moves", flush=True)""")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "moves\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)  # four times the timeout, and more than the grace
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 def test_last_words_that_hang_or_fail_do_not_keep_the_process():

@@ -6,7 +6,7 @@ them `metrics.json` and the card `README.md`, which change no caption. Nothing i
 
 import codecs
 import hashlib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,6 +113,11 @@ class DecodeSettings:
         if self.temperature > 0:
             how = f"temperature {self.temperature:g}"
         return f"{how}, at most {self.max_length} words"
+
+
+DECODE_DEFAULTS = {
+    field.name: field.default for field in fields(DecodeSettings) if field.default is not MISSING
+}
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -201,7 +201,7 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
     try:
         for _ in range(READ_ATTEMPTS):
             told = describe(url)
-            _check_file_size(told.size or 0)
+            _check_file_size(told.size or 0, told.mtime_ns)
             data = read_file(url)
             if told.size is None or len(data) == told.size:
                 return data, told.mtime_ns
@@ -236,11 +236,11 @@ def _read_file(path: Path) -> tuple[bytes, int | None]:
         raise RejectionError(
             ErrorType.UNREADABLE,
             f"The file cannot be read ({reason}); check its permissions and the disk.",
-            status,
+            *_size_and_time(status),
         ) from error
     except MemoryError as error:
         raise RejectionError(
-            ErrorType.TOO_LARGE, "The file does not fit into memory.", status
+            ErrorType.TOO_LARGE, "The file does not fit into memory.", *_size_and_time(status)
         ) from error
     raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
@@ -267,16 +267,23 @@ def _is_fresh(status: os.stat_result) -> bool:
 def _check_readable_kind(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode), "special file")
-        raise RejectionError(ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.", status)
-    _check_file_size(status.st_size, status)
+        raise RejectionError(
+            ErrorType.NOT_A_FILE, f"This is a {kind}, not a photo file.", *_size_and_time(status)
+        )
+    _check_file_size(status.st_size, status.st_mtime_ns)
 
 
-def _check_file_size(size: int, status: os.stat_result | None = None) -> None:
+def _size_and_time(status: os.stat_result | None) -> tuple[int, int] | tuple[None, None]:
+    return (None, None) if status is None else (status.st_size, status.st_mtime_ns)
+
+
+def _check_file_size(size: int, mtime_ns: int | None) -> None:
     if size > MAX_FILE_BYTES:
         raise RejectionError(
             ErrorType.TOO_LARGE,
             f"The file has {size:,} bytes; the limit is {MAX_FILE_BYTES:,}.",
-            status,
+            size,
+            mtime_ns,
         )
 
 

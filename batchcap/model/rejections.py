@@ -1,7 +1,6 @@
 """How decoding refuses a file: the exception that carries a rejection, and common rejections."""
 
 import io
-import os
 
 from batchcap.contracts import ErrorType, Rejection
 
@@ -13,15 +12,18 @@ READS_PER_PART = 3  # length, body and checksum
 
 
 class RejectionError(Exception):
-    """Carries a rejection to `load_image`, with what is known of the file."""
+    """Carries a rejection to `load_image`, with the file's size and time where they are known."""
 
     def __init__(
-        self, error_type: ErrorType, message: str, status: os.stat_result | None = None
+        self,
+        error_type: ErrorType,
+        message: str,
+        file_size: int | None = None,
+        mtime_ns: int | None = None,
     ) -> None:
         super().__init__(message)
         self.rejection = Rejection(error_type, message)
-        self.file_size = status and status.st_size
-        self.mtime_ns = status and status.st_mtime_ns
+        self.file_size, self.mtime_ns = file_size, mtime_ns
 
 
 class PatientFile(io.BytesIO):

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rows import METADATA, captioned_row
 
+from batchcap.arrivals import Arrivals
 from batchcap.inventory import Inventory
 from batchcap.layout import Layout
 from batchcap.output import open_captions
@@ -24,6 +25,7 @@ from batchcap.row_files import Row
 from batchcap.row_index import RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import OnExisting, RunSettings
+from batchcap.shards import Archive
 
 ROWS_PER_CHUNK, ROWS_PER_PART = 64, 2000
 
@@ -41,10 +43,13 @@ def main() -> None:
         output = Path(name, "captions")
         settings = RunSettings(source="photos.tar", output=output)
         inventory = Inventory(settings, RowIndex([]), RunSummary("", "", ""))
+        archives = [Archive(name, name) for name in ("0.tar", "1.tar")]
+        arrivals = Arrivals(inventory, archives)
         started = time.perf_counter()
         with open_captions(Layout(output), METADATA, OnExisting.RESUME) as folder:
             for chunk in map(pickle.loads, chunks):
-                folder.append(inventory.admitted(chunk.rows))
+                for admitted in arrivals.take(archives[1], chunk.rows, None):
+                    folder.append(admitted.rows)
                 if folder.pending >= ROWS_PER_PART:
                     folder.commit()
             folder.finish()
