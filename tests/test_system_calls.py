@@ -62,9 +62,10 @@ class Story:
 
     def begin_again(self) -> None:
         """Put the output back to what it was before the photos changed."""
-        now = self.folder / "now"
+        now, copy = self.folder / "now", self.folder / "copy"
+        shutil.copytree(self.folder / "before", copy)
         shutil.rmtree(now, ignore_errors=True)
-        shutil.copytree(self.folder / "before", now)
+        copy.rename(now)  # at once, as others are reading
         self.output = now / self.name
 
     def run_here(self) -> None:
