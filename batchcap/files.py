@@ -10,6 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+# From file systems, often of FUSE or SMB, that can't open or sync a folder.
+NO_FOLDER_SYNC = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.EROFS),
+}
 MAX_LINKS = 40  # followed in a row, as on Linux
 
 
@@ -107,21 +112,43 @@ def is_mounted_apart(path: Path, folder: Path) -> bool:
 
 
 def remove_temporaries(folder: Path, names: str) -> None:
-    """Remove what killed processes left of `replacing` the files that the glob `names` matches.
+    """Remove what killed processes left of `replacing` files whose names match a regex, `names`.
 
     No other process may be writing such files.
     """
-    for left in folder.glob(f".{names}.{'[0-9a-f]' * 8}{TEMPORARY}"):
-        left.unlink(missing_ok=True)
+    left_names = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+    for left in folder.glob(f".*{TEMPORARY}"):
+        if left_names.fullmatch(left.name):
+            left.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there, and wait until its name has reached the disk.
+
+    Raises:
+        OSError: it can't be made, or is a file.
+    """
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, have reached the disk.
+
+    A file system that can't sync folders is no failure.
+
+    Raises:
+        OSError: the disk is full or broken, or `path` is missing.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def _mount_of(path: Path) -> str | None:

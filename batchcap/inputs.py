@@ -108,14 +108,14 @@ def list_images(
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
-    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A pipe or a
-    device is read as a list. A folder is listed by extension, in code-point order of the ids, with
-    all below it, but without dot files and without entering linked folders; a subfolder is read
-    when its turn comes. A list keeps its order and is read line by line, or NUL by NUL; relative
-    lines start at the list's folder. Archives come in the order of their names, each in its own
-    order: of tars what a folder of the same files would have, of Parquet each row, by `columns`; a
-    path there is as in a list. `unlisted` is told of each subfolder and archive that can't be read.
-    An id may come twice.
+    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A pipe is
+    read as a list. A folder is listed by extension, in code-point order of the ids, with all below
+    it, but without dot files and without entering linked folders; a subfolder is read when its turn
+    comes. A list keeps its order and is read line by line, or NUL by NUL; relative lines start at
+    the folder of a `.txt` file, else at the current one. Archives come in the order of their names,
+    each in its own order: of tars what a folder of the same files would have, of Parquet each row,
+    by `columns`; a path there is as in a list. `unlisted` is told of each subfolder and archive
+    that can't be read. An id may come twice.
 
     `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
     the relative path if it holds a `/`, or else against the file name. Paths that `is_excluded`
@@ -146,7 +146,9 @@ def list_images(
     if is_list(source) or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
-        return _read_list(lines, source, posixpath.dirname(source) or ".", selection)
+        is_named_list = source.lower().endswith(".txt")  # and not `/dev/fd/63` of `<(...)`
+        base = posixpath.dirname(source) or "." if is_named_list else ""
+        return _read_list(lines, source, base, selection)
     if is_url(source):
         return _list_folder(source, _remote_entries, selection, unlisted)
     raise InputError(
@@ -173,7 +175,7 @@ def archives_in(source: str, columns: Columns = USUAL_COLUMNS) -> list[Archive] 
 def _names_archives(source: str) -> bool:
     """Whether a source names tars or Parquet files. Raises UsageError for other archives."""
     name = source.lower()
-    if is_stream(source) or (not is_url(source) and Path(source).is_dir()):
+    if not is_url(source) and Path(source).is_dir():
         return False
     if name.endswith(OTHER_ARCHIVES):
         raise UsageError(
@@ -185,7 +187,7 @@ def _names_archives(source: str) -> bool:
 
 def is_list(source: str) -> bool:
     """Whether a source is a list, in which the same line is the same photo."""
-    return is_stream(source) or source.lower().endswith(".txt")
+    return source.lower().endswith(".txt") or (is_stream(source) and not _names_archives(source))
 
 
 def is_stream(source: str) -> bool:
@@ -392,7 +394,7 @@ def _tar_refs(archive: str, selection: Selection, unlisted: Unread) -> Iterator[
     def is_wanted(name: str) -> bool:
         return selection.is_photo(name) and not _is_hidden(name) and not selection.is_excluded(name)
 
-    for item in read_tar(archive, is_wanted, unlisted):
+    for item in read_tar(archive, is_wanted, unlisted, selection.progress):
         yield _ref_in(archive, item)
 
 

@@ -12,17 +12,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from glob import escape
 from pathlib import Path
 
 from batchcap.contracts import OtherOutputError, UsageError
-from batchcap.files import followed, is_mounted_apart, sync
+from batchcap.files import followed, is_mounted_apart, replacing, sync
 from batchcap.mirror import Mirror, describe_if_there
 from batchcap.remote import RemoteFile, list_folder
 from batchcap.row_files import saying_where
 from batchcap.surroundings import cache_folder
 
-PARTS = f"part-{'[0-9]' * 6}.parquet"
+PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
 MARK = ".complete-"
@@ -89,20 +88,21 @@ class Layout:
     def row_files(self) -> list[Path]:
         """The files that hold the rows so far, oldest first."""
         if self.parts.is_dir():
-            return sorted(self.parts.glob(PARTS))
+            parts = filter(is_part, self.parts.glob("part-*.parquet"))
+            return sorted(parts, key=number_of)
         return [self.output] if self.is_file and self.output.exists() else []
 
     def temporaries(self) -> Iterator[tuple[Path, str]]:
-        """Folder and glob of the names of each file that a run may have been killed writing."""
+        """Folder and regex of the names of each file that a run may have been killed writing."""
         if self.is_file:
             ours = [self.output, self.summary]
         else:
             names = (MANIFEST, SUMMARY)
             ours = [place(name) for place in (self._inside, self._beside) for name in names]
             beside = self._beside("")
-            yield beside.parent, escape(beside.name) + PARTS
-        yield from ((path.parent, escape(path.name)) for path in ours)
-        yield self.parts, PARTS
+            yield beside.parent, re.escape(beside.name) + PART.pattern
+        yield from ((path.parent, re.escape(path.name)) for path in ours)
+        yield self.parts, PART.pattern
 
     def refresh(self) -> None:
         """Make the working copy what the store has; the caller holds the lock.
@@ -129,14 +129,34 @@ class Layout:
         if self.is_file or not self._has_room_beside:
             return
         moves = {self._inside(name): self._beside(name) for name in (MANIFEST, SUMMARY)}
-        for path in self.output.glob(f".{PARTS}.*.damaged"):
-            moves[path] = self._beside(path.name.removeprefix("."))
+        damaged = re.compile(rf"\.{PART.pattern}\..*\.damaged")
+        for path in self.output.glob(".part-*.damaged"):
+            if damaged.fullmatch(path.name):
+                moves[path] = self._beside(path.name.removeprefix("."))
         for inside, beside in moves.items():
             if inside.exists():
                 inside.replace(beside)
                 sync(beside.parent)
                 self.publish(beside)
                 self.publish(inside)
+
+    def fetch_again(self, path: Path) -> bool:
+        """Replace a damaged file of rows by what the store has of it; False if it has nothing.
+
+        Raises:
+            LockedError: another run has written it meanwhile.
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        if self.mirror is None:
+            return False
+        # The first part of one file is the file itself.
+        copy = self.output if self.is_file and path.name == part_name(0) else path
+        if not self.mirror.fetch_again(copy):
+            return False
+        if copy != path:
+            with saying_where(path), replacing(path) as temporary:
+                shutil.copyfile(copy, temporary)
+        return True
 
     def publish(self, path: Path) -> None:
         """Put a file that was written, or removed, into the store as well, if there is one.
@@ -178,16 +198,31 @@ class Layout:
     def _stored(self, mirror: Mirror) -> list[RemoteFile]:
         if self.is_file:
             return _described(mirror.url + path.name for path in (self.output, self.summary))
-        ours = (PARTS, f"{MARK}*", self._inside(MANIFEST).name, self._inside(SUMMARY).name)
-        found = [
-            file
-            for file in _files_in(mirror.url)
-            if any(fnmatchcase(file.url.removeprefix(mirror.url), name) for name in ours)
-        ]
+        ours = (f"{MARK}*", self._inside(MANIFEST).name, self._inside(SUMMARY).name)
+        found = []
+        for file in _files_in(mirror.url):
+            name = file.url.removeprefix(mirror.url)
+            if PART.fullmatch(name) or any(fnmatchcase(name, pattern) for pattern in ours):
+                found.append(file)
         if self._has_room_beside:
             beside = (self._beside(name).name for name in (MANIFEST, SUMMARY))
             found += _described(mirror.url_beside + name for name in beside)
         return found
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is named like a part."""
+    return PART.fullmatch(path.name) is not None
+
+
+def number_of(part: Path) -> int:
+    """The number of a part; names are not in its order from 1,000,000 on."""
+    return int(part.stem.removeprefix("part-"))
+
+
+def part_name(number: int) -> str:
+    """The name of a part, which `is_part`."""
+    return f"part-{number:06}.parquet"
 
 
 def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
@@ -209,17 +244,34 @@ def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
 
 
 def check_shares(output: Path | str, count: int) -> None:
-    """See that an output is not there in another number of shares than `count`.
+    """See that an output does not exist in another number of shards than `count`; 1 is unsharded.
+
+    Only `OUTPUT.parquet` may be beside its shards: `merge` puts it there.
 
     Raises:
-        OtherOutputError: it is.
+        OtherOutputError: it does, so that every photo would get a second row.
         OutputError: the store can't be reached.
     """
-    others = {number for _, number in shares_there(output)} - {count}
+    output = _followed(output)
+    is_file = _is_file(_parted(output)[1])
+    if count == 1 and is_file and _has_rows(output):
+        return
+    names = _names_around(output)
+    shares, rows = _shares_among(names, output), _rows_among(names, output)
+    others = {number for _, number in shares} - {count}
     if others:
         raise OtherOutputError(
-            f"{output} is in {max(others)} shares: give --shard I/{max(others)}, or choose "
+            f"{output} is in {max(others)} shards: give --shard I/{max(others)}, or choose "
             "another OUTPUT"
+        )
+    if count > 1 and rows and not shares:
+        raise OtherOutputError(
+            f"{output} is not in shards: run without --shard, or choose another OUTPUT"
+        )
+    if count > 1 and rows and not is_file:
+        raise OtherOutputError(
+            f"{output} has rows outside of its shards, in {rows[0]}: move the files of these rows "
+            "away, or choose another OUTPUT"
         )
 
 
@@ -230,14 +282,37 @@ def shares_there(output: Path | str) -> set[tuple[int, int]]:
         OutputError: the store can't be reached.
     """
     output = _followed(output)
+    return _shares_among(_names_around(output), output)
+
+
+def _names_around(output: Path | str) -> list[str]:
+    """The names in the folder that holds the shards of an output."""
     folder, name = _parted(output)
+    with saying_where(output):
+        return _names_in(folder if _is_file(name) else output)
+
+
+def _shares_among(names: Iterable[str], output: Path | str) -> set[tuple[int, int]]:
     _, share = _parted(_share_of(output, "NUMBERS"))
     numbered = re.escape(share).replace("NUMBERS", r"(\d{5})-of-(\d{5})")
     pattern = re.compile(rf"\.?{numbered}(\.parts)?")
-    with saying_where(output):
-        names = _names_in(folder if _is_file(name) else output)
     matches = map(pattern.fullmatch, names)
     return {(int(match[1]), int(match[2])) for match in matches if match}
+
+
+def _rows_among(names: Iterable[str], output: Path | str) -> list[str]:
+    """The names of the files or folders with rows that are in no shard."""
+    _, name = _parted(output)
+    if _is_file(name):
+        return [found for found in names if found in (name, f".{name}.parts")]
+    return [found for found in names if PART.fullmatch(found)]
+
+
+def _has_rows(file: Path | str) -> bool:
+    if isinstance(file, Path):
+        return bool(Layout(file).row_files())
+    with saying_where(file):
+        return describe_if_there(file) is not None
 
 
 def _followed(output: Path | str) -> Path | str:
@@ -280,6 +355,8 @@ def _mirrored(url: str) -> Layout:
         around = place
     with saying_where(files):
         files.mkdir(parents=True, exist_ok=True)
+        for made in (files, home, home.parent):
+            sync(made.parent)
     return Layout(copy, Mirror(f"{place}/", files, home, f"{around}/", f".{data_set}."))
 
 

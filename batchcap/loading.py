@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from batchcap.contracts import (
     int64_or_none,
 )
 from batchcap.memory import keep_freed_memory
-from batchcap.remote import describe, is_url
+from batchcap.remote import RemoteFile, describe, is_url
 from batchcap.stopping import SIGNALS
 
 Load = Callable[[Any], LoadedImage]  # of an ImageFile
 
 STARTS = 3
 START_S = 60.0  # for a new process, on a machine that is busy
+WAITS = 10
 STOPPED = "the readers of photos have been stopped"
 # New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
@@ -52,8 +54,10 @@ class _DiedError(Exception):
 class _Reader:
     """One process that loads the photos it is told to, one at a time."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, timeout_s: float) -> None:
         self._connection, theirs = PROCESSES.Pipe()
+        _limit_waiting(self._connection, timeout_s)
+        self._timeout_s = timeout_s
         self._ready = False
         self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
         with _signals_blocked():
@@ -65,23 +69,27 @@ class _Reader:
         if not self._ready:
             self._ready = self._receive(START_S)
 
-    def load(self, files: Sequence[ImageFile], timeout_s: float) -> list[LoadedImage]:
-        # A reader that hangs takes no bytes either, and sending has no timeout of its own.
-        timer = threading.Timer(timeout_s, self.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            with _noticing_death(self._process):
-                self._connection.send(files)
-        finally:
-            timer.cancel()
-        return self._receive(timeout_s)
+    def load(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
+        with self._noticing_death():
+            self._connection.send(files)
+        return self._receive(self._timeout_s)
 
     def _receive(self, timeout_s: float) -> Any:
-        with _noticing_death(self._process):
-            if not self._connection.poll(timeout_s):
+        with self._noticing_death():
+            # In short waits: if this process is suspended, only the wait that it is in passes.
+            if not any(self._connection.poll(timeout_s / WAITS) for _ in range(WAITS)):
                 raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
             return self._connection.recv()
+
+    @contextmanager
+    def _noticing_death(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:  # in the middle of a message
+            raise _DiedError(f"stood still for {self._timeout_s:.0f} s") from error
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=10)
+            raise _DiedError(_ending(self._process.exitcode)) from error
 
     def kill(self) -> None:
         """May be called while another thread loads: that one is told that the process died."""
@@ -96,7 +104,7 @@ class _Reader:
 class Readers:
     """Loads photos in `count` processes; may be called from as many threads at once.
 
-    `progress` is called whenever a process has died and another is started.
+    `progress` is called whenever a process has loaded photos, or has died and is replaced.
     """
 
     def __init__(
@@ -128,20 +136,25 @@ class Readers:
         try:
             reader = self._ready(reader)
             try:
-                return reader.load(files, self._timeout_s)
+                return self._loaded(reader, files)
             except _DiedError as death:
                 reader = self._replace(reader, f"{death} on one of {[*map(str, files)]!r}")
             images = []
             for file in files:
                 reader = self._ready(reader)
                 try:
-                    images += reader.load([file], self._timeout_s)
+                    images += self._loaded(reader, [file])
                 except _DiedError as death:
                     reader = self._replace(reader, f"{death} on {str(file)!r} alone")
-                    images.append(_quarantined(file, death))
+                    images.append(_quarantined(file, death, self._timeout_s))
             return images
         finally:
             self._idle.put(reader)
+
+    def _loaded(self, reader: _Reader, files: Sequence[ImageFile]) -> list[LoadedImage]:
+        images = reader.load(files)
+        self._progress()
+        return images
 
     def stop(self) -> None:
         """End the processes, whatever they are at."""
@@ -159,7 +172,7 @@ class Readers:
         with self._changing:
             if self._stopped:
                 return None
-            reader = _Reader(self._load)
+            reader = _Reader(self._load, self._timeout_s)
             self._alive.add(reader)
             return reader
 
@@ -240,29 +253,44 @@ def _end_with_the_run() -> None:
         os._exit(1)
 
 
-@contextmanager
-def _noticing_death(process: BaseProcess) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        process.join(timeout=10)
-        raise _DiedError(_ending(process.exitcode)) from error
+def _limit_waiting(connection: Connection, timeout_s: float) -> None:
+    """Let each read and write of a connection, a socket on Unix, fail after `timeout_s`."""
+    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _quarantined(file: ImageFile, death: _DiedError) -> LoadedImage:
+def _quarantined(file: ImageFile, death: _DiedError, timeout_s: float) -> LoadedImage:
     """With size, time and sum, by which later runs know the file and leave it alone."""
     message = f"The second process to read this file {death}, too; look at it, or remove it."
     rejection = Rejection(ErrorType.QUARANTINED, message)
     if isinstance(file, FileAtHand):
         return LoadedImage(rejection, file.size, file.mtime_ns, file.sha256)
+    if is_url(file):
+        told = _described_soon(file, timeout_s)
+        return LoadedImage(rejection, told and told.size, told and told.mtime_ns)
     try:
-        if is_url(file):
-            told = describe(file)
-            return LoadedImage(rejection, told.size, told.mtime_ns)
         status = Path(file).stat()
-    except (OSError, ValueError, UsageError):
+    except (OSError, ValueError):
         return LoadedImage(rejection)
     return LoadedImage(rejection, status.st_size, int64_or_none(status.st_mtime_ns))
+
+
+def _described_soon(url: str, timeout_s: float) -> RemoteFile | None:
+    """A store's description of a file; None if it gives none in time, as it may be what hung."""
+    answers: queue.SimpleQueue[RemoteFile | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(describe(url))
+        except (OSError, UsageError):
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        return answers.get(timeout=timeout_s)
+    return None
 
 
 def _ending(exit_code: int | None) -> str:

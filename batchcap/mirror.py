@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from batchcap.contracts import LockedError
 from batchcap.files import replace_text, replacing
-from batchcap.remote import RemoteFile, describe, download, remove, upload
+from batchcap.remote import RemoteFile, describe, download, holds_same, remove, upload
 from batchcap.row_files import saying_where
 
 RECORD = ".remote.json"
@@ -84,15 +84,32 @@ class Mirror:
             if before and _version(describe_if_there(url)) != before:
                 raise _overtaken(url)
             if not path.exists():
-                remove(url)
+                if before:
+                    remove(url)
                 self._copies.pop(path.name, None)
             else:
-                try:
-                    upload(path, url, must_be_new=not before)
-                except FileExistsError as error:
-                    raise _overtaken(url) from error
-                self._note(path.name, describe(url))
+                self._note(path.name, _uploaded(path, url, before))
             self._write_record()
+
+    def fetch_again(self, path: Path) -> bool:
+        """Replace a file here by the store's; False if it is not there or not of this folder.
+
+        Raises:
+            LockedError: somebody else has written it since `pull`.
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        if path != self._path(path.name):
+            return False
+        url = self._url(path.name)
+        with saying_where(url):
+            stored = describe_if_there(url)
+            if _version(stored) != self._version(path.name):
+                raise _overtaken(url)
+            if stored is None:
+                return False
+            self._fetch(path.name, stored)
+            self._write_record()
+        return True
 
     def _path(self, name: str) -> Path:
         return (self.home if name.startswith(self.prefix_beside) else self.folder) / name
@@ -129,6 +146,28 @@ class Mirror:
 
     def _write_record(self) -> None:
         replace_text(self.home / RECORD, json.dumps(self._copies))
+
+
+def _uploaded(path: Path, url: str, before: str) -> RemoteFile:
+    """Upload a file in the place of the version `before`, empty for none; returns what is there.
+
+    A client repeats requests whose answers were lost, and is refused by what it has written itself.
+
+    Raises:
+        LockedError: somebody else has written the file meanwhile.
+        OSError: it can't be written or reached.
+    """
+    try:
+        upload(path, url, before)
+    except (FileExistsError, FileNotFoundError) as error:
+        if not holds_same(url, path):
+            if before or isinstance(error, FileExistsError):
+                raise _overtaken(url) from error
+            raise
+    stored = describe(url)
+    if stored.size not in (None, path.stat().st_size):
+        raise _overtaken(url)
+    return stored
 
 
 def _version(file: RemoteFile | None) -> str:

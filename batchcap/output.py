@@ -22,15 +22,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcap.contracts import ARROW_SCHEMA, READABLE_SCHEMAS, OtherOutputError, OutputError
-from batchcap.files import check_replaceable, remove_temporaries, replace_text, replacing, sync
+from batchcap.files import (
+    check_replaceable,
+    make_folder,
+    remove_temporaries,
+    replace_text,
+    replacing,
+    sync,
+)
 from batchcap.id_hashes import Hashes, hashes_of
-from batchcap.layout import Layout
+from batchcap.layout import Layout, number_of, part_name
 from batchcap.locking import locked
 from batchcap.row_files import (
     WAYS_OUT,
@@ -62,10 +70,12 @@ CAPTION_COLUMNS = (
     *("caption", "tokens", "token_ids", "token_logprobs", "logprob", "mean_logprob", "finished"),
     *("attention", "attention_map", "caption_source", "edited_at", "familiarity"),
 )
-FIRST_PART = "part-000000.parquet"  # what the output was before
+FIRST_PART = part_name(0)  # what the output was before
 INCOMPLETE = {"batchcap.complete": "false"}  # metadata of a file after a run that left photos out
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
+
+Read = TypeVar("Read")
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +169,7 @@ class CaptionFolder:
         if not self._pending:
             return
         self._begin()
-        part = RowFile(self.layout.parts / f"part-{self._next_number():06}.parquet", self.pending)
+        part = RowFile(self.layout.parts / part_name(self._next_number()), self.pending)
         self._write(part.path, [pa.concat_tables(self._pending)])
         self._files.append(part)
         self._pending = []
@@ -328,7 +338,7 @@ class CaptionFolder:
         sync(parts.parent)
 
     def _next_number(self) -> int:
-        numbers = (int(file.path.stem.removeprefix("part-")) for file in self._files)
+        numbers = (number_of(file.path) for file in self._files)
         return max(numbers, default=0) + 1
 
     def _ids_of(self, file: int) -> Iterator[str]:
@@ -423,7 +433,7 @@ def open_captions(
     """
     with saying_where(layout):
         if not layout.is_file:
-            layout.output.mkdir(exist_ok=True)
+            make_folder(layout.output)
         for folder in (layout.lock.parent, layout.summary.parent):
             _check_writable(folder)
         if layout.is_file and not layout.output.is_dir():
@@ -436,8 +446,8 @@ def open_captions(
             layout.move_out()
             like = _like_of(layout)
         paths = existing_rows(layout, on_existing)
-        metadata = check_identity(layout, paths, identity, upgrades)
-        files, index = index_of(paths, partial(_set_aside, layout))
+        metadata = check_identity(layout, paths, identity, upgrades, layout.fetch_again)
+        files, index = index_of(paths, partial(_set_aside, layout), layout.fetch_again)
         overwrite = on_existing is OnExisting.OVERWRITE
         yield CaptionFolder(layout, metadata, files, index, overwrite, like)
 
@@ -484,6 +494,7 @@ def check_identity(
     files: Iterable[Path],
     identity: Mapping[str, str],
     upgrades: Upgrades = Upgrades(),
+    fetch_again: Callable[[Path], bool] = lambda _path: False,
 ) -> dict[str, str]:
     """See that rows are of the same model and settings as those to come.
 
@@ -497,7 +508,7 @@ def check_identity(
     identity = dict(identity)
     for path in files:
         with suppress(DamagedError):  # for the reader of the rows to meet
-            found = read_file_metadata(path)
+            found = _read(read_file_metadata, path, fetch_again)
             if upgrades.keeps_precision:
                 identity["batchcap.precision"] = found.get("batchcap.precision", "none")
             there, asked = upgrades.comparable(found), upgrades.comparable(identity)
@@ -538,9 +549,13 @@ def _differing(there: str, asked: str) -> tuple[str, str]:
 
 
 def index_of(
-    paths: Iterable[Path], on_damage: Callable[[Path, DamagedError], object]
+    paths: Iterable[Path],
+    on_damage: Callable[[Path, DamagedError], object],
+    fetch_again: Callable[[Path], bool] = lambda _path: False,
 ) -> tuple[list[RowFile], RowIndex]:
     """The files of rows that are whole, and what they say; `on_damage` is told of the others.
+
+    Of one that is damaged here only, `fetch_again` brings the store's copy, if there is one.
 
     Raises:
         OutputError: a file can't be opened, or this machine has no memory for it.
@@ -548,7 +563,7 @@ def index_of(
     files, entries = [], []
     for path in paths:
         try:
-            read = entries_of(read_groups(path))
+            read = _read(lambda path: entries_of(read_groups(path)), path, fetch_again)
             is_outdated = not is_of_newest_schema(path)
         except DamagedError as error:
             on_damage(path, error)
@@ -556,6 +571,16 @@ def index_of(
         entries.append(read)
         files.append(RowFile(path, len(read.hashes), is_outdated))
     return files, RowIndex(entries)
+
+
+def _read(read: Callable[[Path], Read], path: Path, fetch_again: Callable[[Path], bool]) -> Read:
+    """Read a file; if it is damaged here only, read the store's copy."""
+    try:
+        return read(path)
+    except DamagedError:
+        if not fetch_again(path):
+            raise
+        return read(path)
 
 
 def verified(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:

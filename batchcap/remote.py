@@ -7,7 +7,7 @@ Every failure is an OSError with a reason, as for local files, so that callers h
 import errno
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,8 @@ NUMBERS = {
     PermissionError: errno.EACCES,
     IsADirectoryError: errno.EISDIR,
 }
+REFUSALS = ("PreconditionFailed", "412", "ConditionalRequestConflict")  # by S3, of `upload`
+COMPARED_BYTES = 1 << 20
 STATUS_NUMBERS = {  # of HTTP
     401: errno.EACCES,
     403: errno.EACCES,
@@ -175,18 +177,48 @@ def download(url: str, path: Path) -> None:
         store.get_file(remote_path, str(path))
 
 
-def upload(path: Path, url: str, must_be_new: bool) -> None:
+def upload(path: Path, url: str, replaced: str) -> None:
     """Copy a file from here, whole or not at all.
 
-    S3 and Google's store make the file appear with its last byte, and refuse one that has come in
-    between where it must be new; other stores do as well as they can.
+    S3 and Google's store make the file appear with its last byte, and refuse it if it must be new
+    and is not. S3 refuses it too if it is to replace another version than the file there, unless
+    it goes in several requests (from 100 MiB on). Other stores do as well as they can.
+
+    Args:
+        path: the file here.
+        url: where it goes.
+        replaced: the version that it replaces; empty if there must be none.
 
     Raises:
-        FileExistsError: there is one already that must not be.
+        FileExistsError: there is another version already.
         OSError: it can't be written or reached.
     """
     with _reaching(url) as (store, remote_path):
-        store.put_file(str(path), remote_path, mode="create" if must_be_new else "overwrite")
+        mode = "overwrite" if replaced else "create"
+        condition = {"IfMatch": replaced.partition(" ")[2]} if replaced and _is_s3(url) else {}
+        store.put_file(str(path), remote_path, mode=mode, **condition)
+
+
+def holds_same(url: str, path: Path) -> bool:
+    """Whether a file of a store is there, and has the bytes of one here.
+
+    Raises:
+        OSError: one of them can't be read or reached.
+    """
+    try:
+        with (
+            _reaching(url) as (store, remote_path),
+            store.open(remote_path, "rb") as stored,
+            path.open("rb") as file,
+        ):
+            while True:
+                block = stored.read(COMPARED_BYTES)
+                if block != file.read(COMPARED_BYTES):
+                    return False
+                if not block:
+                    return True
+    except FileNotFoundError:
+        return False
 
 
 def remove(url: str) -> None:
@@ -195,7 +227,7 @@ def remove(url: str) -> None:
     Raises:
         OSError: it can't be removed or reached.
     """
-    with _reaching(url) as (store, path):
+    with suppress(FileNotFoundError), _reaching(url) as (store, path):
         if store.exists(path):
             store.rm_file(path)
 
@@ -247,6 +279,10 @@ def _store_and_path(fsspec: Any, url: str) -> tuple[Any, str]:
     return store, path.replace(_COLONS_MASK, "::")
 
 
+def _is_s3(url: str) -> bool:
+    return url.lower().startswith(("s3://", "s3a://"))
+
+
 def _is_web(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
@@ -262,10 +298,18 @@ def _as_os_error(error: Exception) -> OSError:
     if isinstance(status, int):
         message = f"{status} {getattr(error, 'message', '')}".strip().splitlines()[0]
         return OSError(STATUS_NUMBERS.get(status, errno.EIO), message)
+    if _code_of(error) in REFUSALS:
+        return OSError(errno.EEXIST, _reason(error))
     if isinstance(error, OSError):
         number = error.errno or NUMBERS.get(type(error), errno.EIO)
         return OSError(number, error.strerror or _reason(error))
     return OSError(errno.EIO, _reason(error))
+
+
+def _code_of(error: Exception) -> str:
+    """What S3 calls an error; empty for other stores."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _import_fsspec() -> Any:

@@ -23,10 +23,10 @@ from batchcap.contracts import (
     BatchcapError,
     ImageRef,
     LockedError,
-    OtherOutputError,
     OutputError,
     Precision,
 )
+from batchcap.files import make_folder
 from batchcap.inputs import can_be_listed_twice
 from batchcap.inventory import Inventory, excluded_by, list_images_of
 from batchcap.layout import Layout, check_shares, layout_of
@@ -47,7 +47,7 @@ from batchcap.output import (
 from batchcap.progress import progress
 from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.records import counted, printable
-from batchcap.row_files import Row, saying_where
+from batchcap.row_files import DamagedError, Row, read_file_metadata, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.settings import DEFAULT_MODEL, AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
@@ -83,12 +83,13 @@ def run_captioning(settings: RunSettings) -> RunSummary:
         last_rate=read_rate(layout.summary),
         versions={name: version(name) for name in VERSIONS},
     )
-    with _accounting(settings, layout, summary):
+    with _accounting(settings, layout, summary) as accept:
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
         _make_room_for_share(settings, layout)
         upgrades = _upgrades(settings)
         with open_captions(layout, summary.metadata, settings.on_existing, upgrades) as folder:
+            accept()
             summary.metadata = folder.metadata
             settings = replace(settings, precision=Precision(folder.metadata["batchcap.precision"]))
             inventory = Inventory(settings, folder.index, summary)
@@ -129,9 +130,7 @@ def plan_run(settings: RunSettings) -> str:
 
 
 def _layout(settings: RunSettings) -> Layout:
-    _, count = settings.share
-    if count > 1:
-        check_shares(settings.output, count)
+    check_shares(settings.output, settings.share[1])
     return layout_of(settings.output, settings.share)
 
 
@@ -139,7 +138,7 @@ def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder for its shards; the folder that contains it must exist."""
     if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
-            layout.output.parent.mkdir(exist_ok=True)
+            make_folder(layout.output.parent)
 
 
 class _Captioning:
@@ -157,6 +156,7 @@ class _Captioning:
         self.decode_settings = decode_settings
         self.listed: int | None = None
         self.reused: Counter[str] = Counter()  # SHA-256 sums of photos in flight
+        self.writing = threading.Lock()  # held while rows are taken or committed
 
     def run(self) -> None:
         """Caption what needs it until there is no more, or a signal comes."""
@@ -240,7 +240,8 @@ class _Captioning:
             self.folder.metadata |= chunk.metadata
             for admitted in arrivals.take(chunk.archive, chunk.rows, chunk.tally):
                 if admitted.again:
-                    self.folder.append(admitted.rows, again=True)
+                    with self.writing:
+                        self.folder.append(admitted.rows, again=True)
                     self._count_rows(admitted.rows)
                 else:
                     yield admitted.rows
@@ -252,13 +253,25 @@ class _Captioning:
     def _commit_rows(
         self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
     ) -> None:
+        try:
+            self._take_rows(batches, watchdog, clock)
+            self._commit(watchdog)
+        except Stopped:
+            if not self.stop.insisted:  # but out of time
+                self._commit(watchdog)
+            raise
+
+    def _take_rows(
+        self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
+    ) -> None:
         settings, folder = self.settings, self.folder
         started = last_commit = time.monotonic()
         with progress("captioning", None, "image") as bar:
             try:
                 for rows in batches:
                     with clock.stage("write"):
-                        folder.append(rows)
+                        with self.writing:
+                            folder.append(rows)
                         seconds = time.monotonic() - last_commit
                         if (
                             folder.pending >= settings.rows_per_part
@@ -270,19 +283,15 @@ class _Captioning:
                     self._count_rows(rows)
                     bar.total = self.listed and self.listed - self.summary.already_done
                     bar.update(len(rows))
-            except Stopped:
-                self.stop.has_time = True  # or the next alarm would interrupt the commit
-                if not self.stop.insisted:
-                    self.folder.commit()
-                raise
             finally:
                 self.summary.seconds = time.monotonic() - started
                 self.summary.stage_seconds = dict(clock.seconds)
-            self._commit(watchdog)
 
     def _commit(self, watchdog: Watchdog) -> None:
         rows = self.folder.pending
-        self.folder.commit()
+        # A commit that is cut off in a store can't be given again in the same run.
+        with self.writing, self.stop.unhurried():
+            self.folder.commit()
         watchdog.progress()
         if not self.stop():  # else the next run drops them
             self.folder.drop_superseded(watchdog.progress)
@@ -292,8 +301,10 @@ class _Captioning:
         for row in rows:
             if row["status"] == "failed":
                 self.summary.failed[row["error_type"]] += 1
-            elif self.reused[row["sha256"]]:
-                self.reused -= Counter([row["sha256"]])
+            elif row["sha256"] in self.reused:
+                self.reused[row["sha256"]] -= 1
+                if not self.reused[row["sha256"]]:
+                    del self.reused[row["sha256"]]
                 self.summary.reused += 1
             else:
                 self.summary.captioned += 1
@@ -347,8 +358,9 @@ class _Captioning:
 
     def _say_last_words(self, message: str) -> None:
         log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
-        with suppress(BatchcapError):
-            self.folder.commit()
+        if self.writing.acquire(blocking=False):  # and never released: the process ends
+            with suppress(BatchcapError):
+                self.folder.commit()
         _account(self.settings, self.folder.layout, self.summary)
 
 
@@ -376,22 +388,48 @@ def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
 
 
 @contextmanager
-def _accounting(settings: RunSettings, layout: Layout, summary: RunSummary) -> Iterator[None]:
-    """Leave an account of the run, however it ends, unless another run's stands there."""
+def _accounting(
+    settings: RunSettings, layout: Layout, summary: RunSummary
+) -> Iterator[Callable[[], None]]:
+    """Leave an account of the run, however it ends, but none beside an OUTPUT that was refused.
+
+    The block calls what this yields once OUTPUT is accepted.
+    """
+    is_accepted = False
+
+    def accept() -> None:
+        nonlocal is_accepted
+        is_accepted = True
+
     try:
-        yield
+        yield accept
     except LockedError:
         raise
     except Stopped as stop:
         summary.outcome, summary.exit_code = "stopped", stop.exit_code
-        _account(settings, layout, summary)
+        is_refused = not is_accepted and _is_refused(settings, layout)
+        _account(settings, None if is_refused else layout, summary)
         raise
     except Exception as error:
         summary.exit_code = error.exit_code if isinstance(error, BatchcapError) else 1
+        is_refused = not is_accepted and (
+            isinstance(error, OutputError) or _is_refused(settings, layout)
+        )
         with suppress(OutputError):  # the first failure is the one to tell of
-            _account(settings, None if isinstance(error, OtherOutputError) else layout, summary)
+            _account(settings, None if is_refused else layout, summary)
         raise
     _account(settings, layout, summary)
+
+
+def _is_refused(settings: RunSettings, layout: Layout) -> bool:
+    """Whether OUTPUT would be refused for what lies there, whatever the model."""
+    try:
+        for path in existing_rows(layout, settings.on_existing):
+            with suppress(DamagedError):
+                read_file_metadata(path)
+    except (OutputError, OSError):
+        return True
+    return False
 
 
 def _account(settings: RunSettings, layout: Layout | None, summary: RunSummary) -> None:

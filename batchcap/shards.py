@@ -4,6 +4,7 @@ Archives are read as streams, one photo at a time. Photos before any damage are 
 reported. Nothing is unpacked: a name in an archive is an id, and never opens a file.
 """
 
+import errno
 import glob
 import posixpath
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -149,10 +150,21 @@ def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator
                 yield item._replace(name=name or f"{archive.name}:{row:07}")
 
 
+def open_archive(path: str) -> IO[bytes]:
+    """Open a tar or a Parquet file, which is read more than once.
+
+    Raises:
+        OSError: it can't be opened, or is a pipe or a device.
+    """
+    if not is_url(path) and Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.ESPIPE, "an archive must be a regular file: save it as one")
+    return open_file(path)
+
+
 @contextmanager
 def _opened_parquet(archive: Archive) -> Iterator[pq.ParquetFile]:
     with (
-        open_file(archive.path) as opened,
+        open_archive(archive.path) as opened,
         pq.ParquetFile(opened, buffer_size=BUFFER_BYTES) as file,
     ):
         yield file

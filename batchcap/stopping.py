@@ -25,16 +25,25 @@ class Stopped(BaseException):
 class StopRequest:
     """Whether a signal has asked the run to end; called, says so.
 
-    `insisted` is whether a second one has come. While `has_time` is set, time does not run out.
+    `insisted` is whether a second one has come.
     """
 
     number: signal.Signals | None = None
     insisted = False
-    has_time = False
+    is_unhurried = False
 
     def __call__(self) -> bool:
         """True once it has."""
         return self.number is not None
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """In the block, time does not run out; a second signal stops it nevertheless."""
+        self.is_unhurried = True
+        try:
+            yield
+        finally:
+            self.is_unhurried = False
 
 
 def stop_on_signals() -> None:
@@ -51,7 +60,7 @@ def stopping_softly() -> Iterator[StopRequest]:
 
     def take(number: int, _frame: types.FrameType | None) -> None:
         if request.number is not None:
-            if number == signal.SIGALRM and request.has_time:
+            if number == signal.SIGALRM and request.is_unhurried:
                 return
             request.insisted = number != signal.SIGALRM
             raise Stopped(request.number)

@@ -12,8 +12,15 @@ from functools import partial
 from typing import IO, Self
 
 from batchcap.contracts import ErrorType, Rejection, int64_or_none
-from batchcap.remote import open_file
-from batchcap.shards import BUFFER_BYTES, MAX_PHOTO_BYTES, TOO_LARGE, Item, Unread, reporting
+from batchcap.shards import (
+    BUFFER_BYTES,
+    MAX_PHOTO_BYTES,
+    TOO_LARGE,
+    Item,
+    Unread,
+    open_archive,
+    reporting,
+)
 
 MAX_HEADER_BYTES = 1 << 20  # of a pax header, or a long name
 MAX_EXTENTS = 4096  # of a sparse file
@@ -44,10 +51,16 @@ TOO_MANY_LINKS = Rejection(
 Links = dict[tuple[int, str], str]
 
 
-def read_tar(archive: str, is_wanted: Callable[[str], bool], unread: Unread) -> Iterator[Item]:
+def read_tar(
+    archive: str,
+    is_wanted: Callable[[str], bool],
+    unread: Unread,
+    progress: Callable[[], object] = lambda: None,
+) -> Iterator[Item]:
     """The members of a tar whose names are wanted, in its order; links after all others.
 
     Folders are left out. A file may hold several tars, one after the other (`cat a.tar b.tar`).
+    `progress` is called at each member, wanted or not.
     Links are read in a second pass, so that memory grows with their number only.
     """
     links: Links = {}
@@ -57,7 +70,7 @@ def read_tar(archive: str, is_wanted: Callable[[str], bool], unread: Unread) -> 
         reasons[reason] = None
 
     with reporting(archive, note), _opened_tar(archive) as tar:
-        for member in _members(tar):
+        for member in _members(tar, progress):
             name = _name_in_tar(member.name)
             is_link = member.issym() or member.islnk()
             if is_link and len(links) < MAX_LINKS:
@@ -67,12 +80,17 @@ def read_tar(archive: str, is_wanted: Callable[[str], bool], unread: Unread) -> 
             elif not member.isdir() and is_wanted(name):
                 yield _member_item(tar, member, name)
     with reporting(archive, note):
-        yield from _linked(archive, links, is_wanted)
+        yield from _linked(archive, links, is_wanted, progress)
     for reason in reasons:
         unread(archive, reason)
 
 
-def _linked(archive: str, links: Links, is_wanted: Callable[[str], bool]) -> Iterator[Item]:
+def _linked(
+    archive: str,
+    links: Links,
+    is_wanted: Callable[[str], bool],
+    progress: Callable[[], object],
+) -> Iterator[Item]:
     """The links of a tar whose names are wanted, each with the bytes of the member it leads to."""
     names: dict[tuple[int, str], list[str]] = {}
     for number, name in links:
@@ -85,7 +103,7 @@ def _linked(archive: str, links: Links, is_wanted: Callable[[str], bool]) -> Ite
     if not names:
         return
     with _opened_tar(archive) as tar:
-        for member in _members(tar):
+        for member in _members(tar, progress):
             target = _name_in_tar(member.name)
             if not (member.isdir() or member.issym() or member.islnk()):
                 for name in names.pop((tar.number, target), ()):
@@ -219,7 +237,7 @@ def _opened_tar(archive: str) -> Iterator[_Tars]:
         OSError: it can't be opened.
         ReadError: it is no tar.
     """
-    with open_file(archive) as file:
+    with open_archive(archive) as file:
         try:
             # With `ignore_zeros`, end marks are no end.
             tar = _Tars.open(
@@ -235,13 +253,14 @@ def _opened_tar(archive: str) -> Iterator[_Tars]:
             yield tar
 
 
-def _members(tar: _Tars) -> Iterator[tarfile.TarInfo]:
+def _members(tar: _Tars, progress: Callable[[], object]) -> Iterator[tarfile.TarInfo]:
     """The members of all tars in a file.
 
     Raises:
         ReadError: a header is damaged, or the file ends early, or not with a tar.
     """
     while (member := tar.next()) is not None:
+        progress()
         tar.members = []  # type: ignore[attr-defined] # or it would keep each
         if not 0 <= member.size < 2**63:
             raise tarfile.ReadError("it is damaged: the size of a member makes no sense")

@@ -33,8 +33,8 @@ def is_suspended():
     try:
         with open(f"/proc/{parent}/stat", "rb") as status:
             return status.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:
-        return False
+    except OSError:  # not Linux
+        return os.popen(f"ps -o state= -p {parent}").read().startswith("T")
 
 quiet_s = 0.0
 while quiet_s < limit_s:
@@ -122,12 +122,15 @@ def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Wa
 def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
     """A process that ends this one unless the function it yields is called again and again."""
     command = [sys.executable, "-I", "-S", "-c", GUARD, str(limit_s), str(tick_s)]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    guard = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     assert guard.stdin is not None
     pipe = guard.stdin.fileno()
+    os.set_blocking(pipe, False)
 
     def beat() -> None:
-        with contextlib.suppress(OSError):  # somebody has killed it
+        with contextlib.suppress(OSError):  # somebody has killed it, or stopped it for good
             os.write(pipe, b".")
 
     try:

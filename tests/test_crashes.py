@@ -169,7 +169,7 @@ def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: 
     output = tmp_path / "o"
     with running(photos, output, "--limit", 96, "--batch-size", 16, "--rows-per-part", 16) as going:
         wait_until(lambda: going.poll() is not None or [*output.glob("part-*")])
-        readers = [pid for pid in children_of(going.pid) if "spawn_main" in _command(pid)]
+        readers = _readers_of(going.pid)
         assert readers
         for pid in readers:
             os.kill(pid, signal.SIGKILL)
@@ -233,6 +233,10 @@ def finding_first(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def _readers_of(pid: int) -> list[int]:
+    return [child for child in children_of(pid) if "spawn_main" in _command(child)]
+
+
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
@@ -275,6 +279,29 @@ def test_sigterm_ends_a_run_soon_with_what_was_finished_committed(
     assert 32 < told["captioned"] == len(committed(output)) < PHOTOS
 
 
+SLOW_DISK = """
+import os, time
+from batchcap import stopping
+stopping.GRACE_S = 0.5
+sync = os.fsync
+os.fsync = lambda descriptor: (time.sleep(0.7), sync(descriptor))
+"""
+
+
+@pytest.mark.slow
+def test_a_last_commit_to_a_slow_disk_loses_no_row(photos: Path, tmp_path: Path) -> None:
+    """The alarm, which repeats each second, cut it off."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    output = tmp_path / "o"
+    with running(photos, output, *FLAGS, env=finding_first(tmp_path)) as process:
+        assert wait_until(lambda: process.poll() is not None or [*output.glob("part-*")])
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LONG_S)
+    assert process.returncode == 143
+    assert 32 < summary_of(output)["captioned"] == len(committed(output)) < PHOTOS
+    assert leftovers(output) == []
+
+
 def test_control_c_on_a_terminal_reaches_all_processes_and_is_one_line(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -294,7 +321,7 @@ def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: P
     """
     code, errors, seconds = _stopped(
         *(photos, tmp_path / "o", signal.SIGINT, os.killpg),
-        has_begun=lambda pid, _output: len(children_of(pid)) > 1,
+        has_begun=lambda pid, _output: len(_readers_of(pid)) > 1,
     )
     assert (code, errors) == (130, "batchcap: stopped by SIGINT\n")
     assert seconds < STOP_S
@@ -639,11 +666,13 @@ def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path
         assert "batchcap_run_exit_code 1\n" in metrics.read_text()
 
 
+@pytest.mark.slow
 def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> None:
-    names = [str(photos / f"00{number}.jpg") for number in range(3)]
+    """What was finished by then is committed."""
+    names = [str(path) for path in sorted(photos.iterdir())[:60]]
     output = tmp_path / "o"
     with running(
-        *("-", output, "--batch-size", 2, "--stall-timeout", 6),
+        *("-", output, "--batch-size", 2, "--stall-timeout", 30),  # TensorFlow starts
         stdin=subprocess.PIPE,
     ) as process:
         assert process.stdin is not None
@@ -654,8 +683,65 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
     assert "_read_list" in errors  # where the main thread stands
     last = errors.splitlines()[-1]
     assert last.startswith("batchcap: nothing has moved for")
-    assert names[0] in last
-    assert summary_of(output)["exit_code"] == 1
+    assert "in flight: none" not in last
+    told = summary_of(output)
+    assert told["exit_code"] == 1
+    assert 0 < told["captioned"] == len(committed(output))
+
+
+def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
+    flags = ("--glob", "*.none", "--stall-timeout", 2)
+    with running("-", tmp_path / "o", *flags, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("a.jpg\n")
+        process.stdin.flush()
+        assert process.wait(LONG_S) == 1
+        errors = process.stderr.read() if process.stderr else ""
+    assert "_read_list" in errors  # where the main thread stands
+    assert errors.splitlines()[-1].startswith("batchcap: nothing has moved for 2 s")
+
+
+def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
+    with running(
+        *("-", tmp_path / "o", "--glob", "*.none", "--stall-timeout", 3),
+        stdin=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        for number in range(12):
+            process.stdin.write(f"{number}.jpg\n")
+            process.stdin.flush()
+            time.sleep(0.5)
+        _, errors = process.communicate(timeout=LONG_S)
+    assert process.returncode == 1
+    assert "nothing has moved" not in errors
+    assert "no photo in -" in errors
+
+
+@pytest.mark.slow
+def test_several_slow_photos_are_given_up_and_end_no_run(photos: Path, tmp_path: Path) -> None:
+    """Together they took longer than the timeout: each run ended there, without a row."""
+    folder = few(photos, tmp_path / "photos", 8)
+    for number in range(4):
+        (folder / f"{number:03}.jpg").rename(folder / f"slow{number}.jpg")
+    (tmp_path / "sitecustomize.py").write_text(SLOW_PHOTOS)
+    output = tmp_path / "o"
+    done = run(folder, output, "--stall-timeout", 20, env=finding_first(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert summary_of(output)["failed"] == {"quarantined": 4}
+    assert summary_of(output)["captioned"] == 4
+
+
+SLOW_PHOTOS = """
+import sys, time
+if "spawn_main" in " ".join(sys.orig_argv):
+    from batchcap.model import images
+    load = images.load_image
+    def load_image(source, settings):
+        if "/slow" in source:
+            time.sleep(100)
+        return load(source, settings)
+    images.load_image = load_image
+"""
 
 
 def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -> None:

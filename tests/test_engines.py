@@ -213,6 +213,25 @@ def test_a_photo_whose_bytes_have_a_caption_gets_it(small, greedy, photos_folder
     assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
 
 
+def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small, greedy):
+    """A copy that `--max-pixels` refused was `failed`, and had a caption."""
+    images = [
+        LoadedImage(Rejection(ErrorType.TOO_LARGE, "It has too many pixels."), sha256="a"),
+        LoadedImage(np.zeros((224, 224, 3), np.uint8), sha256="a"),
+    ]
+    job = Job(
+        small,
+        greedy,
+        batch_size=2,
+        read=lambda paths: images[: len(paths)],
+        reusable=lambda _sha256: {"caption": "known"},
+    )
+    refs = [ImageRef(name, name) for name in ("refused.jpg", "whole.jpg")]
+    ((refused, whole),) = run_locally(iter(refs), job)
+    assert (refused["status"], refused.get("caption")) == ("failed", None)
+    assert (whole["status"], whole["caption"]) == ("ok", "known")
+
+
 def test_no_batch_is_begun_once_the_run_is_over(small, greedy, photos_folder):
     refs = [ImageRef(str(i), str(photos_folder / "coffee.jpg")) for i in range(100)]
     done: list[str] = []

@@ -1,16 +1,19 @@
 """Whole or not there."""
 
+import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from batchcap.files import remove_temporaries, replace_text, replacing
+from batchcap.files import make_folder, remove_temporaries, replace_text, replacing, sync
 
 
 def test_a_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
@@ -58,6 +61,54 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch) 
                 replace_text(path, "new")
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+SYNC_REFUSALS = pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+
+
+def refuse_sync(patch: pytest.MonkeyPatch, number: int, is_refused: Callable[[int], bool]) -> None:
+    fsync = os.fsync
+
+    def fsync_or_refuse(descriptor: int) -> None:
+        if is_refused(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    patch.setattr(os, "fsync", fsync_or_refuse)
+
+
+@SYNC_REFUSALS
+def test_file_systems_that_cannot_sync_folders_are_no_failure(number, tmp_path, monkeypatch):
+    refuse_sync(monkeypatch, number, stat.S_ISDIR)
+    replace_text(tmp_path / "a.txt", "new")
+    make_folder(tmp_path / "b")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+@SYNC_REFUSALS
+def test_a_file_that_cannot_be_synced_is_a_failure(number, tmp_path, monkeypatch):
+    refuse_sync(monkeypatch, number, stat.S_ISREG)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        replace_text(tmp_path / "a.txt", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_broken_or_full_disk_under_a_folder_is_a_failure(number, tmp_path, monkeypatch):
+    refuse_sync(monkeypatch, number, stat.S_ISDIR)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        make_folder(tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
+    def refuse(_path: Path, _flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "a.txt").touch()
+    monkeypatch.setattr(os, "open", refuse)
+    sync(tmp_path)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "a.txt")
 
 
 def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
@@ -213,8 +264,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
         others = [tmp_path / name for name in (".a.txt.tmp", ".ba.txt.0123abcd.tmp", "a.txt.tmp")]
         for path in (left, *others):
             path.touch()
-        remove_temporaries(tmp_path, "b.txt")
+        remove_temporaries(tmp_path, r"b\.txt")
         assert temporary.exists()
-        remove_temporaries(tmp_path, "a.txt")
+        remove_temporaries(tmp_path, r"a\.txt")
         assert sorted(tmp_path.iterdir()) == sorted(others)
         temporary.touch()

@@ -4,6 +4,8 @@ import io
 import itertools
 import logging
 import os
+import socket
+import tarfile
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +77,76 @@ def test_photos_on_stdin_are_taken_as_they_are_named(monkeypatch):
         assert next(images).image_id == "a.jpg"  # before the list has ended
         os.close(write)
         assert list(images) == []
+
+
+def test_a_list_in_a_pipe_is_one_whatever_its_name(tmp_path):
+    """`<(find ...)` was neither a folder nor a .txt file; names there are below no /dev/fd."""
+    read, write = os.pipe()
+    os.write(write, b"a.jpg\n")
+    os.close(write)
+    source = f"/dev/fd/{read}"
+    assert inputs.is_list(source)
+    assert not inputs.can_be_listed_twice(source)
+    assert list_images(source) == [ImageRef("a.jpg", "a.jpg")]
+    os.close(read)
+
+
+def test_what_is_no_regular_file_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    (tmp_path / "file.txt").touch()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    sources = ["-", *map(str, sorted(tmp_path.iterdir())), str(tmp_path)]
+    twice = [source for source in sources if inputs.can_be_listed_twice(source)]
+    assert twice == [f"{tmp_path}/file.txt", str(tmp_path)]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_an_archive_in_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    """Archives are read more than once; opening the pipe hung the run."""
+    os.mkfifo(tmp_path / name)
+    reports: list[tuple[str, str]] = []
+    source = f"{tmp_path}/{name}"
+    assert list(inputs.list_images(source, unlisted=lambda *one: reports.append(one))) == []
+    assert reports == [(source, "an archive must be a regular file: save it as one")]
+
+
+def looked_at(source: object, pattern: str = "*.none") -> int:
+    """How often a listing that finds no photo gives a sign of progress."""
+    moves: list[int] = []
+    assert not list(inputs.list_images(str(source), pattern, progress=lambda: moves.append(1)))
+    return len(moves)
+
+
+def test_listing_moves_at_each_entry_that_is_no_photo(tmp_path):
+    """Millions of other files were taken for a stall."""
+    names = [f"{number:03}.txt" for number in range(100)]
+    make_tree(tmp_path / "folder", *names, *(f".{name}" for name in names))
+    assert looked_at(tmp_path / "folder") >= 200
+    make_tree(tmp_path / "folders", *(f"{name}/.keep" for name in names))
+    assert looked_at(tmp_path / "folders") >= 200
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert looked_at(tmp_path / "list.txt") >= 100
+    tar = write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])
+    assert looked_at(tar) >= 100
+    file = write_parquet(tmp_path / "x.parquet", image=names)
+    assert looked_at(file) >= 100
+
+
+def test_listing_moves_at_each_folder_and_link_of_a_tar(tmp_path):
+    """Links are read in a second pass, which skips all other members."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(100):
+            folder = tarfile.TarInfo(f"{number}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "nowhere.jpg"
+        tar.addfile(link)
+    assert looked_at(tmp_path / "x.tar") >= 100
+    moves: list[int] = []
+    list(inputs.list_images(f"{tmp_path}/x.tar", progress=lambda: moves.append(1)))
+    assert len(moves) >= 2 * 101
 
 
 def test_path_opens_the_photo_and_id_is_relative(tmp_path):

@@ -13,7 +13,7 @@ from shard_files import write_parquet, write_tar
 from stores import answer, status, web_server
 
 from batchcap import inventory as inventories
-from batchcap.contracts import ImageRef, InputError, int64_or_none
+from batchcap.contracts import ImageRef, InputError, Rejection, int64_or_none
 from batchcap.inventory import Inventory, chunks, list_images_of
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.row_files import Row, table_of
@@ -238,3 +238,30 @@ def test_stores_are_asked_only_of_photos_that_have_rows(tmp_path, monkeypatch):
     done = row_of("s3://b/2.jpg", b"x")
     assert unfinished(tmp_path / "list.txt", done) == ["s3://b/1.jpg", "3.jpg"]
     assert asked == ["s3://b/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "again"),
+    [
+        pytest.param(answer(b"", f"Content-Length: {2**40}"), b"", False, id="too large"),
+        pytest.param(answer(b"", "Content-Length: 1"), status(403), False, id="forbidden"),
+        pytest.param(answer(b"", "Content-Length: 1"), status(503), True, id="busy"),
+        pytest.param(answer(b"", "Content-Length: 1"), answer(b"x"), False, id="no photo"),
+        pytest.param(status(404), status(404), False, id="missing"),
+    ],
+)
+def test_failed_photos_at_urls_are_retried_only_if_the_failure_may_pass(
+    tmp_path, head, body, again
+):
+    """Without size and time in their rows, they were taken for changed at every run."""
+    with web_server({"HEAD /a.jpg": head, "GET /a.jpg": body}) as server:
+        url = f"{server}/a.jpg"
+        image = load_image(url, LoadSettings(8))
+        row = failed_row(
+            url, file_size=image.file_size, mtime_ns=image.mtime_ns, sha256=image.sha256
+        )
+        (tmp_path / "list.txt").write_text(f"{url}\n")
+        found = inventory(tmp_path / "list.txt", row)
+        assert [ref.image_id for ref in left(found)] == [url] * again
+    assert isinstance(image.pixels, Rejection)
+    assert found.summary.failed_before == (not again)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,19 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import answer, web_server
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection
+from batchcap.contracts import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection
 from batchcap.loading import Readers, readers
+from batchcap.remote import describe
 
+SLOW_S = 1.0
 PIXELS = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
 
-def load(path: str) -> LoadedImage:
+def load(path: ImageFile) -> LoadedImage:
     """Does to its process what the file's name says."""
-    name = Path(path).name
+    name = Path(str(path)).name
     if name.startswith("once"):
         try:
-            Path(path).touch(exist_ok=False)
+            Path(str(path)).touch(exist_ok=False)
         except FileExistsError:
             return LoadedImage(PIXELS, sha256=name)
     if name.startswith(("kill", "once-kill")):
@@ -36,6 +40,8 @@ def load(path: str) -> LoadedImage:
         raise ZeroDivisionError
     if name.startswith(("hang", "once-hang")):
         time.sleep(600)
+    if name.startswith("slow"):
+        time.sleep(SLOW_S)
     if name.startswith("pid"):
         return LoadedImage(PIXELS, file_size=os.getpid())
     return LoadedImage(PIXELS, sha256=name)
@@ -126,6 +132,32 @@ def test_the_time_to_start_a_process_is_not_the_files():
         assert one(read, "good").sha256 == "good"
 
 
+def test_a_reader_that_takes_no_bytes_is_replaced():
+    """Sending to it had no timeout: the run stalled, and no file was given up."""
+    with readers(load, 1, 1) as read:
+        os.kill(one(read, "pid").file_size, signal.SIGSTOP)
+        (image,) = read([FileAtHand("good", bytes(1 << 24))])
+    assert image.sha256 == "good"
+
+
+def test_each_answer_and_each_death_is_progress():
+    """Slow photos, each within its time, or given up one after the other, were taken for a stall.
+
+    As many come in one request, it times out; then each is read alone.
+    """
+    moves: list[int] = []
+    read = Readers(load, 1, 3 * SLOW_S, lambda: moves.append(1))
+    try:
+        images = read([f"slow{number}" for number in range(5)])
+        assert not any(isinstance(image.pixels, Rejection) for image in images)
+        assert len(moves) == 1 + 5
+        moves.clear()
+        assert isinstance(one(read, "kill").pixels, Rejection)
+        assert len(moves) == 2
+    finally:
+        read.stop()
+
+
 def test_a_file_that_hangs_its_readers_is_given_up_in_time():
     started = time.monotonic()
     with readers(load, 1, 1) as read:
@@ -197,6 +229,38 @@ def test_readers_end_whatever_they_are_at():
     assert multiprocessing.active_children() == []
 
 
+SUSPENDED = """
+import test_loading
+from batchcap.loading import readers
+if __name__ == "__main__":
+    with readers(test_loading.load, 1, 10 * test_loading.SLOW_S) as read:
+        read(["good"])
+        print("ready", flush=True)
+        print(read(["slow"])[0].sha256)
+"""
+
+
+def test_readers_of_a_suspended_run_are_not_replaced(tmp_path):
+    """When it was resumed, the time of the photo in flight had run out."""
+    script = tmp_path / "script.py"
+    script.write_text(SUSPENDED)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
+    ) as run:
+        assert run.stdout.readline() == "ready\n"
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(12 * SLOW_S)
+        os.killpg(run.pid, signal.SIGCONT)
+        told, errors = run.communicate(timeout=60)
+    assert (run.returncode, told, errors) == (0, "slow\n", "")
+
+
 RUN = """
 import sys, threading, multiprocessing
 import test_loading
@@ -246,3 +310,22 @@ def test_a_file_that_is_given_up_is_known_again_by_its_size_and_time(tmp_path):
     with readers(load, 1, 60) as read:
         image = one(read, str(path))
     assert (image.file_size, image.mtime_ns) == (5, path.stat().st_mtime_ns)
+
+
+def test_a_file_at_a_url_that_is_given_up_is_known_again_too():
+    """It killed two readers in every run."""
+    headers = "Content-Length: 5", "Last-Modified: Fri, 17 May 2024 12:30:00 GMT"
+    with web_server({"/kill.jpg": answer(b"12345", *headers)}) as server:
+        with readers(load, 1, 60) as read:
+            image = one(read, f"{server}/kill.jpg")
+        file = describe(f"{server}/kill.jpg")
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert (image.file_size, image.mtime_ns) == (file.size, file.mtime_ns)
+    assert image.file_size == 5
+
+
+def test_a_server_that_hangs_readers_does_not_hang_the_run():
+    with socket.create_server(("127.0.0.1", 0)) as silent, readers(load, 1, 1) as read:
+        image = one(read, f"http://127.0.0.1:{silent.getsockname()[1]}/kill.jpg")
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert (image.file_size, image.mtime_ns) == (None, None)

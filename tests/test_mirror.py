@@ -1,18 +1,21 @@
 """Outputs in a store, here one in memory: what is copied when, and two that write at once."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 from rows import METADATA, captioned_row
 
 from batchcap import layout as layouts
-from batchcap.contracts import LockedError, OutputError
-from batchcap.layout import Layout, layout_of, shares_there
+from batchcap import merge
+from batchcap.contracts import LockedError, OtherOutputError, OutputError
+from batchcap.layout import Layout, check_shares, layout_of, shares_there
 from batchcap.merge import merge_captions
 from batchcap.output import CaptionFolder, open_captions
-from batchcap.row_files import read_groups
+from batchcap.row_files import DamagedError, read_groups
 from batchcap.settings import MergeSettings, OnExisting
 
 OUTPUTS = pytest.mark.parametrize("url", ["memory://bucket/out", "memory://bucket/out.parquet"])
@@ -169,6 +172,131 @@ def test_a_part_that_was_changed_here_only_is_fetched_anew(monkeypatch):
     assert ids_in(url) == ["1", "2"]
 
 
+def flip_a_bit(path: Path) -> None:
+    """Damage a page of a file of rows, and keep its size and time."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 8] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DamagedError):
+        list(read_groups(path))
+
+
+@OUTPUTS
+def test_a_damaged_copy_is_fetched_again(url, store, tmp_path, caplog):
+    run(url, 1, 2)
+    before = dict(store.store)
+    (copy, *_) = layout_of(url).row_files()
+    flip_a_bit(copy)
+    with opened(layout_of(url)) as folder:
+        assert len(folder.index) == 2
+        folder.finish()
+    assert dict(store.store) == before
+    assert (caplog.text, [*tmp_path.rglob("*.damaged")]) == ("", [])
+    with opened(layout_of(url)) as folder:
+        folder.append([captioned_row(1, "other")])
+        folder.finish()
+    assert sorted(ids_in(url)) == ["1", "2"]
+
+
+@OUTPUTS
+def test_a_copy_with_a_damaged_footer_is_fetched_again_before_models_are_compared(url):
+    run(url, 1)
+    (copy, *_) = layout_of(url).row_files()
+    status, data = copy.stat(), copy.read_bytes()
+    copy.write_bytes(data[:-12] + bytes(12))
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    another = METADATA | {"batchcap.model": "another"}
+    with (
+        pytest.raises(OtherOutputError, match="another model"),
+        open_captions(layout_of(url), another, OnExisting.RESUME),
+    ):
+        pass
+    assert ids_in(url) == ["1"]
+
+
+@OUTPUTS
+def test_only_what_the_store_holds_damaged_is_set_aside(url, store, tmp_path, monkeypatch, caplog):
+    run(url, 1, 2)
+    (name, *_) = (name for name in store.store if name.endswith(".parquet"))
+    (copy, *_) = layout_of(url).row_files()
+    flip_a_bit(copy)
+    store.pipe(name, copy.read_bytes())
+    on_machine(tmp_path / "other", monkeypatch)
+    with opened(layout_of(url)) as folder:
+        assert len(folder.index) == (0 if url.endswith(".parquet") else 1)
+    assert ".damaged; its photos are captioned again" in caplog.text
+    assert name not in store.store
+
+
+def test_a_damaged_copy_of_a_file_that_a_run_goes_on_from_is_fetched_again():
+    """The first part of a killed run is the file as it was, by a hard link."""
+    url = "memory://bucket/out.parquet"
+    run(url, 1, 2)
+    with opened(layout_of(url)) as folder:
+        folder.append([captioned_row(3)])
+        folder.commit()
+    layout = layout_of(url)
+    flip_a_bit(layout.output)
+    with pytest.raises(DamagedError):
+        list(read_groups(layout.parts / "part-000000.parquet"))
+    with opened(layout) as folder:
+        assert len(folder.index) == 3
+        folder.finish()
+    assert ids_in(url) == ["1", "2", "3"]
+
+
+def test_a_damaged_part_that_is_nowhere_else_is_set_aside(caplog):
+    url = "memory://bucket/out.parquet"
+    with opened(layout_of(url)) as folder:
+        folder.append([captioned_row(1)])
+        folder.commit()
+    layout = layout_of(url)
+    flip_a_bit(layout.parts / "part-000001.parquet")
+    with opened(layout) as folder:
+        assert len(folder.index) == 0
+    assert ".damaged; its photos are captioned again" in caplog.text
+
+
+def test_a_part_that_another_run_has_replaced_meanwhile_is_not_fetched(tmp_path, monkeypatch):
+    url = "memory://bucket/out"
+    run(url, 1, 2)
+    layout = layout_of(url)
+    with opened(layout):
+        (part, *_) = layout.row_files()
+        on_machine(tmp_path / "other", monkeypatch)
+        run(url, 1)
+        with opened(layout_of(url)) as folder:
+            folder.append([captioned_row(1, "other")])
+            folder.finish()
+        with pytest.raises(LockedError):
+            layout.fetch_again(part)
+
+
+def test_parts_above_999999_are_found_on_another_machine(store, tmp_path, monkeypatch):
+    url = "memory://bucket/out"
+    run(url, 1)
+    store.mv("/bucket/out/part-000001.parquet", "/bucket/out/part-999999.parquet")
+    for number in (2, 3):
+        on_machine(tmp_path / f"machine{number}", monkeypatch)
+        run(url, number)
+    assert ids_in(url) == ["1", "2", "3"]
+    assert "out/part-1000001.parquet" in names(store)
+
+
+@OUTPUTS
+def test_an_output_in_a_store_is_in_shards_or_not(url):
+    run(url, 1, share=(0, 2))
+    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+        check_shares(url, 1)
+    other = url.replace("out", "other")
+    run(other, 1)
+    check_shares(other, 1)
+    with pytest.raises(OtherOutputError, match="is not in shards"):
+        check_shares(other, 2)
+
+
 def test_whole_files_are_not_fetched_again(monkeypatch):
     url = "memory://bucket/out"
     run(url, 1, 2)
@@ -230,3 +358,38 @@ def test_shares_in_a_store_are_merged_into_it(url, store, tmp_path, monkeypatch)
         assert ids_in(target) == ["0", "1"]
         with pytest.raises(OutputError, match="exists"):
             merge_captions(MergeSettings(captions=url, output=target))
+
+
+def test_shards_in_a_store_are_not_merged_into_their_own_folder(store):
+    run("memory://bucket/out", 1, share=(0, 2))
+    run("memory://bucket/out", 2, share=(1, 2))
+    before = names(store)
+    with pytest.raises(OutputError, match="exists"):
+        merge_captions(MergeSettings(captions="memory://bucket/out", output="memory://bucket/out"))
+    assert names(store) == before
+
+
+@pytest.mark.parametrize("other", ["run", "merge"])
+@pytest.mark.parametrize("target", ["memory://bucket/merged", "memory://bucket/merged.parquet"])
+def test_a_merge_that_another_machine_overtakes_is_refused(target, other, tmp_path, monkeypatch):
+    """Their first parts have the same name, which a store gives to one of them."""
+    run("memory://bucket/out", *range(3))
+    run("memory://bucket/others", "other")
+    monkeypatch.setattr(merge, "ROWS_PER_PART", 1)
+    monkeypatch.setattr("batchcap.output.ROWS_PER_GROUP", 1)
+    verified, left = merge.verified, [True]
+
+    def overtaken(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        yield from verified(path, columns)
+        if columns is None and left and left.pop():
+            with pytest.MonkeyPatch.context() as patch:
+                on_machine(tmp_path / "other", patch)
+                if other == "run":
+                    run(target, "other")
+                else:
+                    merge_captions(MergeSettings(captions="memory://bucket/others", output=target))
+
+    monkeypatch.setattr(merge, "verified", overtaken)
+    with pytest.raises(LockedError):
+        merge_captions(MergeSettings(captions="memory://bucket/out", output=target))
+    assert ids_in(target) == ["other"]

@@ -236,10 +236,11 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
 
 def test_files_go_there_and_back_and_new_ones_only_where_none_is(store, tmp_path):
     (tmp_path / "a").write_bytes(b"one")
-    remote.upload(tmp_path / "a", "memory://root/a", must_be_new=True)
+    remote.upload(tmp_path / "a", "memory://root/a", replaced="")
     with pytest.raises(FileExistsError):
-        remote.upload(tmp_path / "a", "memory://root/a", must_be_new=True)
-    remote.upload(tmp_path / "a", "memory://root/a", must_be_new=False)
+        remote.upload(tmp_path / "a", "memory://root/a", replaced="")
+    there = remote.describe("memory://root/a")
+    remote.upload(tmp_path / "a", "memory://root/a", there.version)
     remote.download("memory://root/a", tmp_path / "b")
     assert Path(tmp_path / "b").read_bytes() == b"one"
     remote.remove("memory://root/a")

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,18 @@ import pytest
 from commands import batchcap_here
 from crashes import run
 from PIL import Image
+from rows import METADATA, captioned_row, sum_of
 from shard_files import photos_of, write_tar
 
 from batchcap.contracts import ARROW_SCHEMA
-from batchcap.model.config import fingerprint
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.inventory import Inventory
+from batchcap.layout import Layout
+from batchcap.model.config import DecodeSettings, fingerprint
+from batchcap.output import open_captions
+from batchcap.run import _Captioning
+from batchcap.run_report import RunSummary
+from batchcap.settings import DEFAULT_MODEL, OnExisting, RunSettings
+from batchcap.stopping import StopRequest
 
 Rows = list[dict[str, Any]]
 
@@ -261,6 +269,21 @@ def test_a_list_on_stdin_names_the_photos(photos_folder: Path, tmp_path: Path) -
     assert len(rows_of(tmp_path / "o.parquet")) == 1
 
 
+def test_a_list_in_a_named_pipe_is_read_once(tmp_path: Path) -> None:
+    """Others that opened the pipe took their part of it: photos were left out, with exit code 0."""
+    names = [f"{number:04}.jpg" for number in range(3000)]
+    for name in names:
+        (tmp_path / name).write_text("no photo")
+    pipe = tmp_path / "list.txt"
+    os.mkfifo(pipe)
+    listed = "".join(f"{name}\n" for name in names)
+    with subprocess.Popen(["cp", "/dev/stdin", pipe], stdin=subprocess.PIPE, text=True) as writer:
+        threading.Thread(target=writer.communicate, args=[listed]).start()
+        done = batchcap_here("run", pipe, tmp_path / "o.parquet")
+    assert done.returncode == 0, done.stderr
+    assert [row["image_id"] for row in rows_of(tmp_path / "o.parquet")] == names
+
+
 def assert_refused(arguments: Sequence[object], code: int, *said: str) -> None:
     done = batchcap_here("run", *arguments)
     assert done.returncode == code, done.stderr
@@ -298,6 +321,63 @@ def test_a_model_that_is_none_is_named(photos_folder: Path, tmp_path: Path) -> N
 def test_an_output_folder_that_is_missing_is_named(photos_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "no" / "o.parquet"
     assert_refused([photos_folder, output], 1, str(output))
+
+
+@pytest.mark.parametrize("model", [(), ("--model", "/nowhere")])
+@pytest.mark.parametrize("name", ["photos", "folder.parquet", "text.parquet", "foreign.parquet"])
+def test_nothing_is_written_near_an_output_that_is_refused(
+    name: str, model: Sequence[str], photos_folder: Path, tmp_path: Path
+) -> None:
+    """A summary lay beside other people's files, or among them."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo.jpg").touch()
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "text.parquet").write_text("what was here before")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "foreign.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused([photos_folder, tmp_path / name, *model], 1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_output_of_ours_keeps_its_summary(photos_folder: Path, tmp_path: Path) -> None:
+    output, summary = tmp_path / "o.parquet", tmp_path / "o.summary.json"
+    run_with(photos_folder, output)
+    before = summary.read_text()
+    assert_refused([photos_folder, output, "--on-existing", "error"], 1, "exists")
+    assert_refused([photos_folder, output, "--beam-size", 2], 4, "beam_size")
+    assert summary.read_text() == before
+
+
+def test_a_run_that_fails_for_its_input_or_model_leaves_a_summary(
+    photos_folder: Path, tmp_path: Path
+) -> None:
+    for name, source, flags in [
+        ("a", tmp_path, ()),
+        ("b", photos_folder, ("--model", tmp_path)),
+    ]:
+        assert_refused([source, tmp_path / f"{name}.parquet", *flags], 1)
+        told = json.loads((tmp_path / f"{name}.summary.json").read_text())
+        assert (told["outcome"], told["exit_code"]) == ("failed", 1)
+
+
+def test_captions_that_are_reused_are_counted_without_being_kept(tmp_path: Path) -> None:
+    """The set of their sums took 155 MiB a million."""
+    layout = Layout(tmp_path / "o")
+    rows = [captioned_row(name, name) for name in range(3)]
+    with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
+        folder.append(rows)
+        folder.finish()
+    settings = RunSettings(source=str(tmp_path), output=layout.output)
+    with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
+        summary = RunSummary("", "", "")
+        inventory = Inventory(settings, folder.index, summary)
+        captioning = _Captioning(inventory, folder, DecodeSettings(20), StopRequest())
+        for row in [*rows, rows[0]]:
+            assert captioning._reusable(row["sha256"])
+        assert captioning._reusable(sum_of("new")) is None
+        captioning._count_rows([*rows, rows[0], captioned_row("new", "new")])
+    assert (summary.reused, summary.captioned) == (4, 1)
+    assert not captioning.reused
 
 
 def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path: Path) -> None:

@@ -184,3 +184,39 @@ def test_another_number_of_shares_is_another_output(tmp_path: Path, photos_folde
     (tmp_path / "out" / "shard-00000-of-00002").mkdir(parents=True)
     with pytest.raises(OtherOutputError, match="--shard I/2"):
         run(photos_folder, tmp_path / "out", shard="0/4")
+
+
+@pytest.fixture
+def a_photo(photos_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "list.txt").write_text(f"{photos_folder}/coffee.jpg\n")
+    return tmp_path / "list.txt"
+
+
+@pytest.mark.parametrize("name", ["out", "out.parquet"])
+def test_one_output_and_shards_of_it_are_not_mixed(name: str, a_photo: Path) -> None:
+    """Every photo had two rows, with exit code 0."""
+    output = a_photo.with_name(name)
+    run(a_photo, output)
+    with pytest.raises(OtherOutputError, match="is not in shards: run without --shard"):
+        run(a_photo, output, shard="0/2")
+    other = a_photo.with_name(f"other-{name}")
+    for index in range(2):
+        run(a_photo, other, shard=f"{index}/2")
+    with pytest.raises(OtherOutputError, match="is in 2 shards: give --shard I/2"):
+        run(a_photo, other)
+    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+        plan_run(RunSettings(source=str(a_photo), output=other))
+
+
+def test_shards_and_the_file_they_were_merged_to_both_go_on(
+    a_photo: Path, photos_folder: Path
+) -> None:
+    output = a_photo.with_name("out.parquet")
+    for index in range(2):
+        run(a_photo, output, shard=f"{index}/2")
+    merge_captions(MergeSettings(captions=output, output=output))
+    a_photo.write_text(f"{a_photo.read_text()}{photos_folder}/rocket.jpg\n")
+    again = [run(a_photo, output, shard=f"{index}/2") for index in range(2)]
+    assert sum(summary.captioned for summary in again) == 1
+    merged = run(a_photo, output)
+    assert (merged.already_done, merged.captioned) == (1, 1)

@@ -75,6 +75,39 @@ def test_time_that_runs_out_raises(monkeypatch):
     assert not requests[-1].insisted
 
 
+def test_time_does_not_run_out_while_a_run_commits(monkeypatch):
+    """The alarm, which repeats, cut off the commit that the first one was meant to allow."""
+    monkeypatch.setattr(stopping, "GRACE_S", 0.1)
+    committed: list[str] = []
+
+    def commit() -> None:
+        with stopping_softly() as stop:
+            requests.append(stop)
+            send(signal.SIGTERM)
+            with stop.unhurried():
+                time.sleep(1.5)  # more than the alarm's interval
+                committed.append("rows")
+            time.sleep(30)
+
+    with pytest.raises(Stopped):
+        commit()
+    assert committed == ["rows"]
+    assert not requests[-1].insisted
+
+
+def test_a_second_signal_stops_a_commit_too():
+    def commit() -> None:
+        with stopping_softly() as stop, stop.unhurried():
+            requests.append(stop)
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+            time.sleep(30)
+
+    with pytest.raises(Stopped):
+        commit()
+    assert requests[-1].insisted
+
+
 def test_time_does_not_run_out_after_the_block(monkeypatch):
     monkeypatch.setattr(stopping, "GRACE_S", 0.2)
     send_to_softly_stopping(signal.SIGTERM)

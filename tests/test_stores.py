@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
+from botocore.exceptions import ConnectionClosedError
 from crashes import OF_THE_RUN, ROUNDING, difference, running
 from crashes import run as run_process
+from rows import METADATA, captioned_row
 from shard_files import photos_of, write_tar
 from stores import JammedWay, environment, s3_server
 
@@ -21,9 +25,11 @@ from batchcap import layout as layouts
 from batchcap import remote
 from batchcap.contracts import InputError, UsageError
 from batchcap.inputs import list_images
+from batchcap.layout import layout_of
+from batchcap.output import CaptionFolder, open_captions
 from batchcap.run import plan_run, run_captioning
 from batchcap.run_report import RunSummary
-from batchcap.settings import RunSettings
+from batchcap.settings import OnExisting, RunSettings
 
 TIMES = ("mtime_ns",)  # a store has its own
 
@@ -73,6 +79,12 @@ def run(source: object, output: Path | str, **asked: object) -> RunSummary:
     return run_captioning(
         RunSettings(source=str(source), output=output, **{"batch_size": 4, **asked})
     )
+
+
+@contextmanager
+def opened(url: str) -> Iterator[CaptionFolder]:
+    with open_captions(layout_of(url), METADATA, OnExisting.RESUME) as folder:
+        yield folder
 
 
 def rows_in(s3: Any, *names: str) -> pa.Table:
@@ -133,6 +145,76 @@ def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tm
     assert (again.already_done, again.captioned) == (6, 0)
 
 
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
+    """Lose the answer to one request of this method whose URL has this end: it was done.
+
+    The URLs of lost answers are in the list that this returns.
+    """
+
+    def lose(method: str, end: str) -> list[str]:
+        send, lost = AIOHTTPSession.send, []
+
+        async def send_and_lose(session: AIOHTTPSession, request: Any) -> Any:
+            answer = await send(session, request)
+            if request.method == method and request.url.endswith(end) and not lost:
+                lost.append(request.url)
+                raise ConnectionClosedError(endpoint_url=request.url)
+            return answer
+
+        monkeypatch.setattr(AIOHTTPSession, "send", send_and_lose)
+        return lost
+
+    return lose
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_request_that_the_client_repeats_is_not_taken_for_another_runs(s3, losing, is_new):
+    """Of a file that must be new, and of one that replaces a version."""
+    bucket = f"lost-{is_new}".lower()
+    s3.mkdir(bucket)
+    with opened(f"s3://{bucket}/lost") as folder:
+        folder.append([captioned_row(1)])
+        if is_new:
+            lost = losing("PUT", "part-000001.parquet")
+        folder.commit()
+        if not is_new:
+            lost = losing("PUT", ".manifest.json")
+        folder.finish()
+    assert len(lost) == 1
+    with opened(f"s3://{bucket}/lost") as folder:
+        assert len(folder.index) == 1
+
+
+def test_a_file_that_was_overtaken_is_not_replaced(s3, tmp_path):
+    """S3 compares the version as it writes, not before."""
+    s3.mkdir("overtaken")
+    url, path = "s3://overtaken/out/part-000001.parquet", tmp_path / "x"
+    path.write_bytes(b"first")
+    remote.upload(path, url, replaced="")
+    with pytest.raises(FileExistsError):
+        remote.upload(path, url, replaced="")
+    found = remote.describe(url)
+    s3.pipe(url, b"other")
+    with pytest.raises(FileExistsError):
+        remote.upload(path, url, found.version)
+    assert s3.cat_file(url) == b"other"
+    remote.upload(path, url, remote.describe(url).version)
+    assert s3.cat_file(url) == b"first"
+    found = remote.describe(url)
+    s3.rm(url)
+    with pytest.raises(FileNotFoundError):
+        remote.upload(path, url, found.version)
+
+
+def test_a_repeated_removal_is_no_failure(s3, losing, tmp_path):
+    s3.mkdir("removed")
+    s3.pipe("removed/x", b"x")
+    lost = losing("DELETE", "removed/x")
+    remote.remove("s3://removed/x")
+    assert (len(lost), s3.exists("removed/x")) == (1, False)
+
+
 def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
     """A folder without a name, a file named as a folder, and what URLs or patterns use."""
     odd = ["//1.jpg", "sub//2.jpg", "./3.jpg", "x.jpg", "x.jpg/4.jpg", "cam1::2024.jpg"]
@@ -146,7 +228,7 @@ def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
     assert [remote.read_file(ref.path).decode() for ref in refs] == sorted(odd)
     assert "could not fully read photo.jpg/ (it is a file too" in caplog.text
     (tmp_path / "x").write_bytes(b"x")
-    remote.upload(tmp_path / "x", "s3://odd/cam1::2024.parquet", must_be_new=True)
+    remote.upload(tmp_path / "x", "s3://odd/cam1::2024.parquet", replaced="")
     assert s3.cat_file("odd/cam1::2024.parquet") == b"x"
 
 

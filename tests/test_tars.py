@@ -356,7 +356,7 @@ def test_one_member_is_read_at_a_time(three, monkeypatch):
 
 def test_a_listing_that_ends_early_closes_its_tar(three, monkeypatch):
     opened = io.BytesIO(three.read_bytes())
-    monkeypatch.setattr(tars, "open_file", lambda _: opened)
+    monkeypatch.setattr(tars, "open_archive", lambda _: opened)
     refs = list_images(str(three))
     next(refs)
     refs.close()

@@ -198,9 +198,11 @@ def _read(source: Source) -> tuple[bytes, int | None]:
 
 
 def _read_url(url: str) -> tuple[bytes, int | None]:
+    size_and_time: tuple[int | None, int | None] = None, None
     try:
         for _ in range(READ_ATTEMPTS):
             told = describe(url)
+            size_and_time = told.size, told.mtime_ns
             _check_file_size(told.size or 0, told.mtime_ns)
             data = read_file(url)
             if told.size is None or len(data) == told.size:
@@ -209,8 +211,12 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
         raise RejectionError(ErrorType.MISSING, MISSING_FILE) from error
     except (OSError, UsageError) as error:
         reason = one_line(getattr(error, "strerror", None) or str(error))
+        # Other failures pass: without size and time, the next run tries again.
+        lasts = isinstance(error, PermissionError)
         raise RejectionError(
-            ErrorType.UNREADABLE, f"The store does not give the file out ({reason})."
+            ErrorType.UNREADABLE,
+            f"The store does not give the file out ({reason}).",
+            *(size_and_time if lasts else (None, None)),
         ) from error
     raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 

@@ -1,0 +1,58 @@
+"""Kills at each change of a file, and random histories: no row is lost, doubled or wrong."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from histories import PHOTOS, History, Merge, Run, play, search
+from simulated_kills import Death
+
+ALL = frozenset(PHOTOS)
+SOME = frozenset("ace")
+LAST_STEPS = {
+    "first run": [Run()],
+    "changed photos": [Run(), Run(changed=SOME, removed=frozenset("b"), prune=True)],
+    "second try": [Run(), Run(changed=ALL, trouble=Death(30)), Run(changed=SOME)],
+    "overwriting": [Run(), Run(changed=SOME, overwrite=True)],
+    "merge to a file": [Run(), Merge("merged.parquet")],
+    "merge to a folder": [Run(), Merge("merged")],
+}
+OUTPUTS = ("out.parquet", "out")
+PLACES = {"kill": (False, None), "power cut": (False, 1), "kill with a store": (True, None)}
+
+
+def kill_everywhere(history: History, power_cut: int | None = None) -> None:
+    """Kill the last step ahead of each change of a file, until it ends before it is killed."""
+    *steps, last = history.steps
+    for changes in count():
+        death = Death(changes, power_cut and power_cut + changes)
+        killed = play(
+            replace(history, steps=[*steps, replace(last, trouble=death)]),
+            Counter(),
+        )
+        if not killed[-1]:
+            return
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_kill_at_any_change_of_a_file_loses_and_doubles_no_row(output):
+    kill_everywhere(History(output, False, shards=1, steps=LAST_STEPS["changed photos"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("steps", LAST_STEPS)
+def test_no_row_is_lost_or_doubled_whatever_is_killed(output, place, steps):
+    is_in_store, power_cut = PLACES[place]
+    kill_everywhere(History(output, is_in_store, shards=1, steps=LAST_STEPS[steps]), power_cut)
+
+
+def test_random_histories_lose_and_double_no_row():
+    search(seed=0, count=60, tally=Counter())
+
+
+@pytest.mark.slow
+def test_many_random_histories_lose_and_double_no_row():
+    search(seed=1, count=400, tally=Counter())
