@@ -48,10 +48,12 @@ def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, timeout_s: float = LONG_S, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """`batchcap run ...` to its end."""
     with running(*arguments, **options) as process:
-        told, errors = process.communicate(timeout=LONG_S)
+        told, errors = process.communicate(timeout=timeout_s)
         return subprocess.CompletedProcess(process.args, process.returncode, told, errors)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,12 @@ from crashes import (
     wait_until,
 )
 from PIL import Image
+from rows import METADATA
 
 from batchcap.caption_files import read_rows
 from batchcap.layout import Layout
+from batchcap.output import open_captions
+from batchcap.settings import OnExisting
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc"
@@ -111,7 +115,8 @@ def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
 ) -> None:
     """Between two kills everything is readable, and no committed row is ever gone or done again."""
     draws = random.Random(f"1 {name}")
-    phases = ["starting", "captioning", "committing"] + ["joining"] * name.endswith(".parquet")
+    phases = ["starting", "captioning", "committing", "captioning"]
+    phases += ["joining"] if name.endswith(".parquet") else ["committing"]
     chain = Chain((photos, tmp_path / name, *FLAGS), draws)
     chain.go(phases, signal.SIGKILL)
     assert chain.kills == phases
@@ -171,6 +176,40 @@ def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: 
         _, errors = going.communicate(timeout=LONG_S)
     assert going.returncode == 0, errors
     assert rows_of(output)["status"].to_pylist() == ["ok"] * 96
+
+
+POISON = """
+import os, signal, sys
+def die(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("poison.jpg"):
+        with open(os.environ["DEATHS"], "a") as file:
+            print(arguments[0], file=file)
+        os.kill(os.getpid(), signal.SIGKILL)
+if "spawn_main" in " ".join(sys.orig_argv):
+    sys.addaudithook(die)
+"""
+
+
+@pytest.mark.slow
+def test_three_photos_of_a_thousand_that_kill_readers_cost_three_rows(
+    photos: Path, tmp_path: Path
+) -> None:
+    folder, output, deaths = tmp_path / "photos", tmp_path / "o", tmp_path / "deaths"
+    names = [f"{number:03}.jpg" for number in range(1000)]
+    for number in (7, 500, 999):
+        names[number] = f"{number:03}-poison.jpg"
+    folder.mkdir()
+    for number, name in enumerate(names):
+        os.link(photos / f"{number % PHOTOS:03}.jpg", folder / name)
+    (tmp_path / "sitecustomize.py").write_text(POISON)
+    environment = finding_first(tmp_path) | {"DEATHS": str(deaths)}
+    done = run(folder, output, "--max-failures", 2, env=environment, timeout_s=2 * LONG_S)
+    assert done.returncode == 3, done.stderr
+    rows = rows_of(output).to_pylist()
+    reasons = {row["image_id"]: row["error_type"] or row["status"] for row in rows}
+    poisoned = {name for name in names if "poison" in name}
+    assert reasons == dict.fromkeys(names, "ok") | dict.fromkeys(poisoned, "quarantined")
+    assert Counter(deaths.read_text().splitlines()) == {f"{folder}/{p}": 2 for p in poisoned}
 
 
 def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
@@ -311,6 +350,17 @@ def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) ->
         assert "another run" in told[5]
         assert len(committed(output)) == 8
         assert summary_of(output)["exit_code"] == 0
+
+
+def test_a_second_run_is_refused_before_tensorflow_starts(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit(9)\n")
+    for output in (tmp_path / "o", tmp_path / "o.parquet"):
+        with open_captions(Layout(output), METADATA, OnExisting.RESUME):
+            before = entries_of(tmp_path)
+            done = run(photos, output, env=finding_first(tmp_path))
+            assert entries_of(tmp_path) == before
+        assert done.returncode == 5
+        assert "another run" in done.stderr
 
 
 COUNTS = ("captioned", "reused", "already_done", "new", "changed", "retried", "vanished", "pruned")
@@ -515,6 +565,35 @@ def test_a_folder_without_permission_is_said_at_once(photos: Path) -> None:
             assert done.returncode == 1
             assert f"cannot write {name}/{output}: " in done.stderr
             assert "Traceback" not in done.stderr
+
+
+# Memory
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_do_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    """A hundred thousand files that are no photos, which come faster than captions."""
+    folder, output = tmp_path / "photos", tmp_path / "o"
+    folder.mkdir()
+    for number in range(100_000):
+        (folder / f"{number:06}.jpg").touch()
+    seen: list[tuple[float, int]] = []
+    with running(folder, output, "--rows-per-part", 10_000) as process:
+        for part in range(1, 11):
+            wait_until((output / f"part-{part:06}.parquet").exists, 2 * LONG_S)
+            seen.append(taken_by(process.pid))
+        _, errors = process.communicate(timeout=LONG_S)
+    assert process.returncode == 0, errors
+    mebibytes, files = zip(*seen, strict=True)
+    assert max(mebibytes) - mebibytes[0] < 50
+    assert max(files) - files[0] <= 2  # the part that is being written
+
+
+def taken_by(pid: int) -> tuple[float, int]:
+    """Return the resident memory of a process in MiB, and the number of its open files."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, sum(1 for _ in (process / "fd").iterdir())
 
 
 # Exit codes, logs and stalls

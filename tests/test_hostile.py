@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import pytest
 from hostile_files import encoded, make_hostile_tree, photo
 
 MOST_MEMORY_MIB = 500
+MOST_MEMORY_OF_A_READER_MIB = 300
+LONGEST_S = 1.0  # of a processor, for one file
 TIME_LIMIT_S = 60
 # The child's own peak: what the kernel tells a parent counts the parent's memory in.
 PROGRAM = """
@@ -78,6 +81,7 @@ def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> 
 class Hostile:
     """The hostile tree with the five photos in it, what is expected, and what came of it."""
 
+    folder: Path
     expected: dict[str, str]
     ran: Ran
 
@@ -90,7 +94,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Ho
     expected |= {
         path.relative_to(folder).as_posix(): "ok" for path in (folder / "photos").rglob("*.jpg")
     }
-    return Hostile(expected, run(folder, tmp_path_factory.mktemp("output")))
+    return Hostile(folder, expected, run(folder, tmp_path_factory.mktemp("output")))
 
 
 def test_the_tree_is_hostile_enough(hostile: Hostile) -> None:
@@ -156,6 +160,37 @@ def test_captions_among_bad_files_are_those_of_the_photos_alone(
     assert {name: among[f"photos/{name}"] for name in captions} == captions
 
 
+OF_A_READER = """
+import json, sys, time
+from pathlib import Path
+from batchcap.model.images import LoadSettings, load_image
+
+def peak_mib():
+    (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s]
+    return int(line.split()[1]) / 1024
+
+settings, folder = LoadSettings(224), Path(sys.argv[1])
+load_image(folder / "photos" / "coffee.jpg", settings)
+before, slowest = peak_mib(), 0
+for path in sorted(folder.rglob("*")):
+    if not path.is_dir():
+        started = time.process_time()
+        load_image(path, settings)
+        slowest = max(slowest, time.process_time() - started)
+print(json.dumps([peak_mib() - before, slowest]))
+"""
+
+
+def test_bombs_cost_a_reader_little_memory_and_time(hostile: Hostile) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not tell a process's peak of memory")
+    command = [sys.executable, "-c", OF_A_READER, str(hostile.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    mebibytes, seconds = json.loads(done.stdout)
+    assert mebibytes < MOST_MEMORY_OF_A_READER_MIB
+    assert seconds < LONGEST_S
+
+
 def test_every_reader_reads_every_name(hostile: Hostile) -> None:
     ids = [row["image_id"] for row in hostile.ran.rows()]
     assert ids == sorted(ids)
@@ -192,11 +227,14 @@ def test_files_that_vanish_and_change_during_the_run_leave_one_row_each(tmp_path
     assert set(reasons) <= {"ok", "missing", "changed", "truncated", "empty"}, reasons
     assert len(reasons) > 1
     whole = {hashlib.sha256(data).hexdigest() for data in versions}
+    captions: dict[str, set[str]] = {}
     for row in rows:
         if row["status"] == "ok":
             assert row["sha256"] in whole
+            captions.setdefault(row["sha256"], set()).add(row["caption"])
         if row["error_type"] in ("missing", "changed"):
             assert row["sha256"] is row["file_size"] is row["mtime_ns"] is None
+    assert {len(of_equal_bytes) for of_equal_bytes in captions.values()} == {1}
 
 
 def _meddle_with(path: Path, how: int, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Folders and lists as users have them, made by each test."""
 
 import io
+import itertools
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hostile_files import NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_files import write_parquet, write_tar
@@ -414,6 +416,27 @@ def test_a_text_that_is_no_image_id_has_a_path_all_the_same(text):
 def test_two_names_never_share_an_image_id(one, other):
     first, second = (name.decode("utf-8", "surrogateescape") for name in (one, other))
     assert (image_id_of(first) == image_id_of(second)) == (one == other)
+
+
+ODD_BYTES = b"\\\xff\x80\xc3\xa9\n\t\x7f*x"
+
+
+def test_each_of_five_hundred_odd_names_has_an_id_of_its_own(tmp_path):
+    """All bytes, all pairs of odd ones, hostile names, and one name in a hundred folders."""
+    names = {bytes([byte]) for byte in range(1, 256)} - {b".", b"/"}
+    names |= {bytes(pair) for pair in itertools.product(ODD_BYTES, repeat=2)}
+    names = {name + b".jpg" for name in names | {b"a" * 251}}
+    names |= {os.fsencode(name) for name in NAMES if name[:1] not in (".", b".")}
+    names |= {b"%d/same.jpg" % number for number in range(100)}
+    try:
+        make_tree(tmp_path, *map(os.fsdecode, names))
+    except OSError:  # as on macOS
+        pytest.skip("this file system refuses names")
+    found = list_images(str(tmp_path))
+    assert len(names) > 500
+    assert len({image.image_id for image in found}) == len(found) == len(names)
+    assert {os.fsencode(path_of_image_id(image.image_id)) for image in found} == names
+    assert all(Path(image.path).is_file() for image in found)
 
 
 def test_names_that_are_not_utf8_are_listed_and_opened(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -36,6 +37,7 @@ from batchcap.row_index import newest_rows
 from batchcap.run_report import RunSummary, read_rate, write_summary
 from batchcap.settings import OnExisting
 
+DAMAGES = 200
 RESUME, OVERWRITE, ERROR = OnExisting.RESUME, OnExisting.OVERWRITE, OnExisting.ERROR
 
 
@@ -515,6 +517,29 @@ def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
     run(file, [captioned_row(1)])
     assert ids_of(file) == ["1"]
     assert len(names_in(tmp_path)) == 2
+
+
+def test_a_damaged_manifest_or_mark_misleads_no_run(folder, tmp_path):
+    """They are made of the parts, and never read instead of these."""
+    run(folder, [captioned_row(1)], [captioned_row(2)])
+    draws = random.Random(1)
+    rows, told = rows_of(folder), folder.manifest.read_bytes()
+    for number in range(DAMAGES):
+        damaged = bytearray(told)
+        if number % 2:
+            damaged[draws.randrange(len(told))] ^= 1 << draws.randrange(8)
+        else:
+            del damaged[draws.randrange(len(told)) :]
+        folder.manifest.write_bytes(damaged)
+        if number % 3 == 0:
+            for mark in folder.marks():
+                mark.rename(mark.with_name(f"{mark.name[:-1]}x"))
+        with opened(folder) as captions:
+            assert len(captions.index) == 2
+            captions.finish()
+        assert rows_of(folder) == rows
+        assert is_whole(folder, [RowFile(path, 1) for path in folder.row_files()])
+        assert number % 3 or folder.manifest.read_bytes() == told
 
 
 def test_damage_that_comes_during_a_run_ends_it_with_the_way_out(folder):

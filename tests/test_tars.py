@@ -251,6 +251,42 @@ def test_devices_are_no_photos_and_no_name_opens_a_file(tmp_path):
     assert reports == []
 
 
+def test_hostile_members_write_nothing_and_open_nothing(tmp_path, monkeypatch):
+    """Names and links that lead out of the tar, a device, ten gigabytes of nothing."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for folder in (outside, inside):
+        folder.mkdir()
+    (outside / "secret.jpg").write_bytes(b"secret")
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": f"{10**10}"}
+    data = tar_of(
+        ("../outside/up.jpg", b"up"),
+        (f"{outside}/absolute.jpg", b"absolute"),
+        ("folder", f">{outside}"),
+        ("folder/through.jpg", b"through"),
+        ("soft.jpg", ">folder/secret.jpg"),
+        ("hard.jpg", f"/{outside}/secret.jpg"),
+        ("sparse.jpg", b"1\n0\n5\n".ljust(512, b"\0") + b"first", sparse),
+    )
+    put(inside / "x.tar", data)
+    with tarfile.open(inside / "x.tar", "a") as tar:
+        device = tarfile.TarInfo("device.jpg")
+        device.type, device.devmajor, device.devminor = tarfile.CHRTYPE, 1, 5
+        tar.addfile(device)
+    before = {path: path.lstat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}
+    monkeypatch.chdir(inside)
+    refs, reports = listed(inside / "x.tar")
+    assert {path: path.lstat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))} == before
+    assert reports == []
+    names = ("sparse.jpg", "device.jpg", "soft.jpg", "hard.jpg")
+    found = {ref.image_id: ref.data for ref in refs}
+    assert [found[name].error_type for name in names] == [ErrorType.TOO_LARGE] + [
+        ErrorType.NOT_A_FILE
+    ] * 3
+    assert sorted(data for data in found.values() if isinstance(data, bytes)) == [
+        *(b"absolute", b"through", b"up")
+    ]
+
+
 def test_a_member_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_PHOTO_BYTES", 5)
     tar = write_tar(tmp_path / "x.tar", [("1.jpg", b"small"), ("2.jpg", b"larger")])

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import shutil
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
@@ -567,6 +570,66 @@ def test_loading_runs_no_pickle(model, tmp_path):
     assert not canary.exists()
     pickle.loads(trap)
     assert canary.exists()
+
+
+def write_lambda(path: Path, canary: Path, suffix: str) -> None:
+    touch = keras.layers.Lambda(lambda x, name=str(canary): __import__("os").mknod(name) or x)
+    saved = path.with_suffix(suffix)
+    keras.Sequential([keras.Input((1,)), touch]).save(saved)
+    saved.replace(path)
+
+
+def write_external_link(path: Path, canary: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["decoder/output/bias"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+def write_zip_bomb(path: Path, canary: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        file.writestr("model.weights.h5", bytes(2**28))
+
+
+def write_endless_header(path: Path, canary: Path) -> None:
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{")
+
+
+def write_saved_model(path: Path, canary: Path) -> None:
+    """A graph that writes a file, as the whole model directory."""
+
+    @tf.function(input_signature=())
+    def write() -> tf.Tensor:
+        tf.io.write_file(str(canary), "harm")
+        return tf.constant(0)
+
+    module = tf.Module()
+    module.write = write
+    shutil.rmtree(path.parent)
+    tf.saved_model.save(module, path.parent)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        partial(write_lambda, suffix=".keras"),
+        partial(write_lambda, suffix=".h5"),
+        write_external_link,
+        write_zip_bomb,
+        write_endless_header,
+        write_saved_model,
+    ],
+)
+def test_hostile_model_is_refused_and_nothing_of_it_is_run(model, tmp_path, attack):
+    canary = tmp_path / "canary"
+    attack(model / WEIGHTS_FILE, canary)
+    canary.unlink(missing_ok=True)
+    tracemalloc.start()
+    with pytest.raises(ModelError) as refusal:
+        load_captioner(model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refusal.value.exit_code == 1
+    assert not canary.exists()
+    assert peak < 50_000_000
 
 
 @pytest.fixture
