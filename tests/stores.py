@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
+
 START_S = 60.0
 
 
@@ -22,8 +24,10 @@ def s3_server() -> Iterator[int]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait_for(port)
+            _forget_servers()
             yield port
         finally:
+            _forget_servers()
             server.kill()
 
 
@@ -71,6 +75,11 @@ def answer(body: bytes, *headers: str) -> bytes:
     """An answer of these headers, which need tell no length."""
     head = "\r\n".join(["HTTP/1.1 200 OK", "Connection: close", *headers])
     return head.encode() + b"\r\n\r\n" + body
+
+
+def _forget_servers() -> None:
+    """Have fsspec connect anew: it keeps connections by what it was told, but not the address."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def _wait_for(port: int) -> None:

@@ -1,7 +1,6 @@
 """Outputs of earlier versions, as `golden/make_outputs.py` made them then: each goes on."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +48,8 @@ def old_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ)
-        with bucket("golden") as store:
-            yield store
+    with bucket("golden") as store:
+        yield store
 
 
 def settings_for(golden: Path, source: Path, output: Path | str, **asked: Any) -> RunSettings:

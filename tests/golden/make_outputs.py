@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
@@ -43,9 +44,8 @@ def copy_photos(folder: Path) -> Path:
 @contextmanager
 def bucket(name: str) -> Iterator[fsspec.AbstractFileSystem]:
     """An empty bucket of a real S3 API, which `s3://` leads to while the block runs."""
-    with s3_server() as port:
-        os.environ.update(environment(port))
-        store = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+    with s3_server() as port, mock.patch.dict(os.environ, environment(port)):
+        store = fsspec.filesystem("s3", use_listings_cache=False)
         store.mkdir(name)
         yield store
 
