@@ -191,7 +191,8 @@ class CaptionFolder:
         if self.layout.is_file or not self._begun:
             return
         outdated = {number for number, file in enumerate(self._files) if file.is_outdated}
-        for number in sorted(outdated | self._superseded.keys()):
+        numbers = sorted(outdated | self._superseded.keys())
+        for number in numbers:
             file = self._files[number]
             with _damage_reported():
                 schema = schema_of([file.path])
@@ -199,7 +200,8 @@ class CaptionFolder:
             file.is_outdated = False
             self._superseded.pop(number, None)
             progress()
-        self._write_manifest(complete=False)
+        if numbers:
+            self._write_manifest(complete=False)
 
     def reusable(self, sha256: str) -> Row | None:
         """The caption of a photo of these bytes, if one had been captioned before this run."""
