@@ -202,14 +202,14 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
     archives, output = f"{tmp_path}/{{0..1}}.tar", tmp_path / "o"
     local = run(archives, tmp_path / "local", *FLAGS)
     parts: list[list[str]] = []
-    for _ in range(3):
+    for _ in range(2):
         done = run(archives, output, *FLAGS, "--engine", "ray", "--address", address)
         assert (done.returncode, local.returncode) == (1, 1), done.stderr
         assert "has the id of a photo before it" in done.stderr
         assert done.stderr.splitlines()[-1] == local.stderr.splitlines()[-1].replace("local", "o")
         assert difference(rows_of(output), rows_of(tmp_path / "local")) <= ROUNDING
         parts.append(sorted(f"{path.name} {path.stat().st_mtime_ns}" for path in output.iterdir()))
-    assert parts[0] == parts[1] == parts[2]
+    assert parts[0] == parts[1]
 
 
 @pytest.mark.slow
