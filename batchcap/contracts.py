@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-READABLE_SCHEMAS = ("1", "2")  # read as the newest
+READABLE_SCHEMAS = {"1", str(SCHEMA_VERSION)}  # read as the newest
 MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
 
 ATTENTION_TYPE = pa.struct(

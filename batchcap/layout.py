@@ -150,7 +150,7 @@ class Layout:
         if self.mirror is None:
             return False
         # The first part of one file is the file itself.
-        copy = self.output if self.is_file and path.name == part_name(0) else path
+        copy = self.output if self.is_file and path.name == FIRST_PART else path
         if not self.mirror.fetch_again(copy):
             return False
         if copy != path:
@@ -223,6 +223,9 @@ def number_of(part: Path) -> int:
 def part_name(number: int) -> str:
     """The name of a part, which `is_part`."""
     return f"part-{number:06}.parquet"
+
+
+FIRST_PART = part_name(0)  # what `OUTPUT.parquet` was before
 
 
 def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batchcap.contracts import READABLE_SCHEMAS, InputError, OtherOutputError, OutputError
+from batchcap.contracts import SCHEMA_VERSION, InputError, OtherOutputError, OutputError
 from batchcap.files import remove_temporaries, replace_text, sync
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.layout import Layout, check_shares, layout_of, part_name, shares_there
@@ -35,7 +35,6 @@ from batchcap.row_files import (
     with_columns_of,
     write_rows,
 )
-from batchcap.row_index import newest_rows
 from batchcap.settings import MergeSettings
 
 UPGRADES = Upgrades(DECODE_DEFAULTS)
@@ -107,7 +106,7 @@ def _common_metadata(shares: list[Layout]) -> dict[str, str]:
                 found = read_file_metadata(path)
                 metadata = metadata or found
                 _check_same(found, metadata, share)
-    return metadata | {"batchcap.schema": READABLE_SCHEMAS[-1]} if metadata else {}
+    return metadata | {"batchcap.schema": str(SCHEMA_VERSION)} if metadata else {}
 
 
 def _common_schema(shares: list[Layout]) -> pa.Schema:
@@ -145,7 +144,7 @@ def _distinct_rows(shares: list[Layout], metadata: Mapping[str, str]) -> Iterato
             files = _whole_files(share)  # a run may have gone on since the metadata was read
             for path in files:
                 _check_same(read_file_metadata(path), metadata, share)
-            for table in newest_rows(files, verified):
+            for table in (table for path in files for table in verified(path)):
                 image_ids = table["image_id"].to_pylist()
                 is_new = met.add(hashes_of(image_ids))
                 if not is_new.all():

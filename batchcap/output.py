@@ -28,7 +28,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcap.contracts import ARROW_SCHEMA, READABLE_SCHEMAS, OtherOutputError, OutputError
+from batchcap.contracts import (
+    ARROW_SCHEMA,
+    READABLE_SCHEMAS,
+    SCHEMA_VERSION,
+    OtherOutputError,
+    OutputError,
+    Precision,
+)
 from batchcap.files import (
     check_replaceable,
     make_folder,
@@ -38,7 +45,7 @@ from batchcap.files import (
     sync,
 )
 from batchcap.id_hashes import Hashes, hashes_of
-from batchcap.layout import Layout, number_of, part_name
+from batchcap.layout import FIRST_PART, Layout, number_of, part_name
 from batchcap.locking import locked
 from batchcap.row_files import (
     WAYS_OUT,
@@ -70,7 +77,6 @@ CAPTION_COLUMNS = (
     *("caption", "tokens", "token_ids", "token_logprobs", "logprob", "mean_logprob", "finished"),
     *("attention", "attention_map", "caption_source", "edited_at", "familiarity"),
 )
-FIRST_PART = part_name(0)  # what the output was before
 INCOMPLETE = {"batchcap.complete": "false"}  # metadata of a file after a run that left photos out
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
@@ -106,7 +112,7 @@ class Upgrades:
         """What must be equal, in the terms of this version."""
         values = {key: metadata.get(key) for key in IDENTITY}
         if values["batchcap.schema"] in READABLE_SCHEMAS:
-            values["batchcap.schema"] = READABLE_SCHEMAS[-1]
+            values["batchcap.schema"] = str(SCHEMA_VERSION)
         with suppress(ValueError, TypeError, KeyError):
             told = json.loads(metadata["batchcap.decode"])
             values["batchcap.decode"] = json.dumps({**self.decode_defaults, **told}, sort_keys=True)
@@ -510,9 +516,10 @@ def check_identity(
     identity = dict(identity)
     for path in files:
         with suppress(DamagedError):  # for the reader of the rows to meet
-            found = _read(read_file_metadata, path, fetch_again)
-            if upgrades.keeps_precision:
-                identity["batchcap.precision"] = found.get("batchcap.precision", "none")
+            found = _read_or_fetch(read_file_metadata, path, fetch_again)
+            precision = found.get("batchcap.precision", "")
+            if upgrades.keeps_precision and precision in {*Precision} - {Precision.AUTO}:
+                identity["batchcap.precision"] = precision
             there, asked = upgrades.comparable(found), upgrades.comparable(identity)
             for key, name in IDENTITY.items():
                 if there[key] != asked[key]:
@@ -565,7 +572,7 @@ def index_of(
     files, entries = [], []
     for path in paths:
         try:
-            read = _read(lambda path: entries_of(read_groups(path)), path, fetch_again)
+            read = _read_or_fetch(lambda path: entries_of(read_groups(path)), path, fetch_again)
             is_outdated = not is_of_newest_schema(path)
         except DamagedError as error:
             on_damage(path, error)
@@ -575,7 +582,9 @@ def index_of(
     return files, RowIndex(entries)
 
 
-def _read(read: Callable[[Path], Read], path: Path, fetch_again: Callable[[Path], bool]) -> Read:
+def _read_or_fetch(
+    read: Callable[[Path], Read], path: Path, fetch_again: Callable[[Path], bool]
+) -> Read:
     """Read a file; if it is damaged here only, read the store's copy."""
     try:
         return read(path)
@@ -585,14 +594,14 @@ def _read(read: Callable[[Path], Read], path: Path, fetch_again: Callable[[Path]
         return read(path)
 
 
-def verified(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The row groups of a file, as `read_groups` reads them.
+def verified(path: Path) -> Iterator[pa.Table]:
+    """The row groups of a file.
 
     Raises:
         OutputError: it is damaged, or can't be opened.
     """
     with _damage_reported():
-        yield from read_groups(path, columns)
+        yield from read_groups(path)
 
 
 @contextmanager

@@ -132,14 +132,14 @@ def read_file_metadata(path: Path) -> dict[str, str]:
 
 
 def is_of_newest_schema(path: Path) -> bool:
-    """Whether no column has to be added.
+    """Whether a file needs no upgrade.
 
     Raises:
         DamagedError: it is not as it was written.
         OutputError: it can't be opened.
     """
     with _opened(path) as file:
-        return not {field.name for field in SINCE_SCHEMA_2}.difference(file.schema_arrow.names)
+        return not _is_of_schema_1(file.schema_arrow)
 
 
 def schema_of(paths: Iterable[Path]) -> pa.Schema:
@@ -168,19 +168,22 @@ def schema_of(paths: Iterable[Path]) -> pa.Schema:
 
 def _check_columns(path: Path, found: pa.Schema) -> None:
     """Raise DamagedError if a column of batchcap is missing, or of another type."""
-    since = {field.name for field in SINCE_SCHEMA_2}
-    is_older = since.isdisjoint(found.names)
-    for field in ARROW_SCHEMA:
-        if is_older and field.name in since:
-            continue
+    expected = set(ARROW_SCHEMA)
+    if _is_of_schema_1(found):
+        expected -= set(SINCE_SCHEMA_2)
+    for field in expected:
         if field.name not in found.names or found.field(field.name).type != field.type:
             raise DamagedError(f"{path}: its columns are not those of batchcap")
+
+
+def _is_of_schema_1(found: pa.Schema) -> bool:
+    return {field.name for field in SINCE_SCHEMA_2}.isdisjoint(found.names)
 
 
 def _upgraded(table: pa.Table) -> pa.Table:
     """The columns of the newest schema in their order, and any others behind them."""
     added = [name for name in table.column_names if name not in ARROW_SCHEMA.names]
-    if "caption_source" not in table.column_names:
+    if _is_of_schema_1(table.schema):
         model, nothing = pa.scalar(CaptionSource.MODEL.value), pa.scalar(None, pa.string())
         source = pc.if_else(table["caption"].is_valid(), model, nothing)
         table = table.append_column(ARROW_SCHEMA.field("caption_source"), source)

@@ -5,7 +5,7 @@ image, that of the newest file counts; the others are superseded.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,22 +132,20 @@ class RowIndex:
         return list(map(Place, self._file[rows].tolist(), self._groups[rows].tolist()))
 
 
-def newest_rows(
-    paths: Sequence[Path], read: Callable[..., Iterator[pa.Table]] = read_groups
-) -> Iterator[pa.Table]:
+def newest_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """The row groups of files, oldest first, without the rows that newer files supersede.
 
-    `read` takes a path and column names as `read_groups` does, and raises what it raises.
+    Raises what `read_groups` raises.
     """
     superseded: dict[int, Hashes] = {}
     if len(paths) > 1:
         hashes = [
-            np.concatenate([NO_ENTRIES.hashes, *map(_hashes_in, read(path, ["image_id"]))])
+            np.concatenate([NO_ENTRIES.hashes, *map(_hashes_in, read_groups(path, ["image_id"]))])
             for path in paths
         ]
         _, _, superseded = _newest(hashes)
     for number, path in enumerate(paths):
-        for table in read(path):
+        for table in read_groups(path):
             yield without(table, superseded.get(number))
 
 
@@ -170,8 +168,8 @@ def _newest(
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     file = (np.searchsorted(rows, order, "right") - 1).astype(np.int32)
-    newest = np.flatnonzero(np.append(hashes[1:] != hashes[:-1], True)[: len(order)])
-    older = np.setdiff1d(np.arange(len(order)), newest, assume_unique=True)
+    is_newest = np.append(hashes[1:] != hashes[:-1], True)[: len(order)]
+    newest, older = np.flatnonzero(is_newest), np.flatnonzero(~is_newest)
     # Two rows in one file are not of batchcap; they stay.
     older = older[file[older] != file[newest[np.searchsorted(newest, older)]]]
     superseded = {

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from batchcap.contracts import ImageRef
 from batchcap.records import printable
@@ -20,35 +21,7 @@ EXIT_CODE = 1
 GRACE_S = 10.0  # for the last words; and after which another process ends this one
 TICK_S = 1.0
 SHOWN = 20
-
-# Ends the process that started it if no byte comes for so many seconds: Python is stuck in C code.
-GUARD = """
-import os, select, signal, sys, time
-
-limit_s, tick_s, parent = float(sys.argv[1]), float(sys.argv[2]), os.getppid()
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-
-def is_suspended():
-    try:
-        with open(f"/proc/{parent}/stat", "rb") as status:
-            return status.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:  # not Linux
-        return os.popen(f"ps -o state= -p {parent}").read().startswith("T")
-
-quiet_s = 0.0
-while quiet_s < limit_s:
-    began = time.monotonic()
-    if select.select([0], [], [], tick_s)[0]:
-        if not os.read(0, 4096):
-            sys.exit()
-        quiet_s = 0.0
-    elif not is_suspended():
-        quiet_s += min(time.monotonic() - began, 2 * tick_s)
-if os.getppid() == parent:
-    print("batchcap: Python is stuck; what was committed is safe: run again", file=sys.stderr)
-    os.kill(parent, signal.SIGABRT)
-"""
+GUARD = Path(__file__).with_name("guard.py")
 
 
 class Watchdog:
@@ -121,7 +94,7 @@ def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Wa
 @contextlib.contextmanager
 def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
     """A process that ends this one unless the function it yields is called again and again."""
-    command = [sys.executable, "-I", "-S", "-c", GUARD, str(limit_s), str(tick_s)]
+    command = [sys.executable, "-I", "-S", str(GUARD), str(limit_s), str(tick_s)]
     guard = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
 class CaptionWorker:
     """Photos to rows, for as long as there are photos. Begins with its processes and TensorFlow.
 
-    `readers` is how many processes read photos; `progress` is called when one of them is replaced.
+    `readers` is how many processes read photos; `progress` is that of `Readers`.
 
     Raises:
         UsageError: the runtime or the precision is none that this machine has.

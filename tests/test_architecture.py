@@ -10,7 +10,7 @@ import batchcap
 PACKAGE = Path(batchcap.__file__).parent
 
 FLOORS = [
-    {"contracts", "files", "clock", "stopping", "memory", "distribution", "id_hashes"},
+    {"contracts", "files", "clock", "stopping", "guard", "memory", "distribution", "id_hashes"},
     {"surroundings", "last_words"},
     {"remote"},
     {"shards"},

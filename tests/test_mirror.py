@@ -379,9 +379,9 @@ def test_a_merge_that_another_machine_overtakes_is_refused(target, other, tmp_pa
     monkeypatch.setattr("batchcap.output.ROWS_PER_GROUP", 1)
     verified, left = merge.verified, [True]
 
-    def overtaken(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        yield from verified(path, columns)
-        if columns is None and left and left.pop():
+    def overtaken(path: Path) -> Iterator[pa.Table]:
+        yield from verified(path)
+        if left and left.pop():
             with pytest.MonkeyPatch.context() as patch:
                 on_machine(tmp_path / "other", patch)
                 if other == "run":

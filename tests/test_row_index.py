@@ -1,17 +1,17 @@
 """The index against what a plain dict would say."""
 
-from collections.abc import Iterator
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import captioned_row, failed_row, sum_of
+from rows import METADATA, captioned_row, failed_row, sum_of
 
 from batchcap.id_hashes import hashes_of
-from batchcap.row_files import Row, table_of
+from batchcap.row_files import Row, table_of, write_rows
 from batchcap.row_index import UNKNOWN, Entries, Known, RowIndex, entries_of, newest_rows
 
 
@@ -147,12 +147,12 @@ def test_the_row_of_the_newest_file_counts(files):
         older = [i for group in groups for i in group if newest[i]["tokens"][1] != str(number)]
         assert sorted(index.superseded.get(number, [])) == sorted(hashes_of(older))
 
-    def read(number: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        tables = map(table_of, rows[number])
-        return (table.select(columns) if columns else table for table in tables)
-
-    read_back = [row for table in newest_rows(range(len(rows)), read) for row in table.to_pylist()]
-    assert sorted(read_back, key=_id) == sorted(newest.values(), key=_id)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.parquet") for number in range(len(rows))]
+        for path, groups in zip(paths, rows, strict=True):
+            write_rows(path, map(table_of, groups), METADATA)
+        read = [row for table in newest_rows(paths) for row in table.to_pylist()]
+    assert sorted(read, key=_id) == sorted(newest.values(), key=_id)
 
 
 def _id(row: Row) -> str:

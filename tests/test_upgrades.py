@@ -149,6 +149,17 @@ def test_continues_an_output_in_the_precision_that_it_has(golden, photos, old_ph
         run(golden, photos, output, precision=Precision.FLOAT32)
 
 
+@pytest.mark.parametrize("precision", [None, b"auto", b"int3"])
+def test_a_precision_that_this_version_does_not_know_is_refused(golden, photos, precision):
+    path = golden / "captions.parquet"
+    table = pq.read_table(path)
+    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"batchcap.precision"}
+    metadata |= {b"batchcap.precision": precision} if precision else {}
+    pq.write_table(table.replace_schema_metadata(metadata), path, write_page_checksum=True)
+    with pytest.raises(OtherOutputError, match="another precision"):
+        run(golden, photos, path)
+
+
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
 def test_an_output_of_another_shipped_model_is_refused_with_the_ways_on(golden, photos, name):
     before = files_in(golden)
