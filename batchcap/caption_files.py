@@ -40,7 +40,8 @@ class GeneratedCaption:
     """One image's caption; None where there is none because the photo could not be read.
 
     `tokens` are the words as the model wrote them, `mean_logprob` the natural log-probability of a
-    word, `finished` whether the end was reached; None where the file doesn't tell.
+    word, `finished` whether the end was reached, `number` the image's id in a COCO file; None where
+    the file doesn't tell.
     """
 
     image_id: str
@@ -48,6 +49,7 @@ class GeneratedCaption:
     tokens: tuple[str, ...] | None = None
     mean_logprob: float | None = None
     finished: bool | None = None
+    number: int | None = None
 
 
 def read_captions(path: Path) -> list[GeneratedCaption]:
@@ -179,4 +181,5 @@ def _caption_of(record: Any) -> GeneratedCaption:
         tuple(map(str, tokens)) if isinstance(tokens, list) else None,
         float(mean_logprob) if isinstance(mean_logprob, int | float) else None,
         record["finished"] if isinstance(record.get("finished"), bool) else None,
+        number if type(number := record.get("image_id")) is int else None,
     )

@@ -181,6 +181,8 @@ def _option(spec: Field[Any], hint: Any) -> Decorator:
     else:
         extra["default"] = spec.default
         extra["show_default"] = spec.default != "" and spec.default != DEFAULT_MODEL
+    if "alone" in spec.metadata:
+        extra |= {"is_flag": False, "flag_value": spec.metadata["alone"], "metavar": "[FILE]"}
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", **extra)
     if isinstance(hint, type) and issubclass(hint, StrEnum):

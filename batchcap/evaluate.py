@@ -25,7 +25,7 @@ from batchcap.evaluation.tokenisation import Profile, profile_of
 from batchcap.evaluation.traits import FIFTHS, Calibration, calibrate, traits_of
 from batchcap.matching import match
 from batchcap.records import counted, printable
-from batchcap.settings import EvaluateSettings
+from batchcap.settings import EvaluateSettings, MatchBy
 
 ByPlace = dict[int, GeneratedCaption]  # by the place of their image in the references
 
@@ -86,12 +86,12 @@ def _compare(
     settings: EvaluateSettings,
 ) -> None:
     """Fill in what comes of references."""
-    ours = _by_place(evaluation, evaluation.captions, generated, annotated)
+    ours = _by_place(evaluation, evaluation.captions, generated, annotated, settings.match_by)
     theirs = ours
     if settings.against is not None:
         evaluation.against = printable(settings.against.name)
         others = read_captions(settings.against)
-        theirs = _by_place(evaluation, evaluation.against, others, annotated)
+        theirs = _by_place(evaluation, evaluation.against, others, annotated, settings.match_by)
     references = _references(evaluation, annotated, ours, theirs, profile)
     scored = _score(ours, references, profile, settings)
     evaluation.images = len(references)
@@ -125,17 +125,16 @@ def _by_place(
     name: str,
     generated: list[GeneratedCaption],
     annotated: list[AnnotatedImage],
+    by: MatchBy,
 ) -> ByPlace:
     """Captions whose image has references; those of others are told of."""
     matched = match(
-        [one.image_id for one in generated], [(image.image_id, image.number) for image in annotated]
+        [(one.image_id, one.number) for one in generated],
+        [(image.image_id, image.number) for image in annotated],
+        by,
+        names=(name, str(evaluation.references)),
     )
-    if not matched.pairs:
-        raise InputError(
-            f"{name} and {evaluation.references} have no image in common: the one has "
-            f"{generated[0].image_id!r}, the other {annotated[0].image_id!r}"
-        )
-    evaluation.matched_by = evaluation.matched_by or matched.way
+    evaluation.matched_by = evaluation.matched_by or matched.way.name
     evaluation.doubt(doubts_about_ids(name, generated, annotated, matched))
     return {place: generated[i] for i, place in matched.pairs if generated[i].caption is not None}
 

@@ -17,13 +17,19 @@ from typing import Any, TextIO
 import numpy as np
 
 from batchcap.annotations import read_annotations
-from batchcap.caption_files import check_out, holds_rows, read_captions, read_rows
+from batchcap.caption_files import (
+    GeneratedCaption,
+    check_out,
+    holds_rows,
+    read_captions,
+    read_rows,
+)
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
-from batchcap.matching import LEAST_HASH, coco_number, hashed_number, stem
+from batchcap.matching import LEAST_HASH, ImageId, coco_number, hashed_number, match, stem
 from batchcap.records import counted, printable
 from batchcap.row_files import saying_where
-from batchcap.settings import ExportFormat, ExportSettings
+from batchcap.settings import CAPTIONS_THEMSELVES, ExportFormat, ExportSettings
 
 CSV_COLUMNS = [
     *("image_id", "status", "caption", "tokens", "logprob", "mean_logprob", "finished"),
@@ -50,8 +56,8 @@ def export_captions(settings: ExportSettings) -> str:
         OutputError: the folder is missing, read-only or full; what OUT was is unchanged.
     """
     for out in (settings.out, _mapping_beside(settings.out)):
-        check_out(out, settings.captions)
-    if settings.references:
+        check_out(out, settings.captions, settings.references)
+    if settings.references == CAPTIONS_THEMSELVES:
         return _write_references(settings)
     return EXPORTERS[settings.format](settings)
 
@@ -66,30 +72,77 @@ def _check_captions(settings: ExportSettings) -> None:
 
 
 def _write_coco(settings: ExportSettings) -> str:
-    """COCO results; photos whose numbers are hashes are told by a mapping file."""
+    """COCO results. Each has its photo's `file_name` too, which readers of COCO results ignore.
+
+    The numbers are those of `settings.references`, or the photos' own, or made of their names.
+    Photos whose numbers are hashes are told by a mapping file too.
+    """
     captions = read_captions(settings.captions)
-    names = [caption.image_id for caption in captions]
-    numbers, clashing = _coco_numbers(settings.captions, [(name, None) for name in names])
-    said = _clashes_said(clashing)
-    hashed = sum(number >= LEAST_HASH for number in numbers)
-    if hashed:
-        mapping = _mapping_beside(settings.out)
-        with _writing(mapping) as file:
-            _write_array(file, map(_coco_image, names, numbers))
-            file.write("\n")
-        said += (
-            f"\n{counted(hashed, 'id')} made of names by a hash: {mapping} tells all photos' ids"
-        )
-    results = [
-        {"image_id": number, "caption": caption.caption}
+    known = [(caption.image_id, caption.number) for caption in captions]
+    left_out: Counter[str] = Counter()
+    if settings.references is None:
+        numbers: Sequence[int | None]
+        numbers, clashing = _coco_numbers(settings.captions, known)
+        said = _clashes_said(clashing, "; --references FILE gives the ids of references")
+    else:
+        numbers, said = _numbers_of_references(known, settings, settings.references)
+        left_out[f"not in {settings.references.name}"] = numbers.count(None)
+    numbered = [
+        (number, caption)
         for number, caption in zip(numbers, captions, strict=True)
-        if caption.caption is not None
+        if number is not None
     ]
+    said += _write_mapping(
+        settings.out, [(number, caption.image_id) for number, caption in numbered]
+    )
+    results = [
+        _coco_result(number, caption) for number, caption in numbered if caption.caption is not None
+    ]
+    left_out[NO_CAPTION] = len(numbered) - len(results)
     with _writing(settings.out) as file:
         _write_array(file, results)
         file.write("\n")
-    left_out = Counter({NO_CAPTION: len(captions) - len(results)})
     return _said(settings.out, counted(len(results), "caption"), left_out) + said
+
+
+def _coco_result(number: int, caption: GeneratedCaption) -> dict[str, Any]:
+    result = {"image_id": number, "caption": caption.caption}
+    return result if caption.image_id == str(number) else result | {"file_name": caption.image_id}
+
+
+def _numbers_of_references(
+    known: list[ImageId], settings: ExportSettings, path: Path
+) -> tuple[list[int | None], str]:
+    """The COCO id of each photo among the references, or None, and what there is to say of them."""
+    images = [(image.image_id, image.number) for image in read_annotations(path)]
+    theirs, clashing = _coco_numbers(path, images)
+    names = (settings.captions.name, path.name)
+    partners = dict(match(known, images, settings.match_by, names).pairs)
+    numbers = [theirs[partners[i]] if i in partners else None for i in range(len(known))]
+    return numbers, _clashes_said(clashing)
+
+
+def _write_mapping(out: Path, images: list[tuple[int, str]]) -> str:
+    """Write ids and names beside `out` if an id is a hash; else remove what an earlier one left."""
+    mapping = _mapping_beside(out)
+    hashed = sum(number >= LEAST_HASH for number, _ in images)
+    if not hashed:
+        if _is_mapping(mapping):
+            mapping.unlink()
+        return ""
+    with _writing(mapping) as file:
+        _write_array(file, (_coco_image(name, number) for number, name in images))
+        file.write("\n")
+    return f"\n{counted(hashed, 'id')} made of names by a hash: {mapping} tells all photos' ids"
+
+
+def _is_mapping(path: Path) -> bool:
+    """Whether a file is what `_write_mapping` writes."""
+    try:
+        images = json.loads(path.read_bytes())
+        return bool(images) and all(image.keys() == {"id", "file_name"} for image in images)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _write_references(settings: ExportSettings) -> str:
@@ -97,8 +150,8 @@ def _write_references(settings: ExportSettings) -> str:
     path = settings.captions
     if holds_rows(path):
         raise UsageError(
-            f"--references are captions of people, and {path} is an output of batchcap run: "
-            "leave out --references"
+            f"--references without a file is for a file of references, and {path} is an output of "
+            "batchcap run: name a file of references, or leave out --references"
         )
     images = read_annotations(path)
     numbers, clashing = _coco_numbers(path, [(image.image_id, image.number) for image in images])
@@ -127,10 +180,18 @@ def _write_references(settings: ExportSettings) -> str:
         )
         file.write("}\n")
     written = f"{counted(len(captions), 'caption')} of {counted(len(images), 'photo')}"
-    return _said(settings.out, written) + _clashes_said(clashing)
+    advice = f"; export captions with --references {path}, so that they get the same ids"
+    own = sum(image.number not in (None, coco_number(image.image_id)) for image in images)
+    said = f"\n{counted(own, 'photo')} with another id than the number of the name" if own else ""
+    return (
+        _said(settings.out, written)
+        + _clashes_said(clashing)
+        + said
+        + advice * bool(own or clashing)
+    )
 
 
-def _coco_numbers(path: Path, images: Sequence[tuple[str, int | None]]) -> tuple[list[int], int]:
+def _coco_numbers(path: Path, images: Sequence[ImageId]) -> tuple[list[int], int]:
     """A number for each (image_id, number in COCO), and how many had theirs in common."""
     wanted = [coco_number(name) if number is None else number for name, number in images]
     counts = Counter(wanted)
@@ -146,12 +207,12 @@ def _coco_numbers(path: Path, images: Sequence[tuple[str, int | None]]) -> tuple
     return list(numbers), sum(count for count in counts.values() if count > 1)
 
 
-def _clashes_said(clashing: int) -> str:
+def _clashes_said(clashing: int, advice: str = "") -> str:
     if not clashing:
         return ""
     return (
         f"\n{counted(clashing, 'photo')} shared their numbers with others: their ids are hashes of "
-        "their whole names"
+        f"their whole names{advice}"
     )
 
 

@@ -14,6 +14,7 @@ from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
 
 MAX_SHARES = 99_999  # of five digits in names
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
+CAPTIONS_THEMSELVES = Path("-")
 # Folders of operating systems and storage devices, as patterns of `--exclude`.
 SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
 
@@ -64,6 +65,16 @@ class TokenKind(StrEnum):
     PRETOKENIZED = "pretokenized"
 
 
+class MatchBy(StrEnum):
+    """Which ids say that captions and references are of the same image."""
+
+    AUTO = "auto"
+    IMAGE_ID = "image-id"
+    COCO_ID = "coco-id"
+    NAME = "name"
+    NUMBER = "number"
+
+
 class ExportFormat(StrEnum):
     """What other programs read."""
 
@@ -95,9 +106,21 @@ class Decay(StrEnum):
     CONSTANT = "constant"
 
 
-def _option(default: Any, description: str, **limits: float) -> Any:
-    """A field with its help text and its limits, `least` and `most`, both included."""
-    return field(default=default, metadata={"help": description, **limits})
+def _option(default: Any, description: str, **more: float | str) -> Any:
+    """A field with its help text and its limits, `least` and `most`, both included.
+
+    `alone` is the value of a flag that is given without one.
+    """
+    return field(default=default, metadata={"help": description, **more})
+
+
+def _match_by_option() -> Any:
+    return _option(
+        MatchBy.AUTO,
+        "What tells that captions and references are of the same image: the id, the COCO id, the "
+        "file name without folders and extension, or the number in it. auto takes the first that "
+        "fits, and refuses to choose where two disagree.",
+    )
 
 
 def _check_limits(settings: Any) -> None:
@@ -305,6 +328,7 @@ class EvaluateSettings:
         "What is compared: words as jieba cuts them without punctuation, as AI Challenger 2017 "
         "had it, characters, or what stands between spaces.",
     )
+    match_by: MatchBy = _match_by_option()
     against: Path | None = _option(
         None, "Other captions of the same images: compare the two, image by image."
     )
@@ -336,13 +360,17 @@ class ExportSettings:
     captions: Path
     out: Path
     format: ExportFormat = _option(MISSING, "Whose format to write.")
-    references: bool = _option(
-        False, "CAPTIONS are of people, in any format that training reads; for coco only."
+    references: Path | None = _option(
+        None,
+        "Give the captions the ids that their images have in this file of references. Without a "
+        "FILE: CAPTIONS are references themselves. For coco only.",
+        alone=str(CAPTIONS_THEMSELVES),
     )
+    match_by: MatchBy = _match_by_option()
 
     def __post_init__(self) -> None:
-        if self.references and self.format is not ExportFormat.COCO:
-            raise UsageError("--references are written in the format coco only")
+        if self.references is not None and self.format is not ExportFormat.COCO:
+            raise UsageError("--references is for the format coco only")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,12 +24,19 @@ from rows import METADATA, captioned_row, failed_row, sum_of
 
 from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.caption_files import read_captions
+from batchcap.cli import batchcap
 from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.evaluate import evaluate_captions
 from batchcap.export import EXPORTERS, export_captions
 from batchcap.inputs import image_id_of
 from batchcap.matching import LEAST_HASH, coco_number, hashed_number, match, stem
 from batchcap.row_files import Row, table_of, write_rows
-from batchcap.settings import ExportFormat, ExportSettings
+from batchcap.settings import (
+    CAPTIONS_THEMSELVES,
+    EvaluateSettings,
+    ExportFormat,
+    ExportSettings,
+)
 
 OF_ROWS = (ExportFormat.JSONL, ExportFormat.CSV, ExportFormat.IMAGEFOLDER)
 COCO_NAME, FLICKR_NAME = "COCO_val2014_000000391895.jpg", "1000268201_693b08cb0e.jpg"
@@ -49,7 +57,14 @@ def run_of(folder: Path, *rows: Row) -> Path:
 
 def export(source: Path, name: str, form: ExportFormat, references: bool = False) -> Path:
     out = source.parent / name
-    export_captions(ExportSettings(captions=source, out=out, format=form, references=references))
+    export_captions(
+        ExportSettings(
+            captions=source,
+            out=out,
+            format=form,
+            references=CAPTIONS_THEMSELVES if references else None,
+        )
+    )
     return out
 
 
@@ -77,7 +92,9 @@ def make_photo(folder: Path, name: str, content: bytes = b"photo") -> None:
 
 def test_coco_results_to_the_byte(captions: Path) -> None:
     out = export(captions, "results.json", ExportFormat.COCO)
-    assert out.read_text("utf-8") == '[\n{"image_id": 1, "caption": "一只狗"}\n]\n'
+    assert out.read_text("utf-8") == (
+        '[\n{"image_id": 1, "caption": "一只狗", "file_name": "a/1.jpg"}\n]\n'
+    )
 
 
 def test_coco_references_to_the_byte(tmp_path: Path) -> None:
@@ -257,7 +274,9 @@ def test_references_read_back_as_they_were(flickr8k: Path, tmp_path: Path) -> No
     out = tmp_path / "references.json"
     people = flickr8k / "captions.zh.txt"
     export_captions(
-        ExportSettings(captions=people, out=out, format=ExportFormat.COCO, references=True)
+        ExportSettings(
+            captions=people, out=out, format=ExportFormat.COCO, references=CAPTIONS_THEMSELVES
+        )
     )
 
     def told(images: list[AnnotatedImage]) -> list[tuple[object, ...]]:
@@ -271,8 +290,118 @@ def test_batchcap_pairs_what_it_exported(tmp_path: Path) -> None:
     names = [COCO_NAME, FLICKR_NAME, "海边.jpg"]
     source = run_of(tmp_path, *(captioned_row(f"sub/{name}") for name in names))
     generated = read_captions(export(source, "results.json", ExportFormat.COCO))
-    found = match([caption.image_id for caption in generated], [(name, None) for name in names])
+    found = match(
+        [(caption.image_id, caption.number) for caption in generated],
+        [(name, None) for name in names],
+    )
     assert found.pairs == [(0, 0), (1, 1), (2, 2)]
+
+
+def coco_references(folder: Path, numbers: dict[str, int]) -> Path:
+    """A COCO file whose ids are not the numbers of the names."""
+    path = folder / "people.json"
+    document = {
+        "images": [{"id": number, "file_name": name} for name, number in numbers.items()],
+        "annotations": [
+            {"id": number, "image_id": number, "caption": f"人写的{name}"}
+            for name, number in numbers.items()
+        ],
+    }
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_results_are_scored_as_the_rows_that_they_were_made_of(tmp_path: Path) -> None:
+    """They were scored against other photos if references had ids of their own."""
+    names = [f"{number}.jpg" for number in range(1, 9)]
+    people = coco_references(tmp_path, {name: 1 + (i + 3) % 8 for i, name in enumerate(names)})
+    source = run_of(tmp_path, *(captioned_row(name, f"人写的{name}") for name in names))
+    results = export(source, "results.json", ExportFormat.COCO)
+    first, second = (
+        evaluate_captions(EvaluateSettings(captions=path, references=people))
+        for path in (source, results)
+    )
+    assert (first.matched_by, second.matched_by) == ("image_id", "image_id")
+    assert first.scores == second.scores
+    assert first.scores["bleu_1"].value > 75
+
+
+def test_results_get_the_ids_of_references(tmp_path: Path) -> None:
+    people = coco_references(tmp_path, {"1.jpg": 2, "x/2.jpg": 1, "海边.jpg": 7, "9.jpg": 3})
+    names = ["1.jpg", "x/2.jpg", "海边.jpg", "3.jpg"]
+    source = run_of(tmp_path, *(captioned_row(name, name) for name in names))
+    out = tmp_path / "results.json"
+    said = export_captions(
+        ExportSettings(captions=source, out=out, format=ExportFormat.COCO, references=people)
+    )
+    assert said == f"wrote {out}: 3 captions; left out 1 not in people.json"
+    coco = COCO(str(people))
+    generated = coco.loadRes(str(out))
+    for number in (2, 1, 7):
+        (ours,), (theirs,) = generated.imgToAnns[number], coco.imgToAnns[number]
+        assert theirs["caption"] == f"人写的{ours['caption'].removeprefix('一只')}"
+
+
+def test_references_give_ids_to_photos_whose_names_share_a_number(tmp_path: Path) -> None:
+    """Exported apart, captions of `a/1.jpg` alone have the id 1, its references a hash."""
+    people = references_of(tmp_path, {"a/1.jpg": ["狗"], "b/1.jpg": ["猫"]})
+    source = run_of(tmp_path, captioned_row("a/1.jpg"))
+    out = tmp_path / "results.json"
+    settings = ExportSettings(captions=source, out=out, format=ExportFormat.COCO, references=people)
+    assert "2 photos shared their numbers" in export_captions(settings)
+    assert json.loads(out.read_text())[0]["image_id"] == hashed_number("a/1.jpg")
+    references = export(people, "references.json", ExportFormat.COCO, references=True)
+    assert hashed_number("a/1.jpg") in COCO(str(references)).getImgIds()
+
+
+def test_ids_that_captions_exported_apart_would_not_have_are_told(tmp_path: Path) -> None:
+    people = coco_references(tmp_path, {"1.jpg": 1, "2.jpg": 5})
+    settings = ExportSettings(
+        captions=people,
+        out=tmp_path / "o.json",
+        format=ExportFormat.COCO,
+        references=CAPTIONS_THEMSELVES,
+    )
+    assert export_captions(settings).endswith(
+        "\n1 photo with another id than the number of the name; export captions with "
+        f"--references {people}, so that they get the same ids"
+    )
+    source = run_of(tmp_path, captioned_row("a/1.jpg"), captioned_row("b/1.jpg"))
+    said = said_of(source, "o.json", ExportFormat.COCO)
+    assert "their whole names; --references FILE gives the ids of references" in said
+
+
+def test_references_that_fit_in_two_ways_are_refused(tmp_path: Path) -> None:
+    people = coco_references(tmp_path, {"1.jpg": 2, "2.jpg": 1})
+    source = tmp_path / "results.json"
+    source.write_text('[{"image_id": 1, "caption": "狗"}, {"image_id": 2, "caption": "猫"}]')
+    arguments = ["export", source, tmp_path / "o.json", "--format", "coco", "--references", people]
+    refused = CliRunner().invoke(batchcap, [*map(str, arguments)])
+    assert isinstance(refused.exception, InputError)
+    assert "--match-by coco-id or --match-by" in str(refused.exception)
+    done = CliRunner().invoke(batchcap, [*map(str, arguments), "--match-by", "number"])
+    assert done.exit_code == 0
+    assert [one["image_id"] for one in json.loads((tmp_path / "o.json").read_text())] == [2, 1]
+
+
+def test_references_without_a_file_are_the_captions(tmp_path: Path) -> None:
+    people = references_of(tmp_path, {"1.jpg": ["狗", "小狗"]})
+    arguments = ["export", people, tmp_path / "o.json", "--format", "coco", "--references"]
+    done = CliRunner().invoke(batchcap, [*map(str, arguments)])
+    assert done.output.endswith("2 captions of 1 photo\n")
+
+
+def test_no_mapping_of_an_earlier_export_stays(tmp_path: Path) -> None:
+    mapping = tmp_path / "results.images.json"
+    export(run_of(tmp_path, captioned_row("海边.jpg")), "results.json", ExportFormat.COCO)
+    assert mapping.exists()
+    source = run_of(tmp_path, captioned_row("1.jpg"))
+    export(source, "results.json", ExportFormat.COCO)
+    assert not mapping.exists()
+    for foreign in ("[1]", "{", '{"a": 1}', '[{"id": 1, "file_name": "a", "width": 2}]'):
+        mapping.write_text(foreign)
+        export(source, "results.json", ExportFormat.COCO)
+        assert mapping.read_text() == foreign
 
 
 def test_two_photos_of_one_stem_are_named(tmp_path: Path) -> None:
@@ -509,7 +638,9 @@ def test_captions_of_other_programs_become_coco(tmp_path: Path) -> None:
     source = tmp_path / "submission.json"
     source.write_text('[{"image_id": "COCO_val2014_000000391895", "caption": "狗"}]', "utf-8")
     out = export(source, "results.json", ExportFormat.COCO)
-    assert json.loads(out.read_text("utf-8")) == [{"image_id": 391895, "caption": "狗"}]
+    assert json.loads(out.read_text("utf-8")) == [
+        {"image_id": 391895, "caption": "狗", "file_name": "COCO_val2014_000000391895"}
+    ]
 
 
 def test_rows_of_a_run_are_no_references(captions: Path) -> None:

@@ -13,7 +13,7 @@ FIVE = ["一只狗"] * 5
 
 def about_ids(ours: list[GeneratedCaption], theirs: list[str]) -> list[str]:
     annotated = [AnnotatedImage(name, ("狗",)) for name in theirs]
-    found = match([one.image_id for one in ours], [(name, None) for name in theirs])
+    found = match([(one.image_id, None) for one in ours], [(name, None) for name in theirs])
     return list(doubts_about_ids("c.json", ours, annotated, found))
 
 
