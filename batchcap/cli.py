@@ -175,6 +175,7 @@ def _option(spec: Field[Any], hint: Any) -> Decorator:
     choices = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if isinstance(hint, types.UnionType):
         hint = choices[0]
+        choices = list(typing.get_args(hint))
     extra: dict[str, Any] = {"help": spec.metadata["help"], "show_default": True}
     if spec.default is MISSING:
         extra["required"] = True

@@ -1,14 +1,16 @@
 """Features of photos on disk, so that a backbone sees each photo once. Arrays and keys only.
 
 A cache is a folder of one backbone with one set of weights: `features.f16` holds row after row of
-float16, `index.txt` the key of each row, a line each. A row is there when its line is: lines are
-written after the rows have reached the disk, and what a killed process left half-written is cut off
-by the next.
+float16, `index.txt` a line for each row, with its key and the CRC-32 of its bytes. A row is there
+when its line is: lines are written after the rows have reached the disk, and what a killed process
+left half-written is cut off by the next.
 """
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +21,18 @@ from batchcap.contracts import OutputError
 
 INDEX_FILE = "index.txt"
 FEATURES_FILE = "features.f16"
+LINE = re.compile(rb"(?P<key>[^ ]+) (?P<crc>[0-9a-f]{8})")
 
 
 class FeatureCache:
-    """Rows `float16[G, D]` by key. Keys have no line breaks."""
+    """Rows `float16[G, D]` by key. Keys have no blanks and no line breaks."""
 
     def __init__(self, folder: Path, row_shape: tuple[int, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.row_shape = folder, row_shape
         self.row_bytes = 2 * row_shape[0] * row_shape[1]
         self.row_of: dict[str, int] = {}
+        self._sums: dict[int, int] = {}
         self.row_count = 0  # a key can have two rows: two copies of a photo in one batch
 
     @contextmanager
@@ -45,20 +49,20 @@ class FeatureCache:
         Raises:
             OutputError: they can't be written.
         """
+        sums = [zlib.crc32(row.tobytes()) for row in rows]
         try:
             with (self.folder / FEATURES_FILE).open("ab") as features:
                 features.write(rows.tobytes())
                 features.flush()
                 os.fsync(features.fileno())
             with (self.folder / INDEX_FILE).open("a", encoding="utf-8") as index:
-                index.writelines(f"{key}\n" for key in keys)
+                index.writelines(f"{key} {crc:08x}\n" for key, crc in zip(keys, sums, strict=True))
         except OSError as error:
             raise OutputError(
                 f"cannot write features to {self.folder}: {error.strerror or error}; free the "
                 "disk, or set XDG_CACHE_HOME to a folder with room, and run again"
             ) from error
-        self.row_of |= {key: self.row_count + i for i, key in enumerate(keys)}
-        self.row_count += len(keys)
+        self._add(keys, sums)
 
     def rows(self) -> npt.NDArray[np.float16]:
         """All rows, `float16[rows, G, D]`, read from disk as they are used."""
@@ -66,13 +70,37 @@ class FeatureCache:
             self.folder / FEATURES_FILE, np.float16, "r", shape=(self.row_count, *self.row_shape)
         )
 
+    def drop_damaged(self, keys: Iterable[str]) -> int:
+        """Forget the rows of these keys whose bytes have changed since; returns how many."""
+        rows = self.rows() if self.row_count else np.empty((0, *self.row_shape), np.float16)
+        known = {key: self.row_of[key] for key in keys if key in self.row_of}
+        damaged = [
+            key for key, row in known.items() if zlib.crc32(rows[row].tobytes()) != self._sums[row]
+        ]
+        for key in damaged:
+            del self.row_of[key]
+        return len(damaged)
+
+    def _add(self, keys: Sequence[str], sums: Sequence[int]) -> None:
+        for key, crc in zip(keys, sums, strict=True):
+            self.row_of[key], self._sums[self.row_count] = self.row_count, crc
+            self.row_count += 1
+
     def _mend(self) -> None:
+        """Read the index anew, and cut off rows without a line and lines without a row."""
         index, features = self.folder / INDEX_FILE, self.folder / FEATURES_FILE
         index.touch()
         features.touch()
-        whole_lines = index.read_bytes().rpartition(b"\n")[0].decode().splitlines()
-        keys = whole_lines[: features.stat().st_size // self.row_bytes]
-        os.truncate(index, sum(len(key.encode()) + 1 for key in keys))
-        os.truncate(features, len(keys) * self.row_bytes)
-        self.row_of = {key: row for row, key in enumerate(keys)}
-        self.row_count = len(keys)
+        most = features.stat().st_size // self.row_bytes
+        lines = index.read_bytes().split(b"\n")[:-1][:most]
+        self.row_of, self._sums, self.row_count = {}, {}, 0
+        for line in lines:
+            parts = LINE.fullmatch(line)
+            # A damaged line leaves its row without a key.
+            key, crc = (
+                (parts["key"].decode(errors="replace"), int(parts["crc"], 16)) if parts else ("", 0)
+            )
+            self._add([key], [crc])
+        self.row_of.pop("", None)
+        os.truncate(index, sum(len(line) + 1 for line in lines))
+        os.truncate(features, len(lines) * self.row_bytes)

@@ -16,7 +16,7 @@ from batchcap.model.config import (
     read_config,
 )
 from batchcap.model.text import SPECIAL_WORDS
-from batchcap.settings import Objective, TrainSettings
+from batchcap.settings import TrainSettings
 
 CARD = """\
 # Model card
@@ -98,7 +98,7 @@ def write_card(
         crops=settings.crops,
         flip="yes" if settings.flip else "no",
         seed=settings.seed,
-        objective=_objective(settings),
+        objective=_objective(settings, metrics),
         minutes=metrics["seconds"] / 60,
         backbone_weights="imagenet (ILSVRC 2012, for research)"
         if settings.backbone_weights == "imagenet"
@@ -107,19 +107,23 @@ def write_card(
     path.write_text(text, encoding="utf-8")
 
 
-def _objective(settings: TrainSettings) -> str:
-    phases = ["likelihood"]
-    if settings.fine_tune_from:
-        phases.append(
-            f"likelihood with the backbone fine-tuned after {settings.fine_tune_from} (peak rate "
-            f"{settings.fine_tune_learning_rate:g})"
+def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:
+    """The phases whose weights the model has, and those that brought none better."""
+    told = {
+        "likelihood": "likelihood",
+        "fine-tuning": f"likelihood with the backbone fine-tuned after {settings.fine_tune_from} "
+        f"(peak rate {settings.fine_tune_learning_rate:g})",
+        "cider": f"CIDEr-D (self-critical training, rate {settings.cider_learning_rate:g}, "
+        f"{settings.cider_samples} captions drawn of each photo)",
+    }
+    kept, others = ([told[name] for name in metrics[key]] for key in ("phases", "phases_not_kept"))
+    text = f"Objective: {', then '.join(kept)}."
+    if others:
+        text += (
+            f" Then tried, but no epoch of it was better, so that its weights were not kept: "
+            f"{'; '.join(others)}."
         )
-    if settings.objective is Objective.CIDER:
-        phases.append(
-            f"CIDEr-D (self-critical training, rate {settings.cider_learning_rate:g}, "
-            f"{settings.cider_samples} captions drawn of each photo)"
-        )
-    return f"Objective: {', then '.join(phases)}."
+    return text
 
 
 def read_card(directory: Path) -> str:

@@ -400,7 +400,12 @@ class TrainSettings:
     images: Path = _option(MISSING, "Directory of the photos.")
     out: Path = _option(MISSING, "Model directory to write; must not exist yet.")
     validation_annotations: Path | None = _option(
-        None, "Captions of the validation photos, where the annotations name no split."
+        None, "Captions of the validation photos, which may be in the same directory [by split]."
+    )
+    train_on_val: bool = _option(
+        False,
+        "With --validation-annotations: train on the annotations' photos of split val too. Those "
+        "of split test are never trained on.",
     )
     validation_count: int = _option(
         1000, "Photos held out for validation where nothing else names them.", least=1
@@ -414,7 +419,9 @@ class TrainSettings:
     image_size: int = _option(
         224, "Side of the square that photos are resized to.", least=32, most=1024
     )
-    input_range: tuple[float, float] = _option((-1.0, 1.0), "What pixel values 0 and 255 become.")
+    input_range: tuple[float, float] | None = _option(
+        None, "What pixel values 0 and 255 become [what the backbone's weights expect]."
+    )
     vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
     min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
     max_length: int = _option(20, "Most words in a caption; longer ones are cut.", least=1)
@@ -475,9 +482,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _check_limits(self)
-        low, high = self.input_range
+        low, high = self.input_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise UsageError(f"--input-range must rise, not go from {low} to {high}")
+        if self.train_on_val and self.validation_annotations is None:
+            raise UsageError(
+                "--train-on-val needs other validation photos: --validation-annotations"
+            )
         if self.precision is Precision.FLOAT16:
             raise UsageError(
                 "--precision float16 loses small gradients: train in bfloat16, or float32"

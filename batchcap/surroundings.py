@@ -5,12 +5,16 @@ on files beside the photos.
 """
 
 import functools
+import hashlib
+import inspect
 import logging
 import os
 import stat
 import tempfile
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import platformdirs
@@ -74,6 +78,20 @@ def cache_folder(name: str = "") -> Path:
     is logged once.
     """
     return _usable(platformdirs.user_cache_path("batchcap")) / name
+
+
+def code_version(*parts: ModuleType | str) -> str:
+    """A hash of the code of modules and of the versions of installed packages, for keys of caches.
+
+    What was made by other code has another key.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{part} {version(part)}\n".encode())
+        else:
+            digest.update(inspect.getsource(part).encode())
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from batchcap.files import followed
 from batchcap.history import CURVES_FILE, HISTORY_FILE
 from batchcap.model.backbones import (
     build_backbone,
+    choose_input_range,
     computing_in,
     extract_features,
     place_of,
@@ -43,7 +44,7 @@ from batchcap.model.text import SPECIAL_WORDS, Vocabulary
 from batchcap.model_card import write_card
 from batchcap.objectives import FineTuning, Likelihood, Phase, SelfCritical
 from batchcap.row_files import saying_where
-from batchcap.settings import Objective, TokenKind, TrainSettings
+from batchcap.settings import Monitor, Objective, TokenKind, TrainSettings
 from batchcap.trainer import Record, Trainer
 from batchcap.training_data import (
     AugmentedPhotos,
@@ -59,6 +60,8 @@ from batchcap.training_data import (
 )
 from batchcap.validation import Features, Judge
 from batchcap.views import View, training_views
+
+FEW_VALIDATION_PHOTOS = 20
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +87,13 @@ def train_captioner(settings: TrainSettings) -> Path:
     score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
+    _check_validation(settings, validation)
     work_folder = _make_work_folder(settings.out)
     device, strategy = start_tensorflow(), training_strategy()
-    backbone_config = BackboneConfig(settings.backbone, settings.image_size, settings.input_range)
+    input_range = choose_input_range(settings.backbone, settings.input_range)
+    backbone_config = BackboneConfig(settings.backbone, settings.image_size, input_range)
     backbone = build_backbone(backbone_config, settings.backbone_weights)
-    round_weights(backbone.variables)  # the features trained on are those the model will see
+    round_weights(backbone.weights)  # the features trained on are those the model will see
     if settings.fine_tune_from:
         place_of(settings.fine_tune_from, backbone)  # says now that there is no such layer
     _, training = extract_all(training, backbone, backbone_config, _views(settings))
@@ -116,10 +121,14 @@ def train_captioner(settings: TrainSettings) -> Path:
         *(len(validation), len(vocabulary), decoder.count_params() / 1e6),
     )
     stages = _stages(settings, captioner, training, validation, tokens, strategy)
+    was_kept: dict[str, bool] = {}
     for phase, batches, judge in stages:
         trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
         record = trainer.run(judge)
-    return _write_model(settings, captioner, record, work_folder, len(training), validation)
+        was_kept[phase.name] = record.best_epoch > record.before
+    return _write_model(
+        settings, captioner, record, was_kept, work_folder, len(training), validation
+    )
 
 
 def _stages(
@@ -153,7 +162,7 @@ def _stages(
         judge = Judge(captioner, validation, _features_by(tuned, config, validation))
         yield FineTuning(settings, decoder, tuned, config), batches(sight), judge
         backbone.set_weights(tuned.get_weights())
-        round_weights(backbone.variables)
+        round_weights(backbone.weights)
     if settings.objective is Objective.CIDER:
         yield SelfCritical(settings, decoder, tokens), *frozen()
 
@@ -166,6 +175,23 @@ def _features_by(
         partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
     )
     return lambda start, stop: extract(load_pixels(examples[start:stop], config.image_size))
+
+
+def _check_validation(settings: TrainSettings, validation: Sequence[Example]) -> None:
+    """See that there are photos enough to choose an epoch by CIDEr-D."""
+    count = len(validation)
+    if settings.monitor is not Monitor.CIDER_D or count >= FEW_VALIDATION_PHOTOS:
+        return
+    if count == 1:
+        raise UsageError(
+            "there is one validation photo, and CIDEr-D of a single photo is always 0: hold out "
+            "more photos, or choose the best epoch by --monitor loss"
+        )
+    log.warning(
+        "CIDEr-D of %d validation photos is uncertain: hold out %d or more, or choose the best "
+        "epoch by --monitor loss",
+        *(count, FEW_VALIDATION_PHOTOS),
+    )
 
 
 def _views(settings: TrainSettings) -> tuple[View, ...]:
@@ -242,6 +268,7 @@ def _write_model(
     settings: TrainSettings,
     captioner: Captioner,
     record: Record,
+    was_kept: dict[str, bool],
     work_folder: Path,
     training_photos: int,
     validation: list[Example],
@@ -258,6 +285,8 @@ def _write_model(
         "decoding": "greedy",
         "signature": signature(profile_of(TokenKind.WORDS).described, judge.references),
         "best_epoch": record.best_epoch,
+        "phases": [name for name, kept in was_kept.items() if kept],
+        "phases_not_kept": [name for name, kept in was_kept.items() if not kept],
         "epochs": len(record.history),
         "seconds": sum(row["seconds"] for row in record.history),
         "seed": settings.seed,

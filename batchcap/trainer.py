@@ -167,7 +167,7 @@ class Trainer:
         with self._averaged_weights():
             row |= judge.results()
             samples = judge.samples()
-            if self._value(row) > max(map(self._value, self.record.history), default=-np.inf):
+            if all(self._value(row) > self._value(other) for other in self.record.history):
                 self.record.best_epoch = epoch
                 self.best = self._weights()
         row["learning_rate"] = float(self.optimizer.learning_rate.numpy())
@@ -196,8 +196,10 @@ class Trainer:
         for variable, value in zip(variables, last, strict=True):
             variable.assign(value)
 
-    def _value(self, row: dict[str, float]) -> float:
-        return row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else -row["val_loss"]
+    def _value(self, row: dict[str, float]) -> tuple[float, float]:
+        """What is best where it is highest; of epochs with equal CIDEr-D, that of less loss."""
+        monitored = row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else 0.0
+        return monitored, -row["val_loss"]
 
     def _finished(self) -> bool:
         done = len(self.record.history) - self.record.before

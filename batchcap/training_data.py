@@ -6,7 +6,7 @@ after a kill exactly where it was.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,22 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from batchcap import views as view_code
 from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.contracts import InputError, Rejection, UsageError
 from batchcap.feature_cache import FeatureCache
+from batchcap.model import (
+    backbones,
+    efficientnet_lite,
+    formats,
+    images,
+    jpeg,
+    pixels,
+    png,
+    rejections,
+    tiff,
+    webp,
+)
 from batchcap.model.backbones import extract_features, weights_digest
 from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
@@ -27,10 +40,16 @@ from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirror
 from batchcap.progress import progress
 from batchcap.records import counted, printable
 from batchcap.settings import TrainSettings
-from batchcap.surroundings import cache_folder
+from batchcap.surroundings import cache_folder, code_version
 from batchcap.views import PLAIN, View, augmented, seen
 
 EXTRACTION_BATCH = 32
+# What turns a file into features: of another version, cached ones are made anew.
+FEATURE_CODE = (
+    *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
+    *(view_code, backbones, efficientnet_lite),
+)
+LIBRARIES = ("pillow", "keras")
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +69,19 @@ class Example:
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
     """Training and validation examples, by the annotations' split or a seeded draw.
 
-    Photos without a file, a split or a word are left out of both, validation and test photos out of
-    training, and the log counts them.
+    Photos without a file or a word are left out of both; photos of other splits than train, and
+    copies of validation and test photos under whatever name, out of training. The log counts them.
 
     Raises:
         UsageError: more photos are to be held out than there are.
         InputError: wrong annotations, or no photo left on one of the two sides.
     """
-    annotated_training, annotated_validation = _split(settings)
+    annotated = read_annotations(settings.annotations)
+    annotated_training, annotated_validation = _split(annotated, settings)
     validation = _read_all(annotated_validation, settings.images)
-    training = _without(_read_all(annotated_training, settings.images), validation)
+    tested = [image for image in annotated if image.split == "test"]
+    held_out = {example.sha256 for example in validation} | _digests(tested, settings.images)
+    training = _without(_read_all(annotated_training, settings.images), held_out)
     for side, examples in (("training", training), ("validation", validation)):
         if not examples:
             raise InputError(
@@ -69,23 +91,20 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
     return training, validation
 
 
-def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
-    annotated = read_annotations(settings.annotations)
+def _split(
+    annotated: list[AnnotatedImage], settings: TrainSettings
+) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
+    """Training and validation photos; none of split test is in the former."""
     if settings.validation_annotations is not None:
         validating = read_annotations(settings.validation_annotations)
-        training = [image for image in annotated if image.split != "test"]
-        if tested := len(annotated) - len(training):
-            log.info("left out of training: %s of split test", counted(tested, "photo"))
         validation = [image for image in validating if image.split == "val"] or validating
         if others := len(validating) - len(validation):
             log.info("left out of validation: %s of other splits", counted(others, "photo"))
-        return training, validation
+        wanted = {None, "train", "val"} if settings.train_on_val else {None, "train"}
+        return _of_splits(annotated, wanted), validation
     if any(image.split for image in annotated):
-        training = [image for image in annotated if image.split == "train"]
         validation = [image for image in annotated if image.split == "val"]
-        if others := len(annotated) - len(training) - len(validation):
-            log.info("%d annotated photos are neither of split train nor val", others)
-        return training, validation
+        return _of_splits(annotated, {"train"}, counted_elsewhere=len(validation)), validation
     if settings.validation_count >= len(annotated):
         raise UsageError(
             f"{settings.annotations} has {len(annotated)} photos and names no split: lower "
@@ -99,12 +118,27 @@ def _split(settings: TrainSettings) -> tuple[list[AnnotatedImage], list[Annotate
     )
 
 
-def _without(training: list[Example], validation: list[Example]) -> list[Example]:
-    """Training photos that are not validation photos too, under whatever name."""
-    held_out = {example.sha256 for example in validation}
+def _of_splits(
+    annotated: list[AnnotatedImage], splits: set[str | None], counted_elsewhere: int = 0
+) -> list[AnnotatedImage]:
+    """The photos of these splits; the others are logged, less those that are used elsewhere."""
+    chosen = [image for image in annotated if image.split in splits]
+    if others := len(annotated) - len(chosen) - counted_elsewhere:
+        log.info("left out of training: %s of other splits", counted(others, "photo"))
+    return chosen
+
+
+def _digests(annotated: Sequence[AnnotatedImage], images: Path) -> set[str | None]:
+    """The SHA-256 of each photo; None among them if one is missing or unreadable."""
+    with ThreadPoolExecutor() as pool:
+        return set(pool.map(lambda image: _file_digest(images / image.image_id), annotated))
+
+
+def _without(training: list[Example], held_out: Container[str | None]) -> list[Example]:
+    """Training photos that are not validation or test photos too, under whatever name."""
     kept = [example for example in training if example.sha256 not in held_out]
     if both := len(training) - len(kept):
-        log.warning("%d training photos are validation photos too, and left out", both)
+        log.warning("%d training photos are validation or test photos too, and left out", both)
     return kept
 
 
@@ -249,13 +283,21 @@ def extract_all(
     Returns the cache, and the examples less those that are no photos, which are said.
 
     Raises:
-        InputError: none of them is one.
+        InputError: none of them is one, or features are not finite.
     """
-    name = hashlib.sha256(f"{config} {weights_digest(backbone)}".encode()).hexdigest()[:16]
+    made_by = f"{config} {weights_digest(backbone)} {code_version(*FEATURE_CODE, *LIBRARIES)}"
     root = cache_root or cache_folder("features")
     rows, columns, channels = backbone.output_shape[1:]
-    cache = FeatureCache(root / name, (rows * columns, channels))
+    cache = FeatureCache(
+        root / hashlib.sha256(made_by.encode()).hexdigest()[:16], (rows * columns, channels)
+    )
     with cache.writing():
+        if damaged := cache.drop_damaged(v.key(e.sha256) for v in views for e in examples):
+            log.warning(
+                "%s of the cache %s damaged: made anew",
+                counted(damaged, "row"),
+                "is" if damaged == 1 else "are",
+            )
         views = [v for v in views if any(v.key(e.sha256) not in cache.row_of for e in examples)]
         missing = [e for e in examples if any(v.key(e.sha256) not in cache.row_of for v in views)]
         if missing:
@@ -301,9 +343,19 @@ def _extract(
                     good.append(example)
             sha256s = [example.sha256 for example in good]
             for view in views:
-                features = extract(seen(pixels, view, sha256s)).numpy()
-                cache.append([view.key(sha256) for sha256 in sha256s], features[: len(good)])
+                features = extract(seen(pixels, view, sha256s)).numpy()[: len(good)]
+                _check_finite(features, good)
+                cache.append([view.key(sha256) for sha256 in sha256s], features)
             bar.update(len(batch))
+
+
+def _check_finite(features: npt.NDArray[np.float16], examples: Sequence[Example]) -> None:
+    for example, row in zip(examples, features, strict=True):
+        if not np.isfinite(row).all():
+            raise InputError(
+                f"the backbone's features of {printable(example.image_id)} are not finite, or too "
+                "large for float16: check --backbone-weights and --input-range"
+            )
 
 
 class TrainingBatches:

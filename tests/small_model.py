@@ -3,6 +3,7 @@
 As a program it is `batchcap` with that CNN among its backbones, where the newest epoch is the best.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from batchcap.evaluation.metrics import METRICS
-from batchcap.model.backbones import BACKBONES, build_backbone
+from batchcap.model.backbones import BACKBONES, Backbone, build_backbone
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import FORMAT_VERSION, BackboneConfig, DecoderConfig, ModelConfig
 from batchcap.model.network import build_decoder
@@ -53,7 +54,7 @@ def small_cnn(weights: str | None, shape: tuple[int, int, int]) -> keras.Model:
     return backbone
 
 
-BACKBONES[SMALL] = small_cnn
+BACKBONES[SMALL] = Backbone(small_cnn, (-1.0, 1.0))
 
 
 def small_captioner(image_size: int) -> Captioner:
@@ -131,11 +132,17 @@ def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[s
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def script_scores(patch: pytest.MonkeyPatch, scores: Iterable[float]) -> None:
-    """Let validation compute nothing, and give these CIDEr-D scores, one a call."""
-    others = dict.fromkeys(("val_loss", "val_accuracy", *METRICS), 0.0)
-    iterator = iter(scores)
-    patch.setattr(Judge, "results", lambda _: {**others, "cider_d": next(iterator)})
+def script_scores(
+    patch: pytest.MonkeyPatch, scores: Iterable[float], losses: Iterable[float] = ()
+) -> None:
+    """Let validation compute nothing, and give these CIDEr-D scores and losses, one a call."""
+    others = dict.fromkeys(("val_accuracy", *METRICS), 0.0)
+    ciders, all_losses = iter(scores), itertools.chain(losses, itertools.repeat(0.0))
+    patch.setattr(
+        Judge,
+        "results",
+        lambda _: {**others, "cider_d": next(ciders), "val_loss": next(all_losses)},
+    )
     patch.setattr(Judge, "samples", lambda _: [])
 
 

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +89,7 @@ def written_until_crash(folder: Path, features_bytes: int, index_bytes: int) -> 
 
 @pytest.mark.parametrize("features_bytes", range(len(KEYS) * 4 + 1))
 def test_crash_at_any_byte_leaves_the_keys_before_it(tmp_path, features_bytes):
-    index = "".join(f"{key}\n" for key in KEYS)
+    index = "".join(f"{key} {crc32(row_of(key).tobytes()):08x}\n" for key in KEYS)
     for index_bytes in range(len(index) + 1):
         folder = written_until_crash(tmp_path / str(index_bytes), features_bytes, index_bytes)
         whole = min(features_bytes // 4, index[:index_bytes].count("\n"))
@@ -100,8 +101,33 @@ def test_crash_at_any_byte_leaves_the_keys_before_it(tmp_path, features_bytes):
 
 def test_crash_inside_a_letter_is_no_worse(tmp_path):
     append(FeatureCache(tmp_path, ROW_SHAPE), "a", "狗")
-    os.truncate(tmp_path / INDEX_FILE, len("a\n狗".encode()) - 1)
+    os.truncate(tmp_path / INDEX_FILE, len("a 00000000\n狗".encode()) - 1)
     assert_holds(reopened(tmp_path), ["a"])
+
+
+@pytest.mark.parametrize("value", [np.nan, 1.0])
+def test_rows_whose_bytes_have_changed_are_forgotten(tmp_path, value):
+    append(FeatureCache(tmp_path, ROW_SHAPE), *KEYS)
+    rows = np.memmap(tmp_path / FEATURES_FILE, np.float16, "r+", shape=(3, *ROW_SHAPE))
+    rows[1, 0, 1] = value
+    rows.flush()
+    cache = reopened(tmp_path)
+    assert cache.drop_damaged(["a", "ef", "unknown"]) == 0
+    assert cache.drop_damaged(KEYS) == 1
+    assert_holds(cache, ["a", "ef"])
+    append(cache, "bcd")
+    assert_holds(reopened(tmp_path), KEYS)
+
+
+@pytest.mark.parametrize("line", [b"bcd 0000000g", b"bcd", b"\xff\xff\xff 00000000", b""])
+def test_a_damaged_line_costs_its_row_alone(tmp_path, line):
+    append(FeatureCache(tmp_path, ROW_SHAPE), *KEYS)
+    index = tmp_path / INDEX_FILE
+    lines = index.read_bytes().split(b"\n")
+    index.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+    cache = reopened(tmp_path)
+    cache.drop_damaged(cache.row_of.copy())
+    assert_holds(cache, ["a", "ef"])
 
 
 def append_in_turns(folder: Path, name: str, both_are_here: Barrier) -> None:

@@ -38,7 +38,7 @@ from batchcap.model.config import BackboneConfig, DecodeSettings
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
-from batchcap.settings import Decay, Objective, TrainSettings
+from batchcap.settings import Decay, Monitor, Objective, TrainSettings
 from batchcap.train import train_captioner
 from batchcap.validation import Judge
 
@@ -180,11 +180,11 @@ def test_fine_tuning_starts_from_the_trained_decoder(fine_tuned: Path) -> None:
 def changed_weights(squares: Path, model: Path) -> set[str]:
     """Paths of the backbone's weights that training has changed."""
     before = build_backbone(BackboneConfig(SMALL, 64), squares / "backbone.weights.h5")
-    round_weights(before.variables)
+    round_weights(before.weights)
     after = load_captioner(model).backbone
     return {
         old.path.removeprefix(f"{SMALL}/")
-        for old, new in zip(before.variables, after.variables, strict=True)
+        for old, new in zip(before.weights, after.weights, strict=True)
         if not np.array_equal(old.numpy(), new.numpy())
     }
 
@@ -204,6 +204,57 @@ def test_epochs_that_are_no_better_leave_the_weights_of_the_best_one(
     model = train_captioner(wanted)
     assert changed_weights(squares, model) == set()
     assert json.loads((model / "metrics.json").read_text())["best_epoch"] == 2
+
+
+def test_the_card_tells_which_phases_the_weights_are_of(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It told of fine-tuning though the best epoch was before it."""
+    script_scores(monkeypatch, [1.0, 2.0, 1.5, 1.5, 3.0, 2.5, 3.0])
+    model = train_captioner(in_all_phases(squares, tmp_path / "model"))
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert (metrics["phases"], metrics["phases_not_kept"]) == (
+        ["likelihood", "cider"],
+        ["fine-tuning"],
+    )
+    objective = (
+        "Objective: likelihood, then CIDEr-D (self-critical training, rate 0.001, 3 captions"
+    )
+    tried = "no epoch of it was better, so that its weights were not kept: likelihood with the back"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert objective in card
+    assert tried in card
+
+
+def test_of_epochs_with_equal_scores_the_one_with_the_least_loss_is_best(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While CIDEr-D stayed 0, the first epoch was best, and patience ended the training."""
+    script_scores(monkeypatch, [0.0] * 6, losses=[3.0, 2.0, 1.0, 1.0, 1.5, 1.0])
+    model = train_captioner(settings_for(squares, tmp_path / "model", epochs=9, patience=2))
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert (metrics["best_epoch"], metrics["epochs"]) == (3, 5)
+
+
+def test_a_single_validation_photo_is_refused_before_work(squares: Path, tmp_path: Path) -> None:
+    lines = (squares / "captions.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) | {"split": None} for line in lines]
+    annotations = tmp_path / "captions.jsonl"
+    annotations.write_text("\n".join(map(json.dumps, records)), "utf-8")
+    asked = {"annotations": annotations, "validation_count": 1}
+    with pytest.raises(UsageError, match=r"CIDEr-D of a single photo is always 0.*--monitor loss"):
+        train_captioner(settings_for(squares, tmp_path / "model", **asked))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.jsonl"]
+    asked |= {"monitor": Monitor.LOSS, "epochs": 1}
+    assert train_captioner(settings_for(squares, tmp_path / "model", **asked)).is_dir()
+
+
+def test_few_validation_photos_are_warned_of(
+    caplog: pytest.LogCaptureFixture, squares: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="lower --min-count"):
+        train_captioner(settings_for(squares, tmp_path / "model", min_count=1000))
+    assert "CIDEr-D of 8 validation photos is uncertain" in caplog.text
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from batchcap import training_data
 from batchcap.contracts import InputError, UsageError
+from batchcap.feature_cache import FEATURES_FILE
 from batchcap.model.backbones import build_backbone, extract_features
 from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
@@ -71,14 +73,23 @@ def test_annotations_tell_the_split(tmp_path):
     assert (ids(training), ids(validation)) == (["1", "4"], ["2"])
 
 
-def test_validation_annotations_count_more_than_splits(tmp_path):
+@pytest.mark.parametrize(("on_val", "trained_on"), [(False, ["1", "4"]), (True, ["1", "2", "4"])])
+def test_with_validation_annotations_val_is_trained_on_if_asked_and_test_never(
+    tmp_path, on_val, trained_on
+):
     settings = data_set(
         tmp_path,
-        {"1": "train", "2": "val", "3": None},
-        validation_annotations=write_annotations(tmp_path / "val.jsonl", {"3": None}),
+        {"1": "train", "2": "val", "3": "test", "4": None, "5": "extra", "6": None},
+        validation_annotations=write_annotations(tmp_path / "val.jsonl", {"6": None}),
+        train_on_val=on_val,
     )
     training, validation = load_examples(settings)
-    assert (ids(training), ids(validation)) == (["1", "2"], ["3"])
+    assert (ids(training), ids(validation)) == (trained_on, ["6"])
+
+
+def test_training_on_val_needs_other_validation_photos(tmp_path):
+    with pytest.raises(UsageError, match="--train-on-val needs"):
+        data_set(tmp_path, {"1": "train", "2": "val"}, train_on_val=True)
 
 
 def test_validation_photos_are_not_trained_on_under_another_name(tmp_path, caplog):
@@ -86,14 +97,21 @@ def test_validation_photos_are_not_trained_on_under_another_name(tmp_path, caplo
     (tmp_path / "2").write_bytes(b"3")
     training, validation = load_examples(settings)
     assert (ids(training), ids(validation)) == (["1"], ["3"])
-    assert "1 training photos are validation photos too" in caplog.text
+    assert "1 training photos are validation or test photos too" in caplog.text
+
+
+def test_test_photos_are_not_trained_on_under_another_name(tmp_path):
+    settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val", "4": "test"})
+    (tmp_path / "2").write_bytes(b"4")
+    training, validation = load_examples(settings)
+    assert (ids(training), ids(validation)) == (["1"], ["3"])
 
 
 def test_photos_of_no_known_split_are_counted(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": None})
     with caplog.at_level(logging.INFO):
         load_examples(settings)
-    assert "2 annotated photos are neither" in caplog.text
+    assert "left out of training: 2 photos of other splits" in caplog.text
 
 
 def test_more_photos_held_out_than_there_are_is_refused(tmp_path):
@@ -398,6 +416,33 @@ def test_other_weights_have_a_cache_of_their_own(backbone, photos, tmp_path):
     )
     assert other.folder != cache.folder
     assert (cache.row_count, other.row_count) == (1, 1)
+
+
+def test_features_of_other_code_have_a_cache_of_their_own(backbone, photos, tmp_path, monkeypatch):
+    cache, _ = extract_all(photos[:1], backbone, BACKBONE, cache_root=tmp_path)
+    monkeypatch.setattr(training_data, "LIBRARIES", ("pillow", "keras", "numpy"))
+    other, _ = extract_all(photos[:1], backbone, BACKBONE, cache_root=tmp_path)
+    assert other.folder != cache.folder
+
+
+def test_damaged_rows_are_made_anew(backbone, photos, tmp_path, caplog):
+    cache, _ = extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
+    whole = cache.rows().copy()
+    rows = np.memmap(cache.folder / FEATURES_FILE, np.float16, "r+", shape=whole.shape)
+    rows[3, 0, 7] = np.nan
+    rows.flush()
+    cache, good = extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
+    assert "1 row of the cache is damaged: made anew" in caplog.text
+    features = CachedFeatures(cache, good).whole(0, len(good))
+    np.testing.assert_allclose(features, whole, rtol=2e-3, atol=1e-3)
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(photos, tmp_path):
+    backbone = build_backbone(BACKBONE, None)
+    backbone.set_weights([np.full(weight.shape, np.nan) for weight in backbone.get_weights()])
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"features of 0\.png are not finite.*weights"):
+            extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
 
 
 def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog):

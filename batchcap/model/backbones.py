@@ -1,10 +1,11 @@
 """Photos to a grid of features, by CNNs trained on ImageNet."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import keras
@@ -15,14 +16,56 @@ from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
 
 Shape = tuple[int, int, int]
+Range = tuple[float, float]
 Weights = str | None
+Build = Callable[[Weights, Shape], keras.Model]
+
+# Of ImageNet's red, green and blue, from 0 to 1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STDDEV = (0.229, 0.224, 0.225)
+MOST_UNUSUAL = 0.01  # difference of a range, as a share of it
+
+log = logging.getLogger(__name__)
 
 
-def _of_keras(application: Callable[..., keras.Model]) -> Callable[[Weights, Shape], keras.Model]:
+class Backbone(NamedTuple):
+    """How to build a CNN, and what its ImageNet weights expect pixel values 0 and 255 to become."""
+
+    build: Build
+    input_range: Range
+
+
+def _of_keras(application: Callable[..., keras.Model]) -> Build:
     return lambda weights, shape: application(weights=weights, include_top=False, input_shape=shape)
 
 
-def _lite(name: str) -> Callable[[Weights, Shape], keras.Model]:
+def _efficientnet_b0(weights: Weights, shape: Shape) -> keras.Model:
+    """EfficientNet-B0 with constants where Keras normalises colours by variables.
+
+    Keras's layer ignores values that are assigned to its variables, and only with the weights
+    "imagenet" is there another one, which divides by the square root of the standard deviation
+    (`keras/applications/efficientnet.py`).
+    """
+    original = _of_keras(keras.applications.EfficientNetB0)(weights, shape)
+
+    def copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, keras.layers.Normalization):
+            scale = [deviation**-1.5 for deviation in IMAGENET_STDDEV]
+            offset = [-mean * s for mean, s in zip(IMAGENET_MEAN, scale, strict=True)]
+            return keras.layers.Rescaling(scale, offset, name=layer.name)
+        config = layer.get_config()
+        if isinstance(layer, keras.layers.Rescaling) and isinstance(layer.scale, list):
+            config["scale"] = 1.0
+        return type(layer).from_config(config)
+
+    backbone = keras.models.clone_model(original, clone_function=copy)
+    values = {weight.path: weight for weight in original.weights}
+    for weight in backbone.weights:
+        weight.assign(values[weight.path])
+    return backbone
+
+
+def _lite(name: str) -> Build:
     def build(weights: Weights, shape: Shape) -> keras.Model:
         if weights == "imagenet":
             raise ValueError("they are made by jobs/convert_efficientnet_lite.py")
@@ -35,12 +78,35 @@ def _lite(name: str) -> Callable[[Weights, Shape], keras.Model]:
 
 
 BACKBONES = {
-    "mobilenet": _of_keras(keras.applications.MobileNet),
-    "mobilenet-v2": _of_keras(keras.applications.MobileNetV2),
-    "efficientnet-b0": _of_keras(keras.applications.EfficientNetB0),
-    "efficientnet-v2-b0": _of_keras(keras.applications.EfficientNetV2B0),
-    **{name: _lite(name) for name in WIDTH_AND_DEPTH},
+    "mobilenet": Backbone(_of_keras(keras.applications.MobileNet), (-1.0, 1.0)),
+    "mobilenet-v2": Backbone(_of_keras(keras.applications.MobileNetV2), (-1.0, 1.0)),
+    "efficientnet-b0": Backbone(_efficientnet_b0, (0.0, 255.0)),
+    "efficientnet-v2-b0": Backbone(_of_keras(keras.applications.EfficientNetV2B0), (0.0, 255.0)),
+    **{name: Backbone(_lite(name), (-127 / 128, 1.0)) for name in WIDTH_AND_DEPTH},
 }
+
+
+def choose_input_range(name: str, asked: Range | None) -> Range:
+    """The input range that was asked for, or else the backbone's own; an unusual one is warned of.
+
+    Raises:
+        ModelError: the backbone's name is unknown.
+    """
+    own = _backbone(name).input_range
+    low, high = asked or own
+    if max(abs(low - own[0]), abs(high - own[1])) > MOST_UNUSUAL * (own[1] - own[0]):
+        log.warning(
+            "--input-range %g %g: the ImageNet weights of %s expect pixels from %g to %g; leave "
+            "out --input-range unless the weights are others",
+            *(low, high, name, *own),
+        )
+    return low, high
+
+
+def _backbone(name: str) -> Backbone:
+    if name not in BACKBONES:
+        raise ModelError(f"backbone {name!r} is unknown: choose from {sorted(BACKBONES)}")
+    return BACKBONES[name]
 
 
 def build_backbone(
@@ -54,14 +120,13 @@ def build_backbone(
     Raises:
         ModelError: the backbone's name is unknown, or the weights are missing or of another CNN.
     """
-    if config.name not in BACKBONES:
-        raise ModelError(f"backbone {config.name!r} is unknown: choose from {sorted(BACKBONES)}")
+    build = _backbone(config.name).build
     if weights not in (None, "imagenet") and not Path(weights).is_file():
         raise ModelError(f"there is no backbone weights file {weights}")
     shape = (config.image_size, config.image_size, 3)
     try:
         with computing_in(precision):
-            backbone = BACKBONES[config.name](None if weights is None else str(weights), shape)
+            backbone = build(None if weights is None else str(weights), shape)
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -127,7 +192,7 @@ def extract_features(backbone: keras.Model, config: BackboneConfig, pixels: Any)
 def weights_digest(backbone: keras.Model) -> str:
     """SHA-256 over the names and values of the weights."""
     digest = hashlib.sha256()
-    for variable in sorted(backbone.variables, key=lambda variable: variable.path):
-        digest.update(variable.path.encode())
-        digest.update(variable.numpy().tobytes())
+    for weight in sorted(backbone.weights, key=lambda weight: weight.path):
+        digest.update(weight.path.encode())
+        digest.update(weight.numpy().tobytes())
     return digest.hexdigest()

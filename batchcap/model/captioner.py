@@ -290,6 +290,7 @@ def set_weights(
 
 
 def _variables(backbone: keras.Model, decoder: CaptionDecoder) -> dict[str, Any]:
-    named = {f"backbone/{variable.path}": variable for variable in backbone.variables}
+    # Not `variables`, which have the seeds of dropout too, under names that count up.
+    named = {f"backbone/{weight.path}": weight for weight in backbone.weights}
     named |= {variable.path: variable for variable in decoder.trainable_variables}
     return dict(sorted(named.items()))

@@ -12,7 +12,6 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Hashable
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +23,11 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from batchcap.contracts import Precision
 from batchcap.files import replacing
+from batchcap.model import backbones, efficientnet_lite
 from batchcap.model.backbones import extract_features, feature_grid
 from batchcap.model.config import BackboneConfig
 from batchcap.model.runtime import import_openvino
-from batchcap.surroundings import cache_folder
+from batchcap.surroundings import cache_folder, code_version
 
 # uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor
 Extract = Callable[[npt.NDArray[np.uint8]], Any]
@@ -129,8 +129,8 @@ def _exported(
     backbone: keras.Model, config: BackboneConfig, fingerprint: str
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """OpenVINO's `graph` and `weights` of a backbone, from the cache where they are there."""
-    key = f"{fingerprint[:32]}-{version('openvino')}-{version('batchcap')}.npz"
-    path = cache_folder("openvino") / key
+    made_by = code_version(backbones, efficientnet_lite, "keras", "openvino")
+    path = cache_folder("openvino") / f"{fingerprint[:32]}-{made_by[:16]}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:  # checks a sum of each
             return dict(arrays)

@@ -7,11 +7,22 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import pytest
+from keras.src.applications import efficientnet
 
 from batchcap.contracts import ModelError
-from batchcap.model.backbones import build_backbone, extract_features, weights_digest
+from batchcap.model.backbones import (
+    BACKBONES,
+    IMAGENET_MEAN,
+    IMAGENET_STDDEV,
+    build_backbone,
+    choose_input_range,
+    extract_features,
+    weights_digest,
+)
 from batchcap.model.config import BackboneConfig
+from batchcap.model.images import LoadSettings, load_image
 
+PHOTOS = Path(__file__).parents[1] / "photos"
 SIZE = 96
 CELLS = SIZE // 32
 CONFIG = BackboneConfig("mobilenet", image_size=SIZE)
@@ -58,6 +69,71 @@ def test_input_range_is_what_black_and_white_become(backbone, pixels):
     expected = backbone(pixels.astype(np.float32) / 255, training=False).numpy()
     features = extract_features(backbone, config, pixels).numpy()
     np.testing.assert_allclose(features, expected.reshape(features.shape), atol=1e-4)
+
+
+def first_convolution_sees(name: str, input_range: tuple[float, float]) -> npt.NDArray[Any]:
+    """What real photos are at the first convolution of a backbone."""
+    settings = LoadSettings(SIZE)
+    photos = [load_image(path, settings).pixels for path in sorted(PHOTOS.glob("*.jpg"))]
+    config = BackboneConfig(name, SIZE, input_range)
+    backbone = build_backbone(config, None)
+    first = next(each for each in backbone.layers if isinstance(each, keras.layers.Conv2D))
+    before = keras.Model(backbone.inputs, first.input)
+    return extract_features(before, config, np.stack(photos)).numpy()
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"small"}))
+def test_photos_have_a_spread_of_about_1_at_the_first_convolution(name):
+    """By one range for all, EfficientNet saw photos of nearly no contrast."""
+    seen = first_convolution_sees(name, choose_input_range(name, None))
+    assert 0.4 < seen.std() < 3
+    assert np.abs(seen.mean()) < seen.std()
+
+
+def test_an_unusual_input_range_is_warned_of(caplog):
+    assert choose_input_range("efficientnet-b0", (0.0, 255.0)) == (0, 255)
+    assert choose_input_range("efficientnet-lite0", (-1.0, 1.0)) == (-1, 1)
+    assert not caplog.records
+    assert choose_input_range("efficientnet-b0", (-1.0, 1.0)) == (-1, 1)
+    assert "weights of efficientnet-b0 expect pixels from 0 to 255" in caplog.text
+
+
+def test_efficientnet_b0_is_that_of_keras_and_its_weights_carry_all(pixels, tmp_path, monkeypatch):
+    """Keras normalises in two layers that assigned weights don't reach."""
+    options = {"include_top": False, "input_shape": (SIZE, SIZE, 3)}
+    released = keras.applications.EfficientNetB0(weights=None, **options)
+    (normalise,) = (
+        layer for layer in released.layers if isinstance(layer, keras.layers.Normalization)
+    )
+    normalise.set_weights([np.array(IMAGENET_MEAN), np.array(IMAGENET_STDDEV) ** 2, np.array(0)])
+    path = tmp_path / "b0.weights.h5"
+    released.save_weights(path)
+    monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda *_, **__: str(path))
+    theirs = keras.applications.EfficientNetB0(weights="imagenet", **options)
+    expected = theirs(pixels.astype(np.float32), training=False).numpy()
+
+    config = BackboneConfig("efficientnet-b0", SIZE, (0.0, 255.0))
+    ours = [build_backbone(config, weights) for weights in ("imagenet", path, None)]
+    ours[2].set_weights(ours[0].get_weights())
+    for backbone in ours:
+        features = extract_features(backbone, config, pixels).numpy()
+        np.testing.assert_allclose(
+            features, expected.reshape(features.shape), rtol=1e-3, atol=1e-3 * expected.std()
+        )
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"small"}))
+def test_features_follow_from_the_weights_alone(name, pixels):
+    config = BackboneConfig(name, SIZE, choose_input_range(name, None))
+    backbone, other = build_backbone(config, None), build_backbone(config, None)
+    assert [weight.path for weight in backbone.weights] == [w.path for w in other.weights]
+    for weight, same in zip(backbone.weights, other.weights, strict=True):
+        weight.assign(weight.numpy() + 0.01)
+        same.assign(weight.numpy())
+    assert weights_digest(backbone) == weights_digest(other)
+    np.testing.assert_array_equal(
+        *(extract_features(each, config, pixels).numpy() for each in (backbone, other))
+    )
 
 
 def test_weights_come_from_a_file(backbone, tmp_path):

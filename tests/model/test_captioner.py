@@ -20,7 +20,7 @@ from plain_beam import plain_beam_search
 from safetensors.numpy import load_file, save_file
 
 from batchcap.contracts import ModelError
-from batchcap.model.backbones import BACKBONES, build_backbone, extract_features
+from batchcap.model.backbones import BACKBONES, Backbone, build_backbone, extract_features
 from batchcap.model.captioner import (
     Captioner,
     get_weights,
@@ -340,7 +340,7 @@ def tiny_cnn(weights: None, input_shape: tuple[int, int, int]) -> keras.Sequenti
 
 @pytest.fixture
 def tiny_captioner(monkeypatch: pytest.MonkeyPatch) -> Captioner:
-    monkeypatch.setitem(BACKBONES, "tiny", tiny_cnn)
+    monkeypatch.setitem(BACKBONES, "tiny", Backbone(tiny_cnn, (-1.0, 1.0)))
     keras.utils.set_random_seed(1)
     backbone, decoder = (
         build_backbone(TINY_CONFIG.backbone, None),
