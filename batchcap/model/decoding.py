@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
@@ -131,43 +132,57 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
     """Draw words from softmax(logits / temperature) by inverting its cumulative distribution.
 
     `top_k` leaves only that many most probable words, and `top_p` of these the fewest whose
-    probabilities add up to it (Holtzman et al. 2020, nucleus sampling). All random numbers come in
-    from outside, one a row and position: a row draws the same words in whatever batch it stands.
+    probabilities add up to it (Holtzman et al. 2020, nucleus sampling); of equally probable words
+    those with the lower ids. All random numbers come in from outside, one a row and position: a row
+    draws the same words in whatever batch it stands.
     """
 
     def choose(logits: Any, uniforms: Any) -> Any:
         # Near 0, where the division would overflow, the most probable word is certain already.
         scaled = logits / max(temperature, TINY)
+        size = logits.shape[-1]
+        words = tf.range(size)
         if top_k is not None:
-            least = tf.math.top_k(scaled, min(top_k, logits.shape[-1])).values[:, -1:]
-            scaled = tf.where(scaled < least, FORBIDDEN, scaled)
+            count = min(top_k, size)
+            least = tf.math.top_k(scaled, count).values[:, -1:]
+            scaled = tf.where(_highest(scaled, least, count), scaled, FORBIDDEN)
         probabilities = tf.nn.softmax(scaled)
         if top_p < 1:
             falling = tf.sort(probabilities, direction="DESCENDING")
             before = tf.cumsum(falling, axis=-1, exclusive=True)
-            kept = before < max(top_p, TINY)  # the first one always
-            least = tf.reduce_min(tf.where(kept, falling, 1.0), axis=-1, keepdims=True)
-            probabilities = tf.where(probabilities < least, 0.0, probabilities)
+            is_enough = before >= max(top_p, TINY)  # never before the first one
+            count = tf.reduce_min(tf.where(is_enough, words, size), axis=-1, keepdims=True)
+            least = tf.reduce_min(tf.where(words < count, falling, 1.0), axis=-1, keepdims=True)
+            probabilities = tf.where(_highest(probabilities, least, count), probabilities, 0.0)
         cumulative = tf.cumsum(probabilities, axis=-1)
         drawn = uniforms[:, None] * cumulative[:, -1:]
-        word = tf.reduce_sum(tf.cast(cumulative <= drawn, tf.int32), axis=-1)
-        # Rounding can push `drawn` to the very end, past the last word that has a probability.
-        last = tf.reduce_sum(tf.cast(cumulative < cumulative[:, -1:], tf.int32), axis=-1)
-        return tf.minimum(word, last)
+        # XLA adds in another order for each word, so that sums can rise at words of probability 0.
+        is_possible = probabilities > 0
+        is_past = is_possible & (cumulative > drawn)
+        last = tf.reduce_max(tf.where(is_possible, words, 0), axis=-1)
+        return tf.minimum(tf.reduce_min(tf.where(is_past, words, words[-1]), axis=-1), last)
 
     return choose
+
+
+def _highest(values: Any, least: Any, count: Any) -> Any:
+    """`bool[N, V]`: the `count` highest of each row, whose last is `least`; of equals the first."""
+    is_higher, is_equal = values > least, values == least
+    wanted = count - tf.reduce_sum(tf.cast(is_higher, tf.int32), axis=-1, keepdims=True)
+    return is_higher | (is_equal & (tf.cumsum(tf.cast(is_equal, tf.int32), axis=-1) <= wanted))
 
 
 def forbidder(min_length: int, no_repeat_ngram: int) -> Forbid:
     """Bar words from being chosen; their log-probabilities stay what they are.
 
     END is barred from the first `min_length` positions, and a word wherever it would complete an
-    n-gram of `no_repeat_ngram` words that the caption has already (0 bars none).
+    n-gram of `no_repeat_ngram` words that the caption has already (0 bars none). Where that bars
+    all words, the caption ends.
     """
 
     def forbid(logits: Any, tokens: Any, position: Any) -> Any:
+        is_end, free = tf.range(logits.shape[-1]) == END_ID, logits
         if min_length > 0:
-            is_end = tf.range(logits.shape[-1]) == END_ID
             logits = tf.where(is_end & (position < min_length), FORBIDDEN, logits)
         if 0 < no_repeat_ngram <= tokens.shape[-1]:
             words = _repeating(tokens, position, no_repeat_ngram)
@@ -176,6 +191,9 @@ def forbidder(min_length: int, no_repeat_ngram: int) -> Forbid:
             barred = tf.fill((count, places), FORBIDDEN)
             at = tf.stack([rows, words], axis=-1)
             logits = tf.tensor_scatter_nd_min(logits, at, barred)
+            if min_length > 0:
+                is_stuck = tf.reduce_max(logits, axis=-1, keepdims=True) < IMPOSSIBLE
+                logits = tf.where(is_stuck & is_end, free, logits)
         return logits
 
     return forbid
@@ -257,7 +275,7 @@ def beam_search(
     )
     best = _Best(
         _nothing((images,), max_length, grid_cells),
-        tf.fill((images,), FORBIDDEN),
+        tf.zeros((images,)),  # counts once a caption has ended
         tf.zeros((images,), tf.int32),
     )
     one_word = partial(_extend_beams, step, forbid, length_penalty)
@@ -276,7 +294,7 @@ def _extend_beams(
     ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
     # The best one that ends, ahead of those that live on.
     first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
-    going_on = tf.where(words == END_ID, 2 * FORBIDDEN, scores)
+    going_on = tf.where(words == END_ID, -np.inf, scores)
     chosen = tf.concat([first_end[:, None], tf.math.top_k(going_on, beam_size).indices], axis=1)
     scores, sources, words = _take((scores, sources, words), chosen)
     written = _extended(beams.written, log_probs, looked, sources, words, position)
@@ -331,7 +349,8 @@ def _extended(
 
 def _better(best: _Best, ended: _Best, going_on: _Written, is_open: Any) -> _Best:
     """`best`, replaced in open rows by what has just ended, if higher, or else is going on."""
-    is_higher = is_open & (ended.ended > 0) & (ended.score > best.score)
+    is_higher = (best.ended == 0) | (ended.score > best.score)
+    is_higher &= is_open & (ended.ended > 0)
     total = tf.where(is_open, best.ended + ended.ended, best.ended)
     written = _where(is_higher, ended.written, _where(total == 0, going_on, best.written))
     return _Best(written, tf.where(is_higher, ended.score, best.score), total)

@@ -30,9 +30,12 @@ def plain_beam_search(
         extensions = []
         table = next_log_probs([words for _, words, _ in beams])
         for (score, words, log_probs), row in zip(beams, table, strict=True):
-            for word in np.argsort(-row, kind="stable").tolist():
-                if row[word] < -1e6 or is_barred(words, word, min_length, no_repeat_ngram):
-                    continue
+            allowed = [
+                word
+                for word in np.argsort(-row, kind="stable").tolist()
+                if row[word] > -1e6 and not is_barred(words, word, min_length, no_repeat_ngram)
+            ]
+            for word in allowed or [END_ID]:
                 log_prob = float(row[word])
                 extensions.append((score + log_prob, [*words, word], [*log_probs, log_prob]))
         extensions.sort(key=lambda extension: -extension[0])

@@ -283,6 +283,40 @@ def test_banned_words_are_never_drawn(banned, temperature, uniform):
         assert draw(logits, temperature, [uniform])[0] not in banned
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(3, 1.0, 3), (None, 0.5, 15), (20, 0.5, 10)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_equally_probable_words_those_with_the_lowest_ids_are_kept(compiled, top_k, top_p, kept):
+    choose = tf.function(sampler(1.0, top_k, top_p), jit_compile=compiled)
+    drawn = choose(tf.zeros((len(GRID), WORDS)), tf.constant(GRID, tf.float32)).numpy()
+    assert set(drawn) == set(range(kept))
+
+
+def boundaries(logits: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Any:
+    """The float32 numbers around those where one word follows another."""
+    probabilities = np.where(kept, np.exp(np.float64(logits) - logits.max()), 0)
+    sums = np.cumsum(probabilities / probabilities.sum())[kept]
+    steps = np.round(sums * 2**24)[:, None] + np.arange(-16, 17)
+    return np.unique(steps.clip(0, 2**24 - 1).ravel() / 2**24).astype(np.float32)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(20, 1.0), (None, 0.9)])
+def test_compiled_draws_are_of_kept_words_only(top_k, top_p):
+    """XLA's cumulative sum rises at words of probability 0 too: each run drew some of them."""
+    size, rows = 2108, 2048
+    choose = tf.function(sampler(1.0, top_k, top_p), jit_compile=True)
+    for seed in range(3):
+        logits = np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+        falling = np.argsort(-logits)
+        probabilities = np.exp(log_softmax(logits))[falling]
+        count = top_k or int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1
+        kept = np.isin(np.arange(size), falling[:count])
+        uniforms = boundaries(logits, kept)
+        table = tf.constant(np.tile(logits, (rows, 1)))
+        for part in np.array_split(uniforms, 1 + len(uniforms) // rows):
+            padded = tf.constant(np.pad(part, (0, rows - len(part))))
+            assert kept[choose(table, padded).numpy()].all()
+
+
 def test_greedy_takes_the_most_probable_word():
     assert greedy(tf.constant([[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]), None).numpy().tolist() == [1, 0]
 
@@ -322,13 +356,20 @@ def next_in(table: npt.NDArray[np.float32]) -> Any:
     return next_log_probs
 
 
+def assert_holds_words_alone(decoded: Decoded, row: int) -> None:
+    words = decoded.tokens[row].numpy()
+    length = int(decoded.lengths[row])
+    assert (words[:length] > END_ID).all()
+    assert (words[length:] == PADDING_ID).all()
+
+
 @pytest.mark.parametrize("batch", [3, 16])
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     beam_size=st.integers(1, 5),
-    length_penalty=st.sampled_from([0.0, 0.7, 1.0]),
-    min_length=st.integers(0, 3),
+    length_penalty=st.sampled_from([-10.0, -2.0, 0.0, 0.7, 1.0, 10.0]),
+    min_length=st.integers(0, LIMIT),
     no_repeat_ngram=st.integers(0, 3),
 )
 def test_beam_search_is_that_of_plain_python(
@@ -351,6 +392,7 @@ def test_beam_search_is_that_of_plain_python(
             next_in(table), beam_size, length_penalty, LIMIT, min_length, no_repeat_ngram
         )
         length = int(decoded.lengths[row])
+        assert_holds_words_alone(decoded, row)
         tokens = decoded.tokens[row, :length].numpy().tolist()
         assert (tokens, bool(decoded.finished[row])) == (best.tokens, best.finished)
         log_probs = decoded.log_probs[row, : len(best.log_probs)]
@@ -362,24 +404,65 @@ def test_beam_search_is_that_of_plain_python(
             np.testing.assert_array_equal(decoded.attention[row, place], read)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
-def test_greedy_captions_repeat_no_ngram(seed, no_repeat_ngram):
-    tables = scripted_tables(np.random.default_rng(seed), 4)
-    tables[..., END_ID] -= 4
-    decoded = decode(
+def decode_tables(tables: npt.NDArray[np.float32], choose: Any, forbid: Any) -> Decoded:
+    rows = len(tables)
+    return decode(
         read_table,
-        tf.zeros((4, 1, FEW_WORDS)),
+        tf.zeros((rows, 1, FEW_WORDS)),
         tf.constant(tables),
-        greedy,
-        forbidder(0, no_repeat_ngram),
-        tf.zeros((4, LIMIT)),
-        tf.fill((4,), True),
+        choose,
+        forbid,
+        tf.constant(np.random.default_rng(0).random((rows, LIMIT), np.float32)),
+        tf.fill((rows,), True),
         FEW_WORDS,
     )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(0, LIMIT), st.integers(1, 3))
+def test_greedy_captions_repeat_no_ngram(seed, min_length, no_repeat_ngram):
+    tables = scripted_tables(np.random.default_rng(seed), 4)
+    tables[..., END_ID] -= 4
+    decoded = decode_tables(tables, greedy, forbidder(min_length, no_repeat_ngram))
     for row, table in enumerate(tables):
-        expected = plain_beam_search(next_in(table), 1, 0.0, LIMIT, 0, no_repeat_ngram)
+        expected = plain_beam_search(next_in(table), 1, 0.0, LIMIT, min_length, no_repeat_ngram)
         assert decoded.tokens[row, : decoded.lengths[row]].numpy().tolist() == expected.tokens
+        assert bool(decoded.finished[row]) == expected.finished
+
+
+@pytest.mark.parametrize("choose", [greedy, sampler(1.0, None, 1.0), sampler(1.0, 2, 0.9)])
+def test_a_caption_ends_where_every_word_is_barred(choose):
+    """It went on with padding, though three words can't fill eight positions without repeating."""
+    tables = scripted_tables(np.random.default_rng(7), 20)
+    decoded = decode_tables(tables, choose, forbidder(min_length=LIMIT, no_repeat_ngram=1))
+    assert decoded.lengths.numpy().tolist() == [FEW_WORDS - FIRST_LETTER] * 20
+    assert decoded.finished.numpy().all()
+    for row in range(20):
+        assert_holds_words_alone(decoded, row)
+
+
+@pytest.mark.parametrize("beam_size", [2, 5])
+def test_the_best_that_ended_is_returned_whatever_the_length_penalty(beam_size):
+    """Lengths to the power of 10 put every score below where the best one started."""
+    tables = np.full((1, LIMIT, FEW_WORDS, FEW_WORDS), BANNED_LOGIT, np.float32)
+    tables[..., FIRST_LETTER:] = 0
+    tables[..., END_ID] = 1
+    decoded = beam_search(
+        read_table,
+        tf.zeros((1, beam_size, FEW_WORDS)),
+        tf.constant(tables),
+        beam_size,
+        -10.0,
+        forbidder(6, 0),
+        tf.constant([True]),
+        LIMIT,
+        FEW_WORDS,
+    )
+    expected = plain_beam_search(next_in(tables[0]), beam_size, -10.0, LIMIT, 6)
+    assert expected.finished
+    assert bool(decoded.finished[0])
+    # END's comes last: the caption had ended.
+    assert (decoded.log_probs[0].numpy() < 0).sum() == len(expected.log_probs)
 
 
 @settings(deadline=None, max_examples=30)
