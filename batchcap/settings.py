@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
+from batchcap.contracts import MAX_PIXELS, MAX_WORDS, Precision, Runtime, UsageError
 
 MAX_SHARES = 99_999  # of five digits in names
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
@@ -387,7 +387,7 @@ class TrainSettings:
         224, "Side of the square that photos are resized to.", least=32, most=1024
     )
     input_range: tuple[float, float] = _option((-1.0, 1.0), "What pixel values 0 and 255 become.")
-    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
+    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5, most=MAX_WORDS)
     min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
     max_length: int = _option(20, "Most words in a caption; longer ones are cut.", least=1)
     units: int = _option(256, "Width of the decoder.", least=1)
