@@ -13,6 +13,7 @@ import tensorflow as tf
 from batchcap.contracts import ModelError, Precision
 from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
+from batchcap.records import shown
 
 Shape = tuple[int, int, int]
 Weights = str | None
@@ -55,7 +56,9 @@ def build_backbone(
         ModelError: the backbone's name is unknown, or the weights are missing or of another CNN.
     """
     if config.name not in BACKBONES:
-        raise ModelError(f"backbone {config.name!r} is unknown: choose from {sorted(BACKBONES)}")
+        raise ModelError(
+            f"backbone {shown(config.name)} is unknown: choose from {sorted(BACKBONES)}"
+        )
     if weights not in (None, "imagenet") and not Path(weights).is_file():
         raise ModelError(f"there is no backbone weights file {weights}")
     shape = (config.image_size, config.image_size, 3)
