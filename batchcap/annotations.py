@@ -5,12 +5,13 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from batchcap.contracts import InputError
+from batchcap.inputs import has_image_extension
 from batchcap.records import (
     Problems,
     counted,
@@ -29,9 +30,8 @@ Record = tuple[str, dict[str, Any]]  # its place in the file, and its fields
 SPLITS = ("train", "val", "test")
 # Names of these splits in Karpathy's files and on Hugging Face.
 SPLIT_SYNONYMS = {"restval": "train", "validation": "val"}
-FLICKR_LINE = re.compile(
-    r"(?P<name>.+?)#(?:(?P<kind>[^#\s]+)#)?(?P<number>\d+)(?:\s+(?P<caption>.*))?"
-)
+# `#<number>` or `#<kind>#<number>` after a name; a kind is a word, such as zhc.
+FLICKR_NUMBER = re.compile(r"(?!^)#(?:(?P<kind>[^\W\d][\w-]*)#)?(?P<number>\d+)(?!\S)")
 KNOWN_FORMATS = (
     "Known formats: Flickr8k text (`<file name>#<number> <caption>` a line), COCO captions, "
     "Karpathy's JSON, AI Challenger's JSON, and JSON lines or CSV with `image_id` or `file_name` "
@@ -158,19 +158,38 @@ def clean(caption: str) -> str:
 
 def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
     """`<file name>#<kind>#<n> <caption>` a line, `#<kind>` optional; splits in files beside."""
+    lines = list(text_lines(data, annotations.problems))
+    numbers = _caption_numbers([line for _, line in lines])
     seen: set[tuple[str, str | None, str]] = set()
-    for place, line in text_lines(data, annotations.problems):
-        match = FLICKR_LINE.fullmatch(line)
+    for (place, line), match in zip(lines, numbers, strict=True):
         if match is None:
             annotations.problems.report(place, "not `<file name>#<number> <caption>`")
             continue
-        name, kind, number, caption = match.groups()
+        name, caption = line[: match.start()], line[match.end() :]
+        kind, number = match.groups()
         if (name, kind, number) in seen:
             annotations.problems.report(place, f"caption {number} of {name} stands twice")
         seen.add((name, kind, number))
         annotations.add_image(place, name)
         annotations.add_caption(place, name, caption)
     _add_splits_beside(annotations)
+
+
+def _caption_numbers(lines: Sequence[str]) -> list[re.Match[str] | None]:
+    """Find the number that ends the name in each line: names and captions may contain `#3` too.
+
+    It is the first candidate after an image extension, if most lines have such a candidate.
+    """
+    candidates = [list(FLICKR_NUMBER.finditer(line)) for line in lines]
+    after_extensions = [
+        [match for match in found if has_image_extension(line[: match.start()])]
+        for line, found in zip(lines, candidates, strict=True)
+    ]
+    if 2 * sum(map(bool, after_extensions)) > len(lines):
+        candidates = [
+            likely or found for likely, found in zip(after_extensions, candidates, strict=True)
+        ]
+    return [next(iter(found), None) for found in candidates]
 
 
 def _add_splits_beside(annotations: _Annotations) -> None:

@@ -51,7 +51,7 @@ def draw_attention(
         panel.imshow(pixels)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         panel.imshow(weight, cmap="gray", alpha=0.6, extent=extent, vmin=0, vmax=weight.max())
-        panel.set_title(word, fontproperties=font)
+        panel.set_title(word, fontproperties=font, parse_math=False)
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)

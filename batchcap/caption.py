@@ -37,7 +37,7 @@ class CaptionedImage:
 
     def __str__(self) -> str:
         if self.failed:
-            return f"{printable(self.path)}: {self.reason}"
+            return f"{printable(self.path)}: {printable(str(self.reason))}"
         labelled = zip([*self.words, END_LABEL], self.probabilities, strict=False)
         shown = "  ".join(f"{word} {probability:.2f}" for word, probability in labelled)
         return f"{printable(self.path)}\n{join_words(self.words)}\n  {shown}"

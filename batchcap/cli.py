@@ -3,6 +3,7 @@
 Verbs are imported when called, so that `--help` starts without TensorFlow.
 """
 
+import io
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from batchcap import __version__
 from batchcap.contracts import BatchcapError
 from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
-from batchcap.records import read_bytes
+from batchcap.records import printable_json, printable_lines, read_bytes
 from batchcap.remote import is_url, without_file_scheme
 from batchcap.settings import (
     DEFAULT_MODEL,
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         batchcap.main(arguments, prog_name="batchcap", standalone_mode=False)
         sys.exit(0)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         sys.exit(error.exit_code)
     except click.Abort:  # asked for input, which we never do
         sys.exit(1)
@@ -111,8 +112,23 @@ def _say(event: str, message: str, exit_code: int) -> int:
     if writes_json():
         log_event(log, event, message, logging.ERROR, exit_code=exit_code)
     else:
-        click.echo(f"batchcap: {message}", err=True)
+        _echo(f"batchcap: {message}", err=True)
     return exit_code
+
+
+def _show(error: click.ClickException) -> None:
+    text = io.StringIO()
+    error.show(text)
+    _echo(text.getvalue().rstrip("\n"), err=True)
+
+
+def _echo(text: object, err: bool = False) -> None:
+    """Print a text that may quote files of strangers."""
+    click.echo(printable_lines(str(text)), err=err)
+
+
+def _echo_json(value: object) -> None:
+    click.echo(printable_json(json.dumps(value)))
 
 
 def _configure(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
@@ -271,10 +287,13 @@ def run(**asked: Any) -> None:
     from batchcap.run import plan_run, run_captioning
 
     if settings.dry_run:
-        click.echo(plan_run(settings))
+        _echo(plan_run(settings))
         return
     summary = run_captioning(settings)
-    click.echo(json.dumps(summary.as_json()) if writes_json() else str(summary))
+    if writes_json():
+        _echo_json(summary.as_json())
+    else:
+        _echo(summary)
     sys.exit(summary.exit_code)
 
 
@@ -293,7 +312,7 @@ def merge(**asked: Any) -> None:
     settings = MergeSettings(**asked)
     from batchcap.merge import merge_captions
 
-    click.echo(merge_captions(settings))
+    _echo(merge_captions(settings))
 
 
 @batchcap.command()
@@ -313,7 +332,7 @@ def train(**asked: Any) -> None:
     start_tensorflow()
     from batchcap.train import train_captioner
 
-    click.echo(f"wrote {train_captioner(settings)}")
+    _echo(f"wrote {train_captioner(settings)}")
 
 
 _captions_argument = click.argument("captions", metavar="CAPTIONS", type=click.Path(path_type=Path))
@@ -340,7 +359,10 @@ def evaluate(**asked: Any) -> None:
     from batchcap.evaluate import evaluate_captions
 
     evaluation = evaluate_captions(settings)
-    click.echo(json.dumps(evaluation.as_json()) if settings.json else str(evaluation))
+    if settings.json:
+        _echo_json(evaluation.as_json())
+    else:
+        _echo(evaluation)
 
 
 @batchcap.command()
@@ -357,7 +379,7 @@ def export(**asked: Any) -> None:
     settings = ExportSettings(**asked)
     from batchcap.export import export_captions
 
-    click.echo(export_captions(settings))
+    _echo(export_captions(settings))
 
 
 @batchcap.command()
@@ -376,7 +398,7 @@ def report(**asked: Any) -> None:
     settings = ReportSettings(**asked)
     from batchcap.report import write_report
 
-    click.echo(write_report(settings))
+    _echo(write_report(settings))
 
 
 @batchcap.command()
@@ -395,7 +417,7 @@ def caption(**asked: Any) -> None:
 
     failed = 0
     for captioned in caption_images(settings):
-        click.echo(str(captioned), err=captioned.failed)
+        _echo(captioned, err=captioned.failed)
         failed += captioned.failed
     if failed:
         sys.exit(1)
@@ -415,7 +437,7 @@ def bench(**asked: Any) -> None:
     from batchcap.bench import run_bench
 
     result = run_bench(settings)
-    click.echo(result.as_json() if settings.json else str(result))
+    _echo(result.as_json() if settings.json else result)
 
 
 @batchcap.group()
@@ -435,7 +457,7 @@ def show(directory: Path) -> None:
     """What a model is: sizes, fingerprint, metrics. The shipped model where none is named."""
     from batchcap.model_card import describe
 
-    click.echo(describe(directory))
+    _echo(describe(directory))
 
 
 @model.command()
@@ -445,4 +467,4 @@ def card(directory: Path) -> None:
     """The model card: data, licence, results, limits."""
     from batchcap.model_card import read_card
 
-    click.echo(read_card(directory))
+    _echo(read_card(directory))

@@ -15,6 +15,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 2
 READABLE_SCHEMAS = {"1", str(SCHEMA_VERSION)}  # read as the newest
 MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
+MAX_WORDS = 1_000_000  # of a vocabulary
 
 ATTENTION_TYPE = pa.struct(
     [

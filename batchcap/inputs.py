@@ -81,7 +81,7 @@ class Selection(NamedTuple):
     def is_photo(self, path: str) -> bool:
         """Whether a file of a folder or a tar is a photo: by the pattern, or else by extension."""
         self.progress()
-        return (self.pattern or _has_image_extension)(path)
+        return (self.pattern or has_image_extension)(path)
 
     def keeps(self, path: str) -> bool:
         """Whether to keep a photo that a list or a Parquet file names."""
@@ -297,7 +297,8 @@ def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
     return re.compile("|".join(map(fnmatch.translate, sorted(variants))) or "(?!)").match
 
 
-def _has_image_extension(relative: str) -> bool:
+def has_image_extension(relative: str) -> bool:
+    """Whether a name ends like a photo's."""
     _, dot, extension = relative.rpartition(".")
     return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
 

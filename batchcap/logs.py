@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from batchcap.records import printable_json, printable_lines
 from batchcap.settings import LogFormat
 
 OURS = "batchcap"
@@ -16,7 +17,7 @@ FIELDS = "event_fields"
 def configure_logging(log_format: LogFormat, verbose: bool) -> None:
     """Tell of our own events, or with `verbose` of everything; other libraries' chatter is none."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if log_format is LogFormat.JSON else logging.Formatter())
+    handler.setFormatter(JsonLines() if log_format is LogFormat.JSON else TextLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger(OURS).setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
@@ -37,6 +38,14 @@ def log_event(
     logger.log(level, "%s", text, extra={FIELDS: {"event": event, **fields}})
 
 
+class TextLines(logging.Formatter):
+    """A record as its message, which may quote files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines that a terminal only prints."""
+        return printable_lines(super().format(record))
+
+
 class JsonLines(logging.Formatter):
     """A record as one JSON object: `time` (UTC), `level`, `event`, `message` and fields."""
 
@@ -51,4 +60,4 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False, default=str)
+        return printable_json(json.dumps(told, ensure_ascii=False, default=str))

@@ -16,6 +16,7 @@ from batchcap.model.config import (
     read_config,
 )
 from batchcap.model.text import SPECIAL_WORDS
+from batchcap.records import excerpt, printable
 from batchcap.settings import TrainSettings
 
 CARD = """\
@@ -153,7 +154,7 @@ def describe(directory: Path) -> str:
         "model": directory,
         "fingerprint": fingerprint(directory),
         "format": config.format_version,
-        "backbone": f"{backbone.name}, {backbone.image_size} px, pixels in [{low:g}, {high:g}]",
+        "backbone": f"{excerpt(backbone.name)}, {backbone.image_size} px, pixels in [{low:g}, {high:g}]",
         "decoder": f"{decoder.layers} layers, {decoder.heads} heads of {decoder.key_size}, "
         f"{decoder.units} units, {decoder.grid_cells} grid cells of {decoder.feature_size}",
         "vocabulary": f"{_word_count(config)} words, captions of at most {decoder.max_length}",
@@ -161,7 +162,7 @@ def describe(directory: Path) -> str:
     }
     if (directory / METRICS_FILE).is_file():
         lines |= _describe_metrics(directory / METRICS_FILE)
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:<12} {printable(str(value))}" for name, value in lines.items())
 
 
 def _word_count(config: ModelConfig) -> str:
@@ -174,5 +175,7 @@ def _describe_metrics(path: Path) -> dict[str, str]:
         metrics = json.loads(path.read_text(encoding="utf-8-sig"))
         values = [f"{METRIC_NAMES[key]} {metrics['validation'][key]:.1f}" for key in METRICS]
         return {"validation": ", ".join(values), "signature": str(metrics["signature"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{path} is damaged ({error}): copy the model again") from error
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise ModelError(
+            f"{path} is damaged ({excerpt(str(error))}): copy the model again"
+        ) from error

@@ -1,5 +1,6 @@
 """What training raises: the phases that a training consists of."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from batchcap.model.network import CaptionDecoder
 from batchcap.self_critical import CiderD, advantages, as_captions, draw_function, policy_loss
 from batchcap.settings import Decay, TrainSettings
 from batchcap.training_data import Tokens, trim
+
+log = logging.getLogger(__name__)
 
 # Learns from what a batch shows and says; adds to the sums of an epoch, `float32[3]`.
 Step = Callable[[Any, Any], None]
@@ -59,7 +62,13 @@ class Likelihood:
         if self.settings.decay is Decay.CONSTANT and not warmup:
             return peak
         lowest = 0.0 if self.settings.decay is Decay.COSINE else 1.0
-        return _warm_cosine(peak, warmup, self.epochs * steps_per_epoch, lowest)
+        steps = self.epochs * steps_per_epoch
+        if warmup >= steps:
+            log.warning(
+                "--warmup-steps %d: training has %d steps, so the rate stays below %g; lower it",
+                *(warmup, steps, peak),
+            )
+        return _warm_cosine(peak, warmup, steps, lowest)
 
     def features(self, seen: Any) -> Any:
         """Features `float32[B, G, D]` of what a batch shows: here the same."""

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ LONGEST_HEADER = 10_000  # bytes
 NAME_FIELDS = ("file_name", "image_id")
 UNREADABLE_JSON = "lists or objects nested too deeply, or a number of too many digits"
 SHOWN_PROBLEMS = 10
+LONGEST_EXCERPT = 100
 
 
 class Problems:
@@ -52,9 +54,34 @@ class Problems:
         )
 
 
-def printable(name: str) -> str:
-    """A text of others without the control characters that a terminal would obey."""
-    return "".join(char if char.isprintable() else "?" for char in name)
+def printable(text: str) -> str:
+    """A text of others on one line, without characters that a terminal would obey or hide."""
+    return "".join(char if _is_visible(char) else "?" for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of each line of a text; tabs become blanks."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """JSON of the same values, where escapes stand for what a terminal would obey or hide."""
+    return "".join(char if _is_visible(char) or char == "\n" else _escaped(char) for char in text)
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text of others, on one line."""
+    return printable(text[:LONGEST_EXCERPT])
+
+
+def _is_visible(char: str) -> bool:
+    """Whether a character only prints itself; blanks of any width do."""
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def _escaped(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def counted(count: int, noun: str, nouns: str = "") -> str:

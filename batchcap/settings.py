@@ -3,16 +3,20 @@
 The fields are the command line's flags, in order: their defaults and help texts stand here only.
 """
 
-import math
 import re
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import MAX_PIXELS, Precision, Runtime, UsageError
+from batchcap.contracts import MAX_PIXELS, MAX_WORDS, Precision, Runtime, UsageError
 
 MAX_SHARES = 99_999  # of five digits in names
+MAX_STEPS = 10**9  # of training, or epochs
+MAX_PIXEL_VALUE = 1000.0  # for a backbone
+# A smaller rate, or a momentum nearer to 1, moves no weight in float32.
+LEARNING_RATES = {"least": 1e-7, "most": 1}
+MAX_MOMENTUM = 0.99999
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
 CAPTIONS_THEMSELVES = Path("-")
 # Folders of operating systems and storage devices, as patterns of `--exclude`.
@@ -422,9 +426,11 @@ class TrainSettings:
     input_range: tuple[float, float] | None = _option(
         None, "What pixel values 0 and 255 become [what the backbone's weights expect]."
     )
-    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5)
+    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5, most=MAX_WORDS)
     min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
-    max_length: int = _option(20, "Most words in a caption; longer ones are cut.", least=1)
+    max_length: int = _option(
+        20, "Most words in a caption; longer ones are cut.", least=1, most=1000
+    )
     units: int = _option(256, "Width of the decoder.", least=1)
     layers: int = _option(2, "Layers of the decoder.", least=1)
     heads: int = _option(2, "Attention heads.", least=1)
@@ -438,23 +444,27 @@ class TrainSettings:
         0.1, "Probability spread over all words in the training loss.", least=0, most=0.99
     )
     flip: bool = _option(True, "Train on mirrored photos too.")
-    crops: int = _option(0, "Train on this many random parts of each photo too.", least=0)
+    crops: int = _option(
+        0, "Train on this many random parts of each photo too.", least=0, most=1000
+    )
     batch_size: int = _option(32, "Photos in a training step.", least=1)
     captions_per_image: int = _option(
         0, "Captions of a photo in a training step; 0 for all it has.", least=0
     )
-    steps_per_epoch: int = _option(0, "Steps of an epoch; 0 for one pass.", least=0)
-    epochs: int = _option(14, "Epochs at most.", least=1)
+    steps_per_epoch: int = _option(0, "Steps of an epoch; 0 for one pass.", least=0, most=MAX_STEPS)
+    epochs: int = _option(14, "Epochs at most.", least=1, most=MAX_STEPS)
     patience: int = _option(5, "Epochs without a better validation result before the end.", least=1)
     monitor: Monitor = _option(Monitor.CIDER_D, "Which validation result is the measure.")
-    learning_rate: float = _option(6e-4, "Peak learning rate of Adam.", least=0)
-    warmup_steps: int = _option(500, "Steps in which the rate rises from 0.", least=0)
+    learning_rate: float = _option(6e-4, "Peak learning rate of Adam.", **LEARNING_RATES)
+    warmup_steps: int = _option(
+        500, "Steps in which the rate rises from 0.", least=0, most=MAX_STEPS
+    )
     decay: Decay = _option(Decay.COSINE, "How the rate falls afterwards, to 0 at the last epoch.")
     ema_momentum: float = _option(
         0.995,
         "Momentum of the moving average of the weights that is kept; 0 for none.",
         least=0,
-        most=1,
+        most=MAX_MOMENTUM,
     )
     objective: Objective = _option(
         Objective.LIKELIHOOD,
@@ -464,12 +474,17 @@ class TrainSettings:
     fine_tune_from: str = _option(
         "", "Layer of the backbone after which it is trained too, once the decoder is; '' for none."
     )
-    fine_tune_epochs: int = _option(6, "Epochs of that at most.", least=1)
-    fine_tune_learning_rate: float = _option(1e-4, "Its peak learning rate.", least=0)
-    cider_epochs: int = _option(8, "Epochs of self-critical training at most.", least=1)
-    cider_learning_rate: float = _option(5e-5, "Its learning rate.", least=0)
+    fine_tune_epochs: int = _option(6, "Epochs of that at most.", least=1, most=MAX_STEPS)
+    fine_tune_learning_rate: float = _option(1e-4, "Its peak learning rate.", **LEARNING_RATES)
+    cider_epochs: int = _option(
+        8, "Epochs of self-critical training at most.", least=1, most=MAX_STEPS
+    )
+    cider_learning_rate: float = _option(5e-5, "Its learning rate.", **LEARNING_RATES)
     cider_samples: int = _option(
-        5, "Captions drawn of each photo, and compared with each other, in its steps.", least=2
+        5,
+        "Captions drawn of each photo, and compared with each other, in its steps.",
+        least=2,
+        most=1000,
     )
     precision: Precision = _option(
         Precision.AUTO,
@@ -483,8 +498,11 @@ class TrainSettings:
     def __post_init__(self) -> None:
         _check_limits(self)
         low, high = self.input_range or (0, 1)
-        if not -math.inf < low < high < math.inf:
-            raise UsageError(f"--input-range must rise, not go from {low} to {high}")
+        if not -MAX_PIXEL_VALUE <= low < high <= MAX_PIXEL_VALUE:
+            raise UsageError(
+                f"--input-range must rise, between -{MAX_PIXEL_VALUE:g} and {MAX_PIXEL_VALUE:g}, "
+                f"not go from {low} to {high}"
+            )
         if self.train_on_val and self.validation_annotations is None:
             raise UsageError(
                 "--train-on-val needs other validation photos: --validation-annotations"

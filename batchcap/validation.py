@@ -12,6 +12,7 @@ from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.loss import loss_function
 from batchcap.model.text import join_words, segment
+from batchcap.records import printable
 from batchcap.training_data import Example, token_table, trim
 
 BATCH = 50
@@ -55,7 +56,7 @@ class Judge:
         """Captions of the first validation photo, at rising temperatures."""
         features = self._features(0)
         return [
-            f"{self.examples[0].image_id}, temperature {temperature}: "
+            f"{printable(self.examples[0].image_id)}, temperature {temperature}: "
             + " ".join(self._captions(features, temperature)[0])
             for temperature in SAMPLE_TEMPERATURES
         ]

@@ -120,15 +120,20 @@ def settings_for(squares: Path, out: Path, **asked: Any) -> TrainSettings:
     return TrainSettings(**{**usual, **asked})
 
 
-def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[str]:
-    """`batchcap train` in a process of its own, by `program` rather than this file if given."""
+def training_arguments(settings: TrainSettings) -> list[str]:
+    """Give the arguments of `batchcap` that ask for these settings."""
     asked = {field: getattr(settings, field.name) for field in fields(settings)}
-    arguments = [
+    flags = [
         f"--{field.name.replace('_', '-')}={value}"
         for field, value in asked.items()
         if value != field.default
     ]
-    command = [*(program or BATCHCAP), "train", *arguments]
+    return ["train", *flags]
+
+
+def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[str]:
+    """`batchcap train` in a process of its own, by `program` rather than this file if given."""
+    command = [*(program or BATCHCAP), *training_arguments(settings)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rows import METADATA, captioned_row, failed_row
 
-from batchcap.annotations import AnnotatedImage, read_annotations
+from batchcap.annotations import AnnotatedImage, clean, read_annotations
 from batchcap.contracts import InputError, UsageError
 from batchcap.export import export_captions
 from batchcap.row_files import table_of, write_rows
@@ -157,6 +159,40 @@ def test_coco_ids_are_compared_whole(tmp_path):
 def test_plain_flickr8k_has_no_kind(tmp_path):
     path = write(tmp_path / "c.txt", "a.jpg#0\tA dog .\na.jpg#1\tA cat .\n")
     assert read_annotations(path) == [AnnotatedImage("a.jpg", ("A dog .", "A cat ."), None)]
+
+
+HASHED = {
+    "beach#1.jpg#0 一只狗": ("beach#1.jpg", "一只狗"),
+    "beach#2.jpg#zhm#0 一只猫": ("beach#2.jpg", "一只猫"),
+    "my #1 dog.JPG#zhb#2 狗 #3": ("my #1 dog.JPG", "狗 #3"),
+    "a.jpg#0 #1 的球衣": ("a.jpg", "#1 的球衣"),
+    "b.jpg#1 看 a.jpg#0 的狗": ("b.jpg", "看 a.jpg#0 的狗"),
+    "2258277193_586949ec62.jpg.1#0 人": ("2258277193_586949ec62.jpg.1", "人"),
+    "#.jpg#0 狗": ("#.jpg", "狗"),
+}
+
+
+def test_number_sign_is_part_of_a_photos_name_or_caption(tmp_path):
+    path = write(tmp_path / "c.txt", "\n".join(HASHED))
+    assert read(path) == [(name, (caption,)) for name, caption in HASHED.values()]
+
+
+def test_names_without_an_extension_end_at_the_first_number_before_a_blank(tmp_path):
+    path = write(tmp_path / "c.txt", "beach#1#0 看 a.jpg#1 的狗\nbeach#2#zhc#0 #1 的球衣\n")
+    assert read(path) == [("beach#1", ("看 a.jpg#1 的狗",)), ("beach#2", ("#1 的球衣",))]
+
+
+@given(
+    st.one_of(
+        st.text("#01. 狗").map(lambda name: f"{name}.jpg".lstrip()),
+        st.from_regex("[01狗](#?[01.][01狗]?)*", fullmatch=True),
+    ),
+    st.sampled_from(["#", "#zhc#"]),
+    st.text("#01. 狗").filter(str.strip),
+)
+def test_flickr8k_names_and_captions_come_back(tmp_path_factory, name, mark, caption):
+    path = write(tmp_path_factory.getbasetemp() / "c.txt", f"{name}{mark}0 {caption}\n")
+    assert read(path) == [(name, (clean(caption),))]
 
 
 @pytest.mark.parametrize("extension", ["", ".jpg"])

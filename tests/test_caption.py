@@ -80,6 +80,12 @@ def test_each_panel_is_titled_in_a_font_that_has_its_characters() -> None:
     assert Path(font.get_file()).is_file()
 
 
+def test_a_word_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path: Path) -> None:
+    pixels, weights = np.zeros((8, 8, 3), np.uint8), np.ones((1, 7, 7), np.float32)
+    attention_figure.draw_attention(pixels, [r"$\frac$"], weights, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size
+
+
 def test_without_a_font_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_figure.matplotlib.font_manager, "findSystemFonts", list)
     monkeypatch.setattr(attention_figure, "FONT_PACKAGE", "no_such_font_package")

@@ -207,6 +207,18 @@ def test_a_failure_nobody_foresaw_is_one_line(
     assert said == "batchcap: unexpected ZeroDivisionError: of a kind (--verbose shows where)\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [("\x1b[2J",), ("run", "--\x9b2J"), ("model", "show", "\u202e\x1b[2J")]
+)
+def test_what_is_wrong_is_quoted_without_what_a_terminal_obeys(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) in (1, 2)
+    said = capsys.readouterr().err
+    assert "2J" in said
+    assert said.replace("\n", "").isprintable()
+
+
 def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = "from batchcap.cli import main; main()"
     arguments = ["run", tmp_path, tmp_path / "o.parquet", "--verbose"]
@@ -225,7 +237,17 @@ def test_model_show_tells_what_the_shipped_model_is() -> None:
     assert "CIDEr-D" in shown
 
 
-@pytest.mark.parametrize("metrics", ["{", "[]", '{"validation": {}}', "\udcff"])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        "{",
+        "[]",
+        '{"validation": {}}',
+        "\udcff",
+        pytest.param('{"validation": {"bleu_1": 1' + "0" * 400 + "}}", id="vast"),
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
 def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
     shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     path = tmp_path / "model" / "metrics.json"

@@ -16,10 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from commands import batchcap_here
 from hostile_files import encoded, make_hostile_tree, photo
+from safetensors.numpy import load_file, save_file
+from small_model import make_squares, settings_for, small_captioner, training_arguments
+
+from batchcap.model.captioner import save_captioner
 
 MOST_MEMORY_MIB = 500
 MOST_MEMORY_OF_A_READER_MIB = 300
@@ -130,12 +136,120 @@ def test_found_is_captioned_and_failed(hostile: Hostile) -> None:
     assert said in hostile.ran.stdout
 
 
-def test_nothing_that_a_terminal_obeys_and_no_traceback_is_printed(hostile: Hostile) -> None:
-    for text in (hostile.ran.stdout, hostile.ran.stderr):
+def assert_harmless(*texts: str) -> None:
+    """See that a terminal only prints these, and that none is a traceback."""
+    for text in texts:
         assert "Traceback" not in text
         for char in text.replace("\n", ""):
             assert unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs"), ascii(text)
+
+
+def test_nothing_that_a_terminal_obeys_and_no_traceback_is_printed(hostile: Hostile) -> None:
+    assert_harmless(hostile.ran.stdout, hostile.ran.stderr)
     assert len(hostile.ran.stderr.splitlines()) == 1
+
+
+OBEYED = "\x1b]0;x\x07\x1b[2J\x7f\x9b31m\u202e\u2066\u200b\u2028"
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose metrics and card have texts that a terminal would obey."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save_captioner(small_captioner(64), folder)
+    scores = dict.fromkeys(("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"), 1.0)
+    metrics = {"validation": scores, "signature": f"a\nb{OBEYED}"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "README.md").write_text(f"# Card\r\n\n- 一\u3000只\t狗 {OBEYED}\n")
+    return folder
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def add_weight(model: Path, value: float) -> None:
+    path = model / "model.safetensors"
+    save_file({**load_file(path), f"backbone/{OBEYED}": np.array([value], np.float32)}, path)
+
+
+OBEYED_IN_JSON = json.dumps(OBEYED)[1:-1]
+# What is done to a model; which text the error has.
+HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "word": (
+        lambda model: replace_in(model / "vocabulary.txt", "猫", f"猫{OBEYED[:-1]}"),
+        r"vocabulary.txt:6: '猫\x1b]0;x",
+    ),
+    "special word": (
+        lambda model: replace_in(model / "vocabulary.txt", "[END]", OBEYED),
+        "vocabulary.txt:4: [END] is expected",
+    ),
+    "field": (
+        lambda model: replace_in(model / "config.json", "units", OBEYED_IN_JSON),
+        "config.json: decoder.",
+    ),
+    "backbone": (
+        lambda model: replace_in(model / "config.json", '"small"', f'"{OBEYED_IN_JSON}"'),
+        "config.json: backbone.name: backbone '",
+    ),
+    "weight": (
+        lambda model: add_weight(model, 1.0),
+        "has, but the model does not, backbone/?]0;x??[2J",
+    ),
+    "weight that is no number": (
+        lambda model: add_weight(model, np.nan),
+        "model.safetensors: backbone/?]0;x??[2J",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["caption", "run"])
+@pytest.mark.parametrize("text", HOSTILE_MODELS)
+def test_a_models_texts_do_nothing_to_the_terminal_in_errors(
+    small_model: Path, photos_folder: Path, tmp_path: Path, text: str, verb: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small_model, model)
+    spoil, expected = HOSTILE_MODELS[text]
+    spoil(model)
+    asked = {"caption": (photos_folder / "coffee.jpg",), "run": (photos_folder, tmp_path / "out")}
+    done = batchcap_here(verb, *asked[verb], "--model", model)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert_harmless(done.stdout, done.stderr)
+
+
+def test_annotations_of_strangers_do_nothing_to_the_terminal_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those of the model: its vocabulary, its card."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    squares = make_squares(tmp_path)
+    annotations = squares / "captions.jsonl"
+    for photo_of in squares.joinpath("images").iterdir():
+        photo_of.rename(photo_of.with_name(f"{OBEYED}\n{photo_of.name}"))
+    replace_in(annotations, '"image_id": "', f'"image_id": "{OBEYED_IN_JSON}\\n')
+    replace_in(annotations, "方块", f"方{OBEYED_IN_JSON}块")
+    model = tmp_path / "model"
+    settings = settings_for(squares, model, epochs=1, steps_per_epoch=2, data_note=OBEYED)
+    done = batchcap_here(*training_arguments(settings))
+    assert done.returncode == 0, done.stderr
+    card = batchcap_here("model", "card", model)
+    assert "?]0;x??[2J??31m????" in card.stdout
+    samples = [line for line in done.stderr.splitlines() if "temperature" in line]
+    assert all(line.startswith("?]0;x??[2J??31m?????064.png, temp") for line in samples)
+    assert samples
+    assert_harmless(done.stdout, done.stderr, card.stdout)
+
+
+def test_a_models_card_and_metrics_do_nothing_to_the_terminal(small_model: Path) -> None:
+    card = batchcap_here("model", "card", small_model)
+    shown = batchcap_here("model", "show", small_model)
+    assert card.stdout == "# Card\n\n- 一\u3000只   狗 ?]0;x??[2J??31m???\n"
+    assert shown.stdout.splitlines()[-1] == "signature    a?b?]0;x??[2J??31m????"
+    assert_harmless(card.stdout, shown.stdout, card.stderr, shown.stderr)
 
 
 @pytest.fixture(scope="module")

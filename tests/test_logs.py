@@ -92,6 +92,24 @@ logging.getLogger("batchcap").info("a %s", "\\udcff\\u2028")
     assert json.loads(run.stderr)["message"] in ("a \\udcff\u2028", "a \udcff\u2028")
 
 
+OBEYED = "\x1b[2J\x07\x7f\x9b31m\u202e\u2066\u200b\u2028\U000e0001"
+
+
+@pytest.mark.parametrize("log_format", list(LogFormat))
+def test_nothing_that_a_terminal_obeys_is_logged(stderr, log_format):
+    configure_logging(log_format, verbose=True)
+    log_event(OURS, "event", f"一\u3000只\n狗{OBEYED}", field=OBEYED)
+    OTHERS.warning("%s", OBEYED)
+    text = stderr()
+    assert text.replace("\n", "").replace("\u3000", "").isprintable()
+    if log_format is LogFormat.JSON:
+        ours, others = map(json.loads, text.splitlines())
+        assert (ours["message"], ours["field"]) == (f"一\u3000只\n狗{OBEYED}", OBEYED)
+        assert others["message"] == OBEYED
+    else:
+        assert text == "一\u3000只\n狗?[2J???31m?????\n?[2J???31m?????\n"
+
+
 def test_a_record_is_one_line_whatever_is_in_it():
     record = logging.LogRecord("a", logging.INFO, "", 0, "%s", ("\r\n\x85\u2028\x00",), None)
     line = JsonLines().format(record)

@@ -28,6 +28,7 @@ from small_model import (
     script_scores,
     settings_for,
     small_captioner,
+    small_cnn,
     start_training,
 )
 
@@ -38,6 +39,7 @@ from batchcap.model.config import BackboneConfig, DecodeSettings
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
+from batchcap.objectives import Likelihood
 from batchcap.settings import Decay, Monitor, Objective, TrainSettings
 from batchcap.train import train_captioner
 from batchcap.validation import Judge
@@ -406,6 +408,49 @@ def test_float16_is_refused(squares: Path, tmp_path: Path) -> None:
         settings_for(squares, tmp_path / "model", precision=Precision.FLOAT16)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "limit"),
+    [
+        ("ema_momentum", 1.0, "at most 0.99999, not 1.0"),
+        ("ema_momentum", 0.99999999, "at most 0.99999"),
+        ("learning_rate", 0.0, "at least 1e-07, not 0.0"),
+        ("learning_rate", float("inf"), "at most 1, not inf"),
+        ("learning_rate", float("nan"), "at least 1e-07, not nan"),
+        ("fine_tune_learning_rate", 0.0, "at least 1e-07"),
+        ("cider_learning_rate", 2.0, "at most 1"),
+        ("warmup_steps", 10**30, "at most 1000000000"),
+        ("steps_per_epoch", 10**30, "at most 1000000000"),
+        ("epochs", 10**30, "at most 1000000000"),
+        ("max_length", 10**7, "at most 1000"),
+        ("vocabulary_size", 10**7, "at most 1000000"),
+        ("crops", 10**6, "at most 1000"),
+        ("cider_samples", 10**6, "at most 1000"),
+    ],
+)
+def test_values_that_train_nothing_or_never_end_are_refused_with_their_limit(
+    flag: str, value: float, limit: str
+) -> None:
+    with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')} must be {limit}"):
+        settings_for(Path("squares"), Path("model"), **{flag: value})
+
+
+@pytest.mark.parametrize(
+    "bounds", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (-1e30, 1e30)]
+)
+def test_pixel_values_that_make_no_features_are_refused(bounds: tuple[float, float]) -> None:
+    with pytest.raises(UsageError, match="--input-range must rise, between -1000 and 1000"):
+        settings_for(Path("squares"), Path("model"), input_range=bounds)
+
+
+def test_a_warm_up_that_outlasts_training_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = small_captioner(64).decoder
+    for warmup_steps, warnings in ((5, 0), (6, 1)):
+        settings = settings_for(Path("squares"), Path("model"), epochs=2, warmup_steps=warmup_steps)
+        Likelihood(settings, decoder).learning_rate(steps_per_epoch=3)
+        assert len(caplog.messages) == warnings
+    assert "training has 6 steps, so the rate stays below 0.005; lower it" in caplog.text
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_work(
     squares: Path, tmp_path: Path
 ) -> None:
@@ -453,7 +498,11 @@ def test_a_constant_learning_rate_stays(
 
 
 def test_a_diverging_training_says_so(squares: Path, tmp_path: Path) -> None:
-    wanted = settings_for(squares, tmp_path / "model", learning_rate=1e30, warmup_steps=0)
+    weights = tmp_path / "vast.weights.h5"
+    backbone = small_cnn(None, (64, 64, 3))
+    backbone.set_weights([1e30 * weight for weight in backbone.get_weights()])
+    backbone.save_weights(weights)
+    wanted = settings_for(squares, tmp_path / "model", backbone_weights=str(weights))
     with pytest.raises(InputError, match="no number any more in epoch 1"):
         train_captioner(wanted)
 

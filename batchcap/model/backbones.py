@@ -14,6 +14,7 @@ import tensorflow as tf
 from batchcap.contracts import ModelError, Precision
 from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
+from batchcap.records import shown
 
 Shape = tuple[int, int, int]
 Range = tuple[float, float]
@@ -105,7 +106,7 @@ def choose_input_range(name: str, asked: Range | None) -> Range:
 
 def _backbone(name: str) -> Backbone:
     if name not in BACKBONES:
-        raise ModelError(f"backbone {name!r} is unknown: choose from {sorted(BACKBONES)}")
+        raise ModelError(f"backbone {shown(name)} is unknown: choose from {sorted(BACKBONES)}")
     return BACKBONES[name]
 
 

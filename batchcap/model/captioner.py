@@ -46,6 +46,7 @@ from batchcap.model.extraction import (
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.runtime import Execution
 from batchcap.model.text import Vocabulary
+from batchcap.records import excerpt
 
 Weights = dict[str, npt.NDArray[Any]]
 
@@ -257,10 +258,10 @@ def read_weights(directory: Path) -> Weights:
         weights = {name: value.astype(np.float32) for name, value in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         # AttributeError: a number type that numpy does not have
-        raise ModelError(f"{path} is damaged ({error}): copy it again") from error
+        raise ModelError(f"{path} is damaged ({excerpt(str(error))}): copy it again") from error
     for name, value in weights.items():
         if not np.isfinite(value).all():
-            raise ModelError(f"{path}: {name} has values that are not finite")
+            raise ModelError(f"{path}: {excerpt(name)} has values that are not finite")
     return weights
 
 
@@ -280,7 +281,7 @@ def set_weights(
     variables = _variables(backbone, decoder)
     if differing := sorted(variables.keys() ^ weights.keys()):
         side = "lacks" if differing[0] in variables else "has, but the model does not,"
-        raise ModelError(f"{source} {side} {differing[0]} ({len(differing)} names differ)")
+        raise ModelError(f"{source} {side} {excerpt(differing[0])} ({len(differing)} names differ)")
     for name, variable in variables.items():
         if variable.shape != weights[name].shape:
             raise ModelError(

@@ -19,7 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
-from batchcap.contracts import ModelError
+from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.records import excerpt
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.txt"
@@ -65,7 +66,7 @@ class DecoderConfig:
 
     __pydantic_config__ = STRICT
 
-    vocabulary_size: Annotated[int, Field(ge=5)]
+    vocabulary_size: Annotated[int, Field(ge=5, le=MAX_WORDS)]
     grid_cells: Positive
     feature_size: Positive
     max_length: Positive = 30
@@ -134,7 +135,7 @@ def read_config(directory: Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ModelError(f"{path}: {field}: {first['msg']}") from error
+        raise ModelError(f"{path}: {excerpt(field)}: {excerpt(first['msg'])}") from error
 
 
 def fingerprint(directory: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import ModelError
+from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.records import excerpt, shown
 from batchcap.surroundings import cache_folder
 
 PADDING_ID = 0
@@ -26,6 +27,11 @@ UNKNOWN_ID = 1
 START_ID = 2
 END_ID = 3
 SPECIAL_WORDS = ("[PAD]", "[UNK]", "[START]", "[END]")
+
+LONGEST_WORD = 1000  # characters
+# Of Unicode: control and format characters, surrogates, private use, ends of lines and paragraphs.
+# Characters that a newer Unicode has assigned are words of models trained there.
+ODD_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
 
 MIRRORED = str.maketrans("左右", "右左")
 
@@ -81,12 +87,13 @@ class Vocabulary:
         """Take the most frequent words of cut captions, ties by code point.
 
         At most `max_size` words, the four special ones included, each found `min_count` times.
+        What `load` would refuse is left out.
         """
         counts = Counter(word for caption in captions for word in caption)
         frequent = [
             word
             for word, count in counts.items()
-            if count >= min_count and word not in SPECIAL_WORDS
+            if count >= min_count and word not in SPECIAL_WORDS and not _fault_of(word)
         ]
         frequent.sort(key=lambda word: (-counts[word], word))
         return cls((*SPECIAL_WORDS, *frequent)[:max_size])
@@ -100,6 +107,8 @@ class Vocabulary:
             raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:
             raise ModelError(f"{path} is not UTF-8; copy the model again.") from error
+        if text.count("\n") > MAX_WORDS:
+            raise ModelError(f"{path} has more than {MAX_WORDS:,} lines; copy the model again.")
         words = text.removesuffix("\n").split("\n")
         _check_words(path, words)
         return cls(tuple(words))
@@ -128,17 +137,28 @@ def _check_words(path: Path, words: list[str]) -> None:
     first_line: dict[str, int] = {}
     for line, word in enumerate(words, start=1):
         if line <= len(SPECIAL_WORDS) and word != SPECIAL_WORDS[line - 1]:
-            reason = f"{SPECIAL_WORDS[line - 1]} is expected, not {word!r}"
-        elif not word or any(char.isspace() for char in word):
-            reason = f"{word!r} is no word" if word else "empty line"
+            reason = f"{SPECIAL_WORDS[line - 1]} is expected, not {shown(word)}"
+        elif fault := _fault_of(word):
+            reason = fault
         elif word in first_line:
-            reason = f"{word} stands on line {first_line[word]} already"
+            reason = f"{excerpt(word)} stands on line {first_line[word]} already"
         else:
             first_line[word] = line
             continue
         raise ModelError(f"{path}:{line}: {reason}; copy the model again.")
     if len(words) < len(SPECIAL_WORDS):
         raise ModelError(f"{path}:{len(words)}: {SPECIAL_WORDS[len(words)]} is missing.")
+
+
+def _fault_of(word: str) -> str | None:
+    """Why a vocabulary can't have this word, or None."""
+    if not word:
+        return "empty line"
+    if len(word) > LONGEST_WORD:
+        return f"a word of {len(word):,} characters"
+    if any(char.isspace() or unicodedata.category(char) in ODD_CATEGORIES for char in word):
+        return f"{shown(word)} is no word"
+    return None
 
 
 def mirrored_ids(vocabulary: Vocabulary) -> npt.NDArray[np.int32]:

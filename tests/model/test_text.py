@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcap.contracts import ModelError
+from batchcap.annotations import clean
+from batchcap.contracts import MAX_WORDS, ModelError
 from batchcap.model.text import (
     END_ID,
+    LONGEST_WORD,
     PADDING_ID,
     SPECIAL_WORDS,
     START_ID,
@@ -162,6 +164,11 @@ HEAD = "[PAD]\n[UNK]\n[START]\n[END]\n"
         (HEAD + "狗\n\n猫\n", ":6: empty line"),
         (HEAD + "一 只\n", ":5: '一 只' is no word"),
         (HEAD + "狗\r\n", ":5: '狗.r' is no word"),
+        (HEAD + "狗\n\x1b[2J\n", r":6: '\\x1b\[2J' is no word"),
+        (HEAD + "狗\x9b31m\n", r":5: '狗\\x9b31m' is no word"),
+        (HEAD + "狗\u202e猫\n", r":5: '狗\\u202e猫' is no word"),
+        (HEAD + "\u200b\n", r":5: '\\u200b' is no word"),
+        (HEAD + "\ue000\n", r":5: '\\ue000' is no word"),
     ],
 )
 def test_wrong_vocabulary_file_is_named_with_its_line(tmp_path, text, message):
@@ -169,6 +176,47 @@ def test_wrong_vocabulary_file_is_named_with_its_line(tmp_path, text, message):
     path.write_bytes(text.encode())
     with pytest.raises(ModelError, match="vocabulary.txt" + message):
         Vocabulary.load(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "repeated", "message"),
+    [
+        ("", "\x1b", r":1: \[PAD\] is expected, not '(\\x1b){9}\\x1;"),
+        (HEAD, "a", ":5: a word of 1,000,000 characters;"),
+        (HEAD, "a\n", " has more than 1,000,000 lines;"),
+    ],
+)
+def test_vocabulary_file_without_bounds_is_refused_in_a_short_line(
+    tmp_path, head, repeated, message
+):
+    path = tmp_path / "vocabulary.txt"
+    path.write_text(head + repeated * MAX_WORDS)
+    with pytest.raises(ModelError, match="vocabulary.txt" + message) as refused:
+        Vocabulary.load(path)
+    assert len(str(refused.value)) < len(str(path)) + 100
+
+
+def test_vocabulary_of_words_that_a_newer_unicode_has_is_loaded(tmp_path):
+    words = vocabulary("狗\u0378", "\U000323b0", "a" * LONGEST_WORD)
+    words.save(tmp_path / "vocabulary.txt")
+    assert Vocabulary.load(tmp_path / "vocabulary.txt") == words
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+
+
+@given(st.lists(st.one_of(ANY_TEXT, st.sampled_from(SPECIAL_WORDS), st.just("a" * 1001))))
+def test_vocabulary_built_of_any_words_is_loaded_again(tmp_path_factory, words):
+    path = tmp_path_factory.getbasetemp() / "vocabulary.txt"
+    built = Vocabulary.build([words], max_size=100, min_count=1)
+    built.save(path)
+    assert Vocabulary.load(path) == built
+
+
+@given(st.text(st.characters(codec="utf-8")), st.text("a\u200d狗-.\x1b", max_size=8))
+def test_every_word_of_a_caption_can_be_in_a_vocabulary(text, other):
+    words = {*segment(clean(text + other))}
+    assert {*Vocabulary.build([words], 10**6, 1).words} == {*SPECIAL_WORDS, *words}
 
 
 def test_vocabulary_that_is_missing_or_not_utf8_is_a_model_error(tmp_path):
