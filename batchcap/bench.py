@@ -5,7 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice, repeat
 from pathlib import Path
@@ -52,9 +52,10 @@ log = logging.getLogger(__name__)
 class BenchResult:
     """Images per second of each stage alone on all cores, and of a whole run.
 
-    `load` reads and decodes files, `features` is the backbone, `captions` the decoder, `write`
-    makes rows and the Parquet file. `pipeline_efficiency` is `end_to_end` over the rate that the
-    stages add up to, 1 / sum(1 / rate). `peak_memory_bytes` is the process's after the whole run.
+    All are of `photos` that can be read; `unreadable` others are not timed. `load` reads and decodes
+    files, `features` is the backbone, `captions` the decoder, `write` makes rows and the Parquet
+    file. `pipeline_efficiency` is `end_to_end` over the rate that the stages add up to,
+    1 / sum(1 / rate). `peak_memory_bytes` is the process's after the whole run.
     """
 
     load: float
@@ -65,6 +66,7 @@ class BenchResult:
     pipeline_efficiency: float
     peak_memory_bytes: int
     photos: int
+    unreadable: int
     batch_size: int
     device: str
     runtime: str
@@ -77,9 +79,10 @@ class BenchResult:
     def __str__(self) -> str:
         stages = ("load", "features", "captions", "write", "end_to_end")
         rates = [f"{name.replace('_', ' '):<12}{getattr(self, name):>10.1f}" for name in stages]
+        others = f" ({self.unreadable} others can't be read)" if self.unreadable else ""
         return "\n".join(
             [
-                f"{self.photos} photos, {self.batch_size} at a time, on {self.device} with "
+                f"{self.photos} photos{others}, {self.batch_size} at a time, on {self.device} with "
                 f"{self.runtime}, {self.precision}",
                 f"{'':<12}{'images/s':>10}",
                 *rates,
@@ -105,9 +108,12 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         execution = choose_execution(settings.runtime, settings.precision)
         captioner = load_captioner(settings.model, execution)
         folder = Path(name)
-        refs = _refs(settings, folder)
-        batch_size = min(settings.batch_size, len(refs))
+        found = _refs(settings, folder)
+        batch_size = min(settings.batch_size, len(found))
         job = Job(captioner, decode_settings, batch_size, run_id="bench", read=read)
+        refs = _readable(found, job)
+        batch_size = min(batch_size, len(refs))
+        job = replace(job, batch_size=batch_size)
         _run(refs[: 2 * batch_size], folder / "warm.parquet", job)
         log.info("timing a run of %d photos, then each of its stages", len(refs))
         seconds, _ = _timed(_run, refs, folder / "captions.parquet", job)
@@ -122,11 +128,21 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         pipeline_efficiency=len(refs) / seconds * sum(1 / rate for rate in rates.values()),
         peak_memory_bytes=peak,
         photos=len(refs),
+        unreadable=len(found) - len(refs),
         batch_size=batch_size,
         device=execution.device,
         runtime=execution.runtime,
         precision=execution.precision,
     )
+
+
+def _readable(refs: list[ImageRef], job: Job) -> list[ImageRef]:
+    """Those that become pixels: a file that is refused at once takes no time."""
+    photos = load_photos(refs, job, job.batch_size)
+    readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
+    if not readable:
+        raise InputError("none of the photos can be read: there is nothing to time")
+    return readable
 
 
 def _run(refs: list[ImageRef], output: Path, job: Job) -> None:
@@ -144,8 +160,6 @@ def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str,
     """Each stage's name and seconds, all photos going through one before the next begins."""
     seconds, photos = _timed(lambda: list(load_photos(refs, job, job.batch_size)))
     yield "load", seconds
-    if not any(photo.needs_caption for photo in photos):
-        raise InputError("none of the photos can be read: there is nothing to time")
     loaded = list(batches(photos, job.batch_size))
     needing = [[photo.image for photo in batch if photo.needs_caption] for batch in loaded]
     filled = [filled_batch(images, job.batch_size) for images in needing if images]
