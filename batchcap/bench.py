@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 class BenchResult:
     """Images per second of each stage alone on all cores, and of a whole run.
 
-    All are of `photos` that can be read; `unreadable` others are not timed. `load` reads and decodes
-    files, `features` is the backbone, `captions` the decoder, `write` makes rows and the Parquet
-    file. `pipeline_efficiency` is `end_to_end` over the rate that the stages add up to,
+    All are of `photos` that can be read; `unreadable` others are not timed. `load` reads and
+    decodes files, `features` is the backbone, `captions` the decoder, `write` makes rows and the
+    Parquet file. `pipeline_efficiency` is `end_to_end` over the rate that the stages add up to,
     1 / sum(1 / rate). `peak_memory_bytes` is the process's after the whole run.
     """
 

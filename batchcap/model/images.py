@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +44,7 @@ from batchcap.contracts import (
     int64_or_none,
     sha256_of,
 )
-from batchcap.model import jpeg, png
+from batchcap.model import jpeg, png, webp
 from batchcap.model.formats import (
     BOXED_FORMATS,
     END_CHECKS,
@@ -53,7 +54,12 @@ from batchcap.model.formats import (
     ends_within_box,
     format_name_of,
 )
-from batchcap.model.pixels import is_invisible, match_transparent_colour, small_rgb
+from batchcap.model.pixels import (
+    is_invisible,
+    match_transparent_colour,
+    small_rgb,
+    with_white_around,
+)
 from batchcap.model.rejections import (
     PatientFile,
     RejectionError,
@@ -341,18 +347,40 @@ def _decode_pixels(
     # needed, in a fraction of the time. Less would leave nothing of our own filter.
     image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
     _correct_byte_order(image)
+    frame = _first_frame(image, format_name, data)
     note = _load_pixels(image, len(data), note, settings.accept_truncated)
     if format_name == "PNG":
         if note is None and _lacks_png_rows(image, data):
             if not settings.accept_truncated:
                 raise truncated()
             note = TRUNCATED_NOTE
-        match_transparent_colour(image, bit_depth=data[24])
+        low_bytes = partial(_low_bytes_of_png, data, note, settings)
+        match_transparent_colour(image, data[24], low_bytes)
     orientation = _orientation(image)
     if format_name in ANIMATED_FORMATS:
         _go_to_visible_frame(image, settings.max_pixels)
-    small = small_rgb(image, lambda whole: resize(whole, settings.image_size))
+    shown: Image.Image = image
+    if frame is not None and image.tell() == 0:
+        shown = with_white_around(image, frame)
+    small = small_rgb(shown, lambda whole: resize(whole, settings.image_size))
     return np.array(_upright(small, orientation)), _upright_size(size, orientation), note
+
+
+def _first_frame(
+    image: ImageFile.ImageFile, format_name: str, data: bytes
+) -> tuple[int, int, int, int] | None:
+    """The part of the picture that the first frame draws, where that can be smaller."""
+    if format_name == "GIF" and image.tile:
+        return image.tile[0].extents
+    return webp.first_frame(data) if format_name == "WebP" else None
+
+
+def _low_bytes_of_png(data: bytes, note: Rejection | None, settings: LoadSettings) -> Image.Image:
+    """The low bytes of a PNG's 16-bit RGB samples, of which Pillow keeps the high ones."""
+    image = PngImagePlugin.PngImageFile(PatientFile(data))
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    _load_pixels(image, len(data), note, settings.accept_truncated)
+    return image
 
 
 def _checked_end(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
@@ -17,13 +18,40 @@ def is_invisible(image: Image.Image) -> bool:
     return most_opaque == 0
 
 
-def match_transparent_colour(image: Image.Image, bit_depth: int) -> None:
-    """Scale a PNG's transparent colour to the 8 bits to which Pillow scaled only the pixels."""
+def match_transparent_colour(
+    image: Image.Image, bit_depth: int, low_bytes: Callable[[], Image.Image]
+) -> None:
+    """Compare a PNG's transparent colour, of its own bit depth, with pixels scaled to 8 bits.
+
+    `low_bytes` decodes those of 16-bit RGB samples, without which 65,536 colours look the same.
+    """
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int):
         image.info["transparency"] = _eight_bit_sample(colour, bit_depth)
     elif image.mode == "RGB" and isinstance(colour, tuple):
-        image.info["transparency"] = tuple(_eight_bit_sample(c, bit_depth) for c in colour)
+        high = tuple(_eight_bit_sample(c, bit_depth) for c in colour)
+        image.info["transparency"] = high
+        if bit_depth == 16 and (matches := _is_colour(image, high)).any():
+            matches &= _is_colour(low_bytes(), tuple(c & 0xFF for c in colour))
+            del image.info["transparency"]
+            image.putalpha(Image.fromarray(np.where(matches, 0, 255).astype(np.uint8)))
+
+
+def _is_colour(image: Image.Image, colour: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    is_equal: npt.NDArray[np.bool_] = (np.asarray(image) == colour).all(axis=-1)
+    return is_equal
+
+
+def with_white_around(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """White outside of the frame that a picture has drawn, as browsers show it.
+
+    Pillow leaves the palette's first colour or black there, unless colours can be transparent.
+    """
+    if frame == (0, 0, *image.size) or image.has_transparency_data:
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image.crop(frame).convert("RGB"), frame[:2])
+    return white
 
 
 def _eight_bit_sample(sample: int, bit_depth: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from batchcap.model.rejections import MAX_PARTS, too_many_parts, truncated
 
 CHUNKS_START = 12  # behind RIFF, the length and WEBP
+FRAME_BODY = 8  # behind the name and length of a chunk
 PIXEL_CHUNKS = {b"VP8 ", b"VP8L", b"ANMF"}
 KEPT_CHUNKS = {b"VP8X", b"ANIM", b"ALPH", b"EXIF", *PIXEL_CHUNKS}
 FIRST_OF_PIXELS = re.compile(rb"ANIM|ALPH|VP8[ L]")
@@ -38,6 +39,18 @@ def check_end(data: bytes) -> None:
         if len(data) >= _claimed_length(data):  # the decoder reports what is wrong
             return
     raise truncated()
+
+
+def first_frame(data: bytes) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of an animation's first frame; None where there is none."""
+    for name, start, end in _chunks(data):
+        if name == b"ANMF" and start + FRAME_BODY + 12 <= min(end, len(data)):
+            left, top, width, height = (
+                int.from_bytes(data[place : place + 3], "little")
+                for place in range(start + FRAME_BODY, start + FRAME_BODY + 12, 3)
+            )
+            return 2 * left, 2 * top, 2 * left + width + 1, 2 * top + height + 1
+    return None
 
 
 def filled(data: bytes) -> bytes:

@@ -951,6 +951,67 @@ def test_transparent_colour_of_a_png_becomes_white(load, name):
     assert pair(load, KEYED[name]) == [[255, 255, 255], kept]
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_16_bit_colours_that_differ_in_low_bits_are_not_transparent(load, interlaced):
+    """Every colour with the same high bytes turned white."""
+    key, near = (0x101, 0x202, 0x303), (0x101, 0x202, 0x304)
+    colour = struct.pack(">3H", *key)
+    data = png(2, 2, 16, 2, deep_row(*key, *near), chunk(b"tRNS", colour))
+    if interlaced:  # Adam7: the first pixel, the one beside it, the second row
+        top = [b"\0" + struct.pack(">3H", *pixel) for pixel in (key, near)]
+        rows = b"".join(top) + b"\0" + struct.pack(">6H", *key, *near)
+        data = png(2, 2, 16, 2, rows, chunk(b"tRNS", colour))
+        header = data[12:28] + b"\1"
+        data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    assert pair(load, data) == [[255, 255, 255], [1, 2, 3]]
+
+
+def test_16_bit_png_with_a_transparent_colour_may_end_early_on_request(load):
+    noise = np.random.default_rng(0).integers(0, 2**16, (64, 64, 3), dtype=np.uint16)
+    noise[0, 0] = (0x101, 0x202, 0x303)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in noise)
+    data = png(64, 64, 16, 2, rows, chunk(b"tRNS", b"\1\1\2\2\3\3"))
+    loaded = load(data[: len(data) // 2], size=64, accept_truncated=True)
+    assert loaded.note is not None
+    assert loaded.pixels[0, 0].tolist() == [255, 255, 255]
+    assert loaded.pixels[0, 1].tolist() == (noise[0, 1] >> 8).tolist()
+
+
+def gif_on_a_canvas(frame: Image.Image, side: int, **options: int) -> bytes:
+    """A GIF whose only frame is at (2, 2) of a larger canvas."""
+    data = encoded(frame, "GIF", **options)
+    place = data.index(b"," + struct.pack("<HHHH", 0, 0, *frame.size))
+    canvas, frame_at = struct.pack("<HH", side, side), struct.pack("<HH", 2, 2)
+    return data[:6] + canvas + data[10 : place + 1] + frame_at + data[place + 5 :]
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 2}])
+def test_around_a_gif_frame_smaller_than_its_canvas_is_white(load, options):
+    """Pillow leaves the palette's first colour there, which is red here."""
+    frame = Image.new("P", (4, 4), 1)
+    frame.putpalette(RED + BLUE + GREEN)
+    expected = np.full((8, 8, 3), 255)
+    expected[2:6, 2:6] = BLUE
+    assert_pixels(load(gif_on_a_canvas(frame, 8, **options), size=8), expected)
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x12], ids=["opaque", "alpha"])
+def test_around_a_webp_frame_smaller_than_its_canvas_is_white(load, flags):
+    def part(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack("<I", len(body)) + body
+
+    def numbers(*values: int) -> bytes:
+        return b"".join(struct.pack("<I", value)[:3] for value in values)
+
+    frame = encoded(Image.new("RGB", (4, 4), BLUE), "WEBP", lossless=True)[12:]
+    animation = part(b"ANMF", numbers(1, 1, 3, 3, 100) + b"\0" + frame)
+    header = part(b"VP8X", bytes([flags, 0, 0, 0]) + numbers(7, 7))
+    body = b"WEBP" + header + part(b"ANIM", b"\0\xff\0\xff\0\0") + 2 * animation
+    expected = np.full((8, 8, 3), 255)
+    expected[2:6, 2:6] = BLUE
+    assert_pixels(load(part(b"RIFF", body), size=8), expected)
+
+
 def test_alpha_is_composited_on_white(load):
     rows = b"\0" + bytes((255, 0, 0, 128)) + bytes((0, 0, 0, 0))
     assert pair(load, png(2, 2, 8, 6, rows * 2)) == [[255, 127, 127], [255, 255, 255]]
