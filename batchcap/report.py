@@ -30,15 +30,14 @@ from batchcap.page.thumbnails import (
     CHANGED,
     MISSING,
     Thumbnail,
-    Wanted,
+    find_photos,
     make_thumbnails,
-    photo_path,
-    photos_folder,
 )
 from batchcap.records import counted, printable
 from batchcap.row_files import saying_where
 from batchcap.run_report import read_summary
 from batchcap.settings import ReportSettings
+from batchcap.shards import Columns
 
 PAGE = Path(__file__).parent / "page"
 BARS = 20  # of the histogram, each 5 % wide
@@ -53,7 +52,6 @@ def write_report(settings: ReportSettings) -> str:
         OutputError: the page can't be written.
     """
     check_out(settings.out, settings.captions, settings.evaluation)
-    folder = photos_folder(settings.images) if settings.images else None
     evaluation = read_evaluation(settings.evaluation) if settings.evaluation else ([], "", {})
     evaluated = {row["image_id"]: row for row in evaluation[0]}
     digest = digest_rows(
@@ -63,21 +61,25 @@ def write_report(settings: ReportSettings) -> str:
         raise InputError(
             f"{settings.evaluation} has scores of none of these captions: evaluate them again"
         )
-    problems = _add_photos(digest, folder)
+    problems = _add_photos(digest, settings)
     text = render_page(digest, settings, evaluation[1], evaluation[2])
     with saying_where(settings.out):
         replace_text(settings.out, text.encode("utf-8", "replace").decode())  # lone surrogates
     return _told(settings, digest, problems)
 
 
-def _add_photos(digest: Digest, folder: str | None) -> list[str]:
-    """Put photos of the INPUT at `folder` into the cards; returns why others have none."""
-    if folder is None:
+def _add_photos(digest: Digest, settings: ReportSettings) -> list[str]:
+    """Put photos of `settings.images` into the cards; returns why others have none."""
+    if settings.images is None:
         return []
-    captioned = [shown for shown in digest.shown if not shown.card["failed"]]
-    wanted = [Wanted(photo_path(folder, each.card["id"]), each.sha256) for each in captioned]
+    captioned = {shown.card["id"]: shown for shown in digest.shown if not shown.card["failed"]}
+    columns = Columns(settings.image_column, settings.id_column)
+    refs = find_photos(str(settings.images), captioned, columns)
+    sums = {image_id: shown.sha256 for image_id, shown in captioned.items()}
+    found = dict(make_thumbnails(refs, sums))
     problems = []
-    for shown, photo in zip(captioned, make_thumbnails(wanted), strict=True):
+    for image_id, shown in captioned.items():
+        photo = found.get(image_id, MISSING)
         if isinstance(photo, Thumbnail):
             shown.card["photo"] = base64.b64encode(photo.webp).decode()
             shown.card["size"] = [photo.width, photo.height]

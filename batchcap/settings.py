@@ -118,6 +118,16 @@ def _option(default: Any, description: str, **more: float | str) -> Any:
     return field(default=default, metadata={"help": description, **more})
 
 
+def _image_column_option() -> Any:
+    return _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
+
+
+def _id_column_option() -> Any:
+    return _option(
+        None, "Column of a Parquet INPUT: ids of the photos [their paths, or file and row]."
+    )
+
+
 def _match_by_option() -> Any:
     return _option(
         MatchBy.AUTO,
@@ -211,10 +221,8 @@ class RunSettings(ModelOptions):
         "Leave out files and folders that match, and all below these; repeatable. Always left out: "
         f"{', '.join(SYSTEM_FOLDERS[:-1])} and {SYSTEM_FOLDERS[-1]}.",
     )
-    image_column: str = _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
-    id_column: str | None = _option(
-        None, "Column of a Parquet INPUT: ids of the photos [their paths, or file and row]."
-    )
+    image_column: str = _image_column_option()
+    id_column: str | None = _id_column_option()
     shard: str | None = _option(
         None, "Caption share I of N only, as I/N with I from 0, into a part of OUTPUT of its own."
     )
@@ -383,7 +391,11 @@ class ReportSettings:
 
     captions: Path
     out: Path
-    images: Path | None = _option(None, "INPUT of the run: the photos to show.")
+    images: str | None = _option(
+        None, "INPUT of the run, of any kind that it may have: the photos to show."
+    )
+    image_column: str = _image_column_option()
+    id_column: str | None = _id_column_option()
     evaluation: Path | None = _option(
         None, "What `evaluate --per-image` wrote: show scores and references too."
     )

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,17 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from commands import batchcap_here
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from rows import LOOK, METADATA, captioned_row, failed_row
+from shard_files import write_tar
+from stores import environment, s3_server
 
 from batchcap.contracts import InputError, UsageError
 from batchcap.evaluation.per_image import write_evaluation
@@ -61,6 +68,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         captions = asked.pop("captions", tmp_path / "captions.parquet")
         if not captions.exists():
             write_rows(captions, [table_of(rows)], metadata)
+        if "images" in asked:
+            asked["images"] = str(asked["images"])
         out = tmp_path / "page.html"
         write_report(ReportSettings(captions=captions, out=out, **asked))
         return out
@@ -168,6 +177,140 @@ def test_photos_of_a_list_lie_below_its_folder(tmp_path: Path, write: Callable[.
     assert all("photo" in card for card in cards.values())
 
 
+PHOTOS = {name: ("red", "green", "blue")[i] for i, name in enumerate(("a.png", "b/c.png", "d.png"))}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> dict[str, bytes]:
+    """Photos by name, which lie in the folder `photos` too."""
+    for name, colour in PHOTOS.items():
+        make_photo(tmp_path / "photos" / name, colour)
+    return {name: (tmp_path / "photos" / name).read_bytes() for name in PHOTOS}
+
+
+def rows_of(photos: dict[str, bytes]) -> list[Row]:
+    """A row for each photo."""
+    return [
+        captioned_row(name, sha256=hashlib.sha256(data).hexdigest())
+        for name, data in photos.items()
+    ]
+
+
+def assert_shows(page: Path, photos: Iterable[str]) -> None:
+    """Each card of these has its photo, in its colour."""
+    cards = cards_of(page)
+    for name, colour in zip(photos, PHOTOS.values(), strict=False):
+        with Image.open(io.BytesIO(base64.b64decode(cards[name]["photo"]))) as shown:
+            pixel = np.array(shown.convert("RGB"))[5, 5].astype(int)
+        assert np.abs(pixel - ImageColor.getrgb(colour)).max() < 20
+
+
+def tars_of(folder: Path, photos: dict[str, bytes], *names: str) -> None:
+    """The photos, in turn, in as many tars, each with a film that nobody captioned."""
+    for number, name in enumerate(names):
+        members = list(photos.items())[number :: len(names)]
+        write_tar(folder / name, [*members, (f"film-{number}.mp4", b"film")])
+
+
+@pytest.mark.parametrize("source", ["x-0.tar", "x-*.tar", "x-{0..1}.tar", "x-0.tar.gz"])
+def test_photos_are_found_in_tars(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes], source: str
+) -> None:
+    if source.endswith(".gz"):
+        write_tar(tmp_path / source, photos.items(), "w:gz")
+    else:
+        tars_of(tmp_path, photos, *(["x-0.tar"] if source == "x-0.tar" else ["x-0.tar", "x-1.tar"]))
+    assert_shows(write(rows_of(photos), images=tmp_path / source), photos)
+
+
+def test_photos_are_found_in_parquet_files_by_the_columns_that_are_named(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    table = pa.table({"bytes": list(photos.values()), "key": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "p-0.parquet")
+    by_key = dict(zip("xyz", photos.values(), strict=True))
+    source = {"images": tmp_path / "p-*.parquet", "image_column": "bytes"}
+    assert_shows(write(rows_of(by_key), **source, id_column="key"), by_key)
+    (tmp_path / "captions.parquet").unlink()
+    by_row = {f"p-0.parquet:{n:07}": data for n, data in enumerate(photos.values())}
+    assert_shows(write(rows_of(by_row), **source), by_row)
+    with pytest.raises(UsageError, match=r"has no column 'image'.*--image-column"):
+        write(rows_of(by_row), images=tmp_path / "p-0.parquet")
+
+
+def test_of_two_photos_with_one_id_the_first_is_shown(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    write_tar(tmp_path / "0.tar", [("a.png", photos["a.png"])])
+    write_tar(tmp_path / "1.tar", [("a.png", photos["d.png"]), ("b/c.png", photos["b/c.png"])])
+    page = write(rows_of(photos), images=tmp_path / "*.tar")
+    assert_shows(page, ["a.png", "b/c.png"])
+    assert cards_of(page)["d.png"]["problem"] == "The photo is not there any more."
+
+
+def test_photos_in_an_archive_that_has_changed_are_not_shown(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", photos["d.png"]), ("b/c.png", b"no photo")])
+    cards = cards_of(write(rows_of(photos), images=tmp_path / "x.tar"))
+    assert not any("photo" in card for card in cards.values())
+    assert cards["a.png"]["problem"] == "The photo has changed since it was captioned."
+
+
+def test_photos_of_any_run_are_those_of_its_own_input(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
+    """What `run` was given is what `report` is given."""
+    tars_of(tmp_path, photos, "x-0.tar", "x-1.tar")
+    (tmp_path / "list.txt").write_text("photos/a.png\nphotos/d.png\n")
+    for number, source in enumerate(("photos", "list.txt", "x-{0..1}.tar")):
+        captions, page = tmp_path / f"{number}.parquet", tmp_path / f"{number}.html"
+        given = str(tmp_path / source)
+        assert batchcap_here("run", given, captions).returncode == 0
+        done = batchcap_here("report", captions, page, "--images", given)
+        assert done.returncode == 0, done.stderr
+        cards = cards_of(page).values()
+        assert cards
+        assert all("photo" in card for card in cards)
+
+
+def test_photos_are_found_behind_urls(
+    tmp_path: Path, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = tmp_path / "captions.parquet"
+    write_rows(captions, [table_of(rows_of(photos))], METADATA)
+    tars_of(tmp_path, photos, "x-0.tar", "x-1.tar")
+    with s3_server() as port:
+        for name, value in environment(port).items():
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3")
+        store.mkdir("bucket")
+        store.put(str(tmp_path / "photos"), "bucket/photos", recursive=True)
+        for number in (0, 1):
+            store.put(str(tmp_path / f"x-{number}.tar"), f"bucket/x-{number}.tar")
+        store.pipe("bucket/list.txt", "".join(f"photos/{name}\n" for name in photos).encode())
+        listed = tmp_path / "listed.parquet"
+        names = {f"photos/{name}": data for name, data in photos.items()}
+        write_rows(listed, [table_of(rows_of(names))], METADATA)
+        for source, rows, ids in (
+            ("s3://bucket/photos", captions, photos),
+            ("s3://bucket/photos/", captions, photos),
+            ("s3://bucket/x-*.tar", captions, photos),
+            ("s3://bucket/list.txt", listed, names),
+        ):
+            page = tmp_path / "page.html"
+            write_report(ReportSettings(captions=rows, out=page, images=source))
+            assert_shows(page, ids)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.txt", "no*.tar", "x.zip"])
+def test_an_input_that_is_not_there_is_a_wrong_use(
+    tmp_path: Path, write: Callable[..., Path], source: str
+) -> None:
+    with pytest.raises((UsageError, InputError), match=r"check the path|is not read"):
+        write([captioned_row(0)], images=tmp_path / source)
+
+
 def test_a_photo_that_is_missing_changed_or_none_is_not_shown_and_the_card_says_why(
     tmp_path: Path, write: Callable[..., Path]
 ) -> None:
@@ -188,14 +331,7 @@ def test_what_is_printed_names_the_page_the_photos_and_how_to_show_them(tmp_path
     asked = {"captions": captions, "out": tmp_path / "page.html"}
     line = r".*page\.html: 2 of 2 photos, 0\.0 MiB; --images INPUT would show the photos too"
     assert re.fullmatch(line, write_report(ReportSettings(**asked)))
-    assert write_report(ReportSettings(**asked, images=tmp_path)).endswith("MiB; 2 missing")
-
-
-def test_images_that_are_not_there_are_a_wrong_use(
-    tmp_path: Path, write: Callable[..., Path]
-) -> None:
-    with pytest.raises(UsageError, match="--images is the INPUT of the run"):
-        write([captioned_row(0)], images=tmp_path / "nowhere")
+    assert write_report(ReportSettings(**asked, images=str(tmp_path))).endswith("MiB; 2 missing")
 
 
 def test_the_page_may_not_replace_what_it_is_made_of(

@@ -4,17 +4,23 @@ Photos are decoded in processes of their own, as a run does, so that no file end
 """
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection, UsageError
-from batchcap.inputs import path_of_image_id
-from batchcap.loading import Readers, core_count, readers
+from batchcap.contracts import ErrorType, ImageRef, LoadedImage, Rejection, UsageError
+from batchcap.inputs import archives_in, image_id_of, is_list, list_images, path_of_image_id
+from batchcap.loading import core_count, readers
 from batchcap.model.images import LoadSettings, encode_webp, load_thumbnail
 from batchcap.progress import progress
+from batchcap.remote import is_url, without_file_scheme
+from batchcap.shards import Columns
+
+Item = TypeVar("Item")
 
 LONGER_SIDE = 200  # pixels
 QUALITY = 60  # of WebP: 5 KB a photo
@@ -34,57 +40,85 @@ class Thumbnail:
     height: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A photo to show: where it is, and the SHA-256 of the file that was captioned."""
+def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iterator[ImageRef]:
+    """The photos of a run's INPUT that have these ids, each once; archives are read for them.
 
-    path: str
-    sha256: str | None
-
-
-def photos_folder(images: Path) -> str:
-    """Where the photos of a run's INPUT lie: a list's lines start at its folder.
+    Photos of folders and lists need not exist.
 
     Raises:
-        UsageError: there is no such INPUT.
+        UsageError: there is no such INPUT, or its Parquet files lack the columns.
     """
-    if not images.exists():
-        raise UsageError(f"There is no {images}; --images is the INPUT of the run, check the path.")
-    return str(images if images.is_dir() else images.parent)
+    source = without_file_scheme(source)
+    archives = archives_in(source, columns)
+    if archives is None:
+        folder = _folder_of(source)
+        for image_id in image_ids:
+            name = path_of_image_id(image_id)
+            yield ImageRef(image_id, name if is_url(name) else posixpath.join(folder, name))
+        return
+    left = set(image_ids)
+
+    def is_unwanted(path: str) -> bool:
+        return image_id_of(path) not in left
+
+    for archive in archives:
+        for ref in list_images(archive, "*", columns=columns, is_excluded=is_unwanted):
+            if ref.image_id in left:  # of photos with one id, the first has the row
+                left.remove(ref.image_id)
+                yield ref
+            if not left:
+                return
 
 
-def photo_path(folder: str, image_id: str) -> str:
-    """Where the photo of a row is (surrogateescape str); ids of lists may lead anywhere."""
-    return posixpath.join(folder, path_of_image_id(image_id))
+def _folder_of(source: str) -> str:
+    """Where the photos of a folder or a list lie."""
+    if is_list(source) and not source.lower().endswith(".txt"):
+        return ""  # standard input or a pipe
+    if is_url(source):
+        return posixpath.dirname(source) if is_list(source) else source
+    if not Path(source).exists():
+        raise UsageError(f"There is no {source}; --images is the INPUT of the run, check the path.")
+    return source if Path(source).is_dir() else posixpath.dirname(source)
 
 
-def make_thumbnails(wanted: list[Wanted]) -> Iterator[Thumbnail | str]:
-    """For each photo, in order, its picture, or a sentence that says why there is none.
+def make_thumbnails(
+    photos: Iterable[ImageRef], sums: Mapping[str, str | None]
+) -> Iterator[tuple[str, Thumbnail | str]]:
+    """The id of each photo, and its picture or a sentence that says why there is none.
 
     Files that end early are shown as far as they go: only those that a run accepted have captions.
+
+    Args:
+        photos: in any order.
+        sums: the SHA-256 of the file that was captioned, by id.
     """
     load = partial(load_thumbnail, settings=LoadSettings(LONGER_SIDE, accept_truncated=True))
-    groups = [wanted[n : n + PHOTOS_PER_READ] for n in range(0, len(wanted), PHOTOS_PER_READ)]
+    groups = _groups(iter(photos), PHOTOS_PER_READ)
+    processes = min(core_count(), -(-len(sums) // PHOTOS_PER_READ))
     with (
         ThreadPoolExecutor(core_count()) as pool,  # outside, so as not to wait for readers to go on
-        readers(load, min(core_count(), len(groups)), TIMEOUT_S) as read,
-        progress("reading photos", len(wanted), "photo") as bar,
+        readers(load, processes, TIMEOUT_S) as read,
+        progress("reading photos", len(sums), "photo") as bar,
     ):
-        for group in pool.map(partial(_read_group, read), groups):
-            yield from group
-            bar.update(len(group))
+        # A few at a time: photos out of archives hold their bytes.
+        for some in _groups(groups, 2 * core_count()):
+            loaded = pool.map(lambda refs: read([ref.file for ref in refs]), some)
+            for refs, images in zip(some, loaded, strict=True):
+                for ref, image in zip(refs, images, strict=True):
+                    yield ref.image_id, _thumbnail(image, sums[ref.image_id])
+                bar.update(len(refs))
 
 
-def _read_group(read: Readers, wanted: list[Wanted]) -> list[Thumbnail | str]:
-    loaded = read([photo.path for photo in wanted])
-    return [_thumbnail(*pair) for pair in zip(loaded, wanted, strict=True)]
+def _groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while group := list(islice(items, size)):
+        yield group
 
 
-def _thumbnail(image: LoadedImage, wanted: Wanted) -> Thumbnail | str:
+def _thumbnail(image: LoadedImage, sha256: str | None) -> Thumbnail | str:
     pixels = image.pixels
     if isinstance(pixels, Rejection) and pixels.error_type is ErrorType.MISSING:
         return MISSING
-    if image.sha256 is not None and image.sha256 != wanted.sha256:
+    if image.sha256 is not None and image.sha256 != sha256:
         return CHANGED
     if isinstance(pixels, Rejection):
         return pixels.message
