@@ -51,7 +51,10 @@ def test_a_folder_of_parts_is_read_in_the_order_of_its_parts(tmp_path: Path) -> 
 def test_coco_results_and_ai_challenger_submissions_are_arrays(tmp_path: Path) -> None:
     records = [{"image_id": 7, "caption": "一只  狗"}, {"image_id": "d9a9", "caption": ""}]
     path = write(tmp_path / "results.json", json.dumps(records))
-    assert read_captions(path) == [GeneratedCaption("7", "一只 狗"), GeneratedCaption("d9a9", "")]
+    assert read_captions(path) == [
+        GeneratedCaption("7", "一只 狗", number=7),
+        GeneratedCaption("d9a9", ""),
+    ]
 
 
 def test_json_lines_may_tell_what_rows_tell(tmp_path: Path) -> None:

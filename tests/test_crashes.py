@@ -160,7 +160,7 @@ def test_kills_while_rows_are_replaced_leave_each_photo_a_row(
 
 def test_a_reader_sees_whole_parts_and_no_image_twice_at_any_moment(whole: Watched) -> None:
     assert whole.seen == sorted(whole.seen)
-    assert len(set(whole.seen)) > 3
+    assert len(set(whole.seen)) > 2  # nothing, all, and something between the two
     assert check_readable(whole.output) == PHOTOS
 
 
