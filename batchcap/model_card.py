@@ -35,14 +35,12 @@ Captions everyday photos with one plain sentence of at most {max_length} words o
 
 {data_note}
 
-Trained on {training_photos:,} photos, chosen on {validation_photos:,} others.
+Trained on {training_photos:,} photos, chosen on {validation_photos:,} others{data_sets}.
 
 ## Results
 
 On the validation photos, {decoding} decoding, best of {epochs} epochs by {monitor} (epoch {best_epoch}):
 
-| metric (x100) | value |
-|---|---|
 {results}
 
 Signature: `{signature}`
@@ -67,8 +65,6 @@ def write_card(
     path: Path, config: ModelConfig, settings: TrainSettings, metrics: dict[str, Any]
 ) -> None:
     """Write the card, from the same numbers as `metrics.json`."""
-    results = metrics["validation"]
-    rows = [f"| {METRIC_NAMES[key]} | {results[key]:.1f} |" for key in METRICS]
     decoder = config.decoder
     text = CARD.format(
         backbone=config.backbone.name,
@@ -85,7 +81,8 @@ def write_card(
         epochs=metrics["epochs"],
         monitor=settings.monitor,
         best_epoch=metrics["best_epoch"],
-        results="\n".join(rows),
+        data_sets=_data_sets(metrics["data_sets"]),
+        results=_results(metrics),
         signature=metrics["signature"],
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
@@ -106,6 +103,33 @@ def write_card(
         else Path(settings.backbone_weights).name,
     )
     path.write_text(text, encoding="utf-8")
+
+
+def _data_sets(sets: list[dict[str, Any]]) -> str:
+    """How many photos are of which data set, where there are several."""
+    if len(sets) == 1:
+        return ""
+    counts = [
+        f"{one['name']} {one['training_photos']:,} and {one['validation_photos']:,}" for one in sets
+    ]
+    return f" ({'; '.join(counts)})"
+
+
+def _results(metrics: dict[str, Any]) -> str:
+    """A table of the metrics; of several data sets the mean first, by which epochs are chosen."""
+    columns = {"value": metrics["validation"]}
+    if len(metrics["data_sets"]) > 1:
+        columns = {"mean of the data sets": metrics["validation"]}
+        columns |= {one["name"]: one["validation"] for one in metrics["data_sets"]}
+    lines = [
+        ["metric (x100)", *columns],
+        ["---"] * (1 + len(columns)),
+        *(
+            [METRIC_NAMES[key], *(f"{results[key]:.1f}" for results in columns.values())]
+            for key in METRICS
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:

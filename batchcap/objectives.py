@@ -20,8 +20,9 @@ from batchcap.training_data import Tokens, trim
 
 log = logging.getLogger(__name__)
 
-# Learns from what a batch shows and says; adds to the sums of an epoch, `float32[3]`.
-Step = Callable[[Any, Any], None]
+# Learns from what a batch shows and says, and of which data sets it is; adds to the sums of an
+# epoch, `float32[3]`.
+Step = Callable[[Any, Any, Any], None]
 
 
 class Phase(Protocol):
@@ -84,7 +85,7 @@ class Likelihood:
             sums.assign_add(_descend(optimizer, self.variables, share_of_loss))
 
         @tf.function(reduce_retracing=True, autograph=False)
-        def step(seen: Any, captions: Any) -> None:
+        def step(seen: Any, captions: Any, _data_sets: Any) -> None:
             strategy.run(learn, (seen, captions))
 
         return step
@@ -125,11 +126,17 @@ class SelfCritical:
 
     name = "cider"
 
-    def __init__(self, settings: TrainSettings, decoder: CaptionDecoder, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        decoder: CaptionDecoder,
+        tokens: Tokens,
+        data_sets: npt.NDArray[np.int32],
+    ) -> None:
         self.settings, self.decoder = settings, decoder
         self.epochs = settings.cider_epochs
         self.variables = decoder.trainable_variables
-        self.reward = CiderD(tokens)
+        self.rewards = [CiderD(tokens[data_sets == one]) for one in range(1 + data_sets.max())]
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
         return self.settings.cider_learning_rate
@@ -150,18 +157,30 @@ class SelfCritical:
         def learn(*given: Any) -> None:
             strategy.run(learn_share, given)
 
-        def step(features: Any, captions: Any) -> None:
+        def step(features: Any, captions: Any, data_sets: Any) -> None:
             draws = np.random.default_rng((self.settings.seed, int(optimizer.iterations.numpy())))
             uniforms = draws.random((len(features) * samples, length), np.float32)
             drawn = draw(features, tf.constant(uniforms))
             words, lengths, finished = (joined(strategy, one).numpy() for one in drawn)
             drawn = as_captions(words, lengths, finished)
-            rewards = self.reward(drawn.reshape(-1, samples, length + 1), captions.numpy())
+            rewards = self._rewards(
+                drawn.reshape(-1, samples, length + 1), captions.numpy(), data_sets.numpy()
+            )
             gains = advantages(rewards).ravel()
             learn(features, tf.constant(trim(drawn[:, None])[:, 0]), tf.constant(gains))
             sums.assign(sums + tf.constant([rewards.sum(), finished.sum(), rewards.size]))
 
         return step
+
+    def _rewards(
+        self, drawn: Tokens, references: Tokens, data_sets: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """As `CiderD`, with the document frequencies of the data set that each image is of."""
+        rewards = np.zeros(drawn.shape[:2], np.float32)
+        for number, reward in enumerate(self.rewards):
+            images = data_sets == number
+            rewards[images] = reward(drawn[images], references[images])
+        return rewards
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
         reward, finished, count = sums

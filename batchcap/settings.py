@@ -139,14 +139,15 @@ def _match_by_option() -> Any:
 
 def _check_limits(settings: Any) -> None:
     for name, spec in settings.__dataclass_fields__.items():
-        value, least, most = getattr(settings, name), *map(spec.metadata.get, ("least", "most"))
+        given, least, most = getattr(settings, name), *map(spec.metadata.get, ("least", "most"))
         flag = "--" + name.replace("_", "-")
-        if value is None:
-            continue
-        if least is not None and not value >= least:  # so that NaN is refused too
-            raise UsageError(f"{flag} must be at least {least}, not {value}")
-        if most is not None and not value <= most:
-            raise UsageError(f"{flag} must be at most {most}, not {value}")
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is None:
+                continue
+            if least is not None and not value >= least:  # so that NaN is refused too
+                raise UsageError(f"{flag} must be at least {least}, not {value}")
+            if most is not None and not value <= most:
+                raise UsageError(f"{flag} must be at most {most}, not {value}")
 
 
 def _check_output(output: Path | str) -> None:
@@ -412,9 +413,17 @@ class ReportSettings:
 class TrainSettings:
     """What `batchcap train` is asked. jobs/train-default.toml is the shipped model's recipe."""
 
-    annotations: Path = _option(MISSING, "Captions of the photos.")
-    images: Path = _option(MISSING, "Directory of the photos.")
+    annotations: tuple[Path, ...] = _option(
+        MISSING, "Captions of the photos; repeatable, for several data sets."
+    )
+    images: tuple[Path, ...] = _option(MISSING, "Directory of the photos; one for each data set.")
     out: Path = _option(MISSING, "Model directory to write; must not exist yet.")
+    weight: tuple[float, ...] = _option(
+        (),
+        "How often a data set's photos are seen in an epoch, on average; one for each [1].",
+        least=0.01,
+        most=100,
+    )
     validation_annotations: Path | None = _option(
         None, "Captions of the validation photos, which may be in the same directory [by split]."
     )
@@ -509,6 +518,18 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _check_limits(self)
+        count = len(self.annotations)
+        for flag, given in (("--images", self.images), ("--weight", self.weight)):
+            if len(given) != count and (given or flag == "--images"):
+                raise UsageError(
+                    f"{flag} is given {len(given)} times, --annotations {count} times: each data "
+                    "set needs one"
+                )
+        if self.validation_annotations is not None and count > 1:
+            raise UsageError(
+                "--validation-annotations is for one data set: name splits in the annotations of "
+                "several"
+            )
         low, high = self.input_range or (0, 1)
         if not -MAX_PIXEL_VALUE <= low < high <= MAX_PIXEL_VALUE:
             raise UsageError(

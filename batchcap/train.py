@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from batchcap.contracts import InputError, OutputError, UsageError
 from batchcap.distribution import training_strategy
-from batchcap.evaluation.metrics import score_captions, signature
+from batchcap.evaluation.metrics import METRICS, score_captions, signature
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.files import followed
 from batchcap.history import CURVES_FILE, HISTORY_FILE
@@ -53,15 +53,19 @@ from batchcap.training_data import (
     Sight,
     Tokens,
     TrainingBatches,
+    check_each_set,
+    data_set_names,
     extract_all,
     load_examples,
     load_pixels,
+    numbers_of_sets,
     token_table,
 )
 from batchcap.validation import Features, Judge
 from batchcap.views import View, training_views
 
 FEW_VALIDATION_PHOTOS = 20
+RESULTS = ("val_loss", "val_accuracy", *METRICS)
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +102,7 @@ def train_captioner(settings: TrainSettings) -> Path:
         place_of(settings.fine_tune_from, backbone)  # says now that there is no such layer
     _, training = extract_all(training, backbone, backbone_config, _views(settings))
     _, validation = extract_all(validation, backbone, backbone_config)
+    check_each_set(settings, training, validation)
 
     vocabulary = _vocabulary(settings, training)
     tokens = token_table(training, vocabulary, settings.max_length)
@@ -126,9 +131,7 @@ def train_captioner(settings: TrainSettings) -> Path:
         trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
         record = trainer.run(judge)
         was_kept[phase.name] = record.best_epoch > record.before
-    return _write_model(
-        settings, captioner, record, was_kept, work_folder, len(training), validation
-    )
+    return _write_model(settings, captioner, record, was_kept, work_folder, training, validation)
 
 
 def _stages(
@@ -142,14 +145,16 @@ def _stages(
     """What is trained one after the other; the features of a stage are made when its time comes."""
     decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
 
+    names, data_sets = data_set_names(settings.annotations), numbers_of_sets(training)
+
     def batches(sight: Sight) -> TrainingBatches:
-        return TrainingBatches(sight, tokens, captioner.vocabulary, settings)
+        return TrainingBatches(sight, tokens, data_sets, captioner.vocabulary, settings)
 
     def frozen() -> tuple[TrainingBatches, Judge]:
         views = _views(settings)
         extract_all(training, backbone, config, views)
         cache, _ = extract_all(validation, backbone, config)
-        judge = Judge(captioner, validation, CachedFeatures(cache, validation).whole)
+        judge = Judge(captioner, validation, CachedFeatures(cache, validation).whole, names)
         return batches(CachedFeatures(cache, training, views)), judge
 
     yield Likelihood(settings, decoder), *frozen()
@@ -159,12 +164,12 @@ def _stages(
         tuned.set_weights(backbone.get_weights())
         train_after(settings.fine_tune_from, tuned)
         sight = AugmentedPhotos(training, config.image_size, settings.flip)
-        judge = Judge(captioner, validation, _features_by(tuned, config, validation))
+        judge = Judge(captioner, validation, _features_by(tuned, config, validation), names)
         yield FineTuning(settings, decoder, tuned, config), batches(sight), judge
         backbone.set_weights(tuned.get_weights())
         round_weights(backbone.weights)
     if settings.objective is Objective.CIDER:
-        yield SelfCritical(settings, decoder, tokens), *frozen()
+        yield SelfCritical(settings, decoder, tokens, data_sets), *frozen()
 
 
 def _features_by(
@@ -178,20 +183,23 @@ def _features_by(
 
 
 def _check_validation(settings: TrainSettings, validation: Sequence[Example]) -> None:
-    """See that there are photos enough to choose an epoch by CIDEr-D."""
-    count = len(validation)
-    if settings.monitor is not Monitor.CIDER_D or count >= FEW_VALIDATION_PHOTOS:
+    """See that each data set has photos enough to choose an epoch by CIDEr-D."""
+    if settings.monitor is not Monitor.CIDER_D:
         return
-    if count == 1:
-        raise UsageError(
-            "there is one validation photo, and CIDEr-D of a single photo is always 0: hold out "
-            "more photos, or choose the best epoch by --monitor loss"
-        )
-    log.warning(
-        "CIDEr-D of %d validation photos is uncertain: hold out %d or more, or choose the best "
-        "epoch by --monitor loss",
-        *(count, FEW_VALIDATION_PHOTOS),
-    )
+    for name, count in zip(
+        data_set_names(settings.annotations), np.bincount(numbers_of_sets(validation)), strict=True
+    ):
+        if count == 1:
+            raise UsageError(
+                f"{name} has one validation photo, and CIDEr-D of a single photo is always 0: hold "
+                "out more photos, or choose the best epoch by --monitor loss"
+            )
+        if count < FEW_VALIDATION_PHOTOS:
+            log.warning(
+                "CIDEr-D of the %d validation photos of %s is uncertain: hold out %d or more, or "
+                "choose the best epoch by --monitor loss",
+                *(count, name, FEW_VALIDATION_PHOTOS),
+            )
 
 
 def _views(settings: TrainSettings) -> tuple[View, ...]:
@@ -203,7 +211,8 @@ def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabul
     vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
     if len(vocabulary) == len(SPECIAL_WORDS):
         raise InputError(
-            f"no word is {settings.min_count} times in {settings.annotations}: lower --min-count"
+            f"no word is {settings.min_count} times in "
+            f"{', '.join(map(str, settings.annotations))}: lower --min-count"
         )
     return vocabulary
 
@@ -260,8 +269,25 @@ def _run_digest(
     for side in (training, validation):
         digest.update(f"{len(side)} photos\n".encode())
         for example in side:
-            digest.update(f"{example.sha256} {example.captions}\n".encode())
+            digest.update(f"{example.sha256} {example.captions} {example.data_set}\n".encode())
     return digest.hexdigest()
+
+
+def _about_set(
+    number: int,
+    name: str,
+    results: dict[str, float],
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> dict[str, Any]:
+    """What `metrics.json` says of one data set; its results where there are several."""
+    told = {
+        "name": name,
+        "training_photos": sum(example.data_set == number for example in training),
+        "validation_photos": sum(example.data_set == number for example in validation),
+    }
+    own = {key: results[f"{name}_{key}"] for key in RESULTS if f"{name}_{key}" in results}
+    return told | ({"validation": own} if own else {})
 
 
 def _write_model(
@@ -270,8 +296,8 @@ def _write_model(
     record: Record,
     was_kept: dict[str, bool],
     work_folder: Path,
-    training_photos: int,
-    validation: list[Example],
+    training: Sequence[Example],
+    validation: Sequence[Example],
 ) -> Path:
     """The weights, rounded as they are stored; judged once more as who loads them has them."""
     unfinished = work_folder / "model"
@@ -279,9 +305,15 @@ def _write_model(
     save_captioner(captioner, unfinished)
     stored = load_captioner(unfinished)
     cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
-    judge = Judge(stored, validation, CachedFeatures(cache, validation).whole)
+    names = data_set_names(settings.annotations)
+    judge = Judge(stored, validation, CachedFeatures(cache, validation).whole, names)
+    results = judge.results()
     metrics = {
-        "validation": judge.results(),
+        "validation": {key: results[key] for key in RESULTS},
+        "data_sets": [
+            _about_set(number, name, results, training, validation)
+            for number, name in enumerate(names)
+        ],
         "decoding": "greedy",
         "signature": signature(profile_of(TokenKind.WORDS).described, judge.references),
         "best_epoch": record.best_epoch,
@@ -290,7 +322,7 @@ def _write_model(
         "epochs": len(record.history),
         "seconds": sum(row["seconds"] for row in record.history),
         "seed": settings.seed,
-        "training_photos": training_photos,
+        "training_photos": len(training),
         "validation_photos": len(validation),
     }
     (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

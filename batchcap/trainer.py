@@ -6,7 +6,7 @@ Work in progress lives in a folder of its own, hidden beside the model to be: `.
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,8 +119,8 @@ class Trainer:
     def _train_epoch(self, epoch: int, started: float, bar: Any) -> None:
         saved = time.monotonic()
         stop = (epoch - self.record.before) * self.steps_per_epoch
-        for seen, captions in self._batches(self.record.step, stop):
-            self._step(seen, captions)
+        for batch in self._batches(self.record.step, stop):
+            self._step(*batch)
             self.record.step += 1
             bar.update(1)
             if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
@@ -128,15 +128,15 @@ class Trainer:
                 self._checkpoint()
                 saved = time.monotonic()
 
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any]]:
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any, Any]]:
         """The batches of some steps, made ahead of them.
 
         Raises:
             InputError: a photo can't be read any more.
         """
-        seen, captions = self.batches[start]
-        kinds = (seen.dtype, captions.dtype)
-        shapes = (seen.shape, (*captions.shape[:2], None))
+        seen, captions, data_sets = self.batches[start]
+        kinds = (seen.dtype, captions.dtype, data_sets.dtype)
+        shapes = (seen.shape, (*captions.shape[:2], None), data_sets.shape)
         failures: list[InputError] = []
 
         def make(step: Any) -> Any:
@@ -177,9 +177,9 @@ class Trainer:
         told = ", ".join(f"{name} {value:.3f}" for name, value in self.phase.measured(sums).items())
         log.info(
             "epoch %d: %.0f s, %s; validation: loss %.3f, accuracy %.3f, BLEU-4 %.1f, "
-            "CIDEr-D %.1f%s",
+            "CIDEr-D %.1f%s%s",
             *(epoch, row["seconds"], told, row["val_loss"]),
-            *(row["val_accuracy"], row["bleu_4"], row["cider_d"]),
+            *(row["val_accuracy"], row["bleu_4"], row["cider_d"], _of_sets(row, judge.names)),
             " (best)" if self.record.best_epoch == epoch else "",
         )
         for sample in samples:
@@ -253,3 +253,11 @@ class Trainer:
             raise InputError(
                 f"{path} is damaged ({error}): delete {self.folder} to start anew"
             ) from error
+
+
+def _of_sets(row: dict[str, float], names: Sequence[str]) -> str:
+    """The CIDEr-D of each data set, where there are several."""
+    if len(names) == 1:
+        return ""
+    values = [f"{name} {row[name + '_cider_d']:.1f}" for name in names]
+    return f" ({', '.join(values)})"

@@ -58,41 +58,80 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Example:
-    """A photo and its captions, cut into words. `sha256` is of the file's bytes."""
+    """A photo and its captions, cut into words.
+
+    `sha256` is of the file's bytes, `data_set` the number of the data set that it is of.
+    """
 
     image_id: str
     path: Path
     sha256: str
     captions: tuple[tuple[str, ...], ...]
+    data_set: int = 0
 
 
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples, by the annotations' split or a seeded draw.
+    """Training and validation examples of all data sets, one set after the other.
 
-    Photos without a file or a word are left out of both; photos of other splits than train, and
-    copies of validation and test photos under whatever name, out of training. The log counts them.
+    They are told apart by the annotations' split or a seeded draw. Photos without a file or a word
+    are left out of both; photos of other splits than train, and copies of validation and test
+    photos of any data set, out of training. The log counts them.
 
     Raises:
         UsageError: more photos are to be held out than there are.
-        InputError: wrong annotations, or no photo left on one of the two sides.
+        InputError: wrong annotations, or a data set has no photo left on one of the two sides.
     """
-    annotated = read_annotations(settings.annotations)
-    annotated_training, annotated_validation = _split(annotated, settings)
-    validation = _read_all(annotated_validation, settings.images)
-    tested = [image for image in annotated if image.split == "test"]
-    held_out = {example.sha256 for example in validation} | _digests(tested, settings.images)
-    training = _without(_read_all(annotated_training, settings.images), held_out)
-    for side, examples in (("training", training), ("validation", validation)):
-        if not examples:
-            raise InputError(
-                f"{settings.annotations} and {settings.images} give no {side} photo: check that "
-                "both are of the same data set, and its split"
-            )
+    training: list[Example] = []
+    validation: list[Example] = []
+    tested: set[str | None] = set()
+    for number, sources in enumerate(zip(settings.annotations, settings.images, strict=True)):
+        annotations, images = sources
+        annotated = read_annotations(annotations)
+        sides = _split(annotations, annotated, settings)
+        training += _read_all(sides[0], images, number)
+        validation += _read_all(sides[1], images, number)
+        tested |= _digests([image for image in annotated if image.split == "test"], images)
+    training = _without(training, {example.sha256 for example in validation} | tested)
+    check_each_set(settings, training, validation)
     return training, validation
 
 
+def check_each_set(
+    settings: TrainSettings, training: Sequence[Example], validation: Sequence[Example]
+) -> None:
+    """See that each data set has a photo on both sides.
+
+    Raises:
+        InputError: it has none.
+    """
+    for side, examples in (("training", training), ("validation", validation)):
+        found = {example.data_set for example in examples}
+        for number, sources in enumerate(zip(settings.annotations, settings.images, strict=True)):
+            if number not in found:
+                raise InputError(
+                    f"{sources[0]} and {sources[1]} give no {side} photo: check that both are of "
+                    "the same data set, and its split"
+                )
+
+
+def numbers_of_sets(examples: Sequence[Example]) -> npt.NDArray[np.int32]:
+    """`int32[examples]`: the number of the data set that each is of."""
+    return np.array([example.data_set for example in examples], np.int32)
+
+
+def data_set_names(annotations: Sequence[Path]) -> list[str]:
+    """A short name for each data set: the last part of its path that tells it from all others."""
+    paths = [path.absolute() for path in annotations]
+    for depth in range(max(len(path.parts) for path in paths)):
+        names = [path.parts[-1 - depth] if depth < len(path.parts) else "" for path in paths]
+        names = [name.partition(".")[0] for name in names] if depth == 0 else names
+        if all(names) and len(set(names)) == len(names):
+            return names
+    return [str(number) for number in range(1, 1 + len(annotations))]
+
+
 def _split(
-    annotated: list[AnnotatedImage], settings: TrainSettings
+    path: Path, annotated: list[AnnotatedImage], settings: TrainSettings
 ) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
     """Training and validation photos; none of split test is in the former."""
     if settings.validation_annotations is not None:
@@ -107,8 +146,8 @@ def _split(
         return _of_splits(annotated, {"train"}, counted_elsewhere=len(validation)), validation
     if settings.validation_count >= len(annotated):
         raise UsageError(
-            f"{settings.annotations} has {len(annotated)} photos and names no split: lower "
-            f"--validation-count {settings.validation_count}, or give --validation-annotations"
+            f"{path} has {len(annotated)} photos and names no split: lower --validation-count "
+            f"{settings.validation_count}, or give --validation-annotations"
         )
     order = np.random.default_rng(settings.seed).permutation(len(annotated))
     held_out = set(order[: settings.validation_count].tolist())
@@ -142,7 +181,7 @@ def _without(training: list[Example], held_out: Container[str | None]) -> list[E
     return kept
 
 
-def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example]:
+def _read_all(annotated: Sequence[AnnotatedImage], images: Path, data_set: int) -> list[Example]:
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda image: _file_digest(images / image.image_id), annotated))
     examples, missing, wordless = [], [], []
@@ -155,7 +194,7 @@ def _read_all(annotated: Sequence[AnnotatedImage], images: Path) -> list[Example
             wordless.append(image.image_id)
         if captions:
             path = images / image.image_id
-            examples.append(Example(image.image_id, path, digest, captions))
+            examples.append(Example(image.image_id, path, digest, captions, data_set))
     if missing:
         log.warning(
             "%d of %d annotated photos are not in %s or cannot be read, such as %s",
@@ -309,7 +348,7 @@ def extract_all(
         rejected = set(_extract(missing, cache, backbone, config, views))
     if len(rejected) == len(examples):
         raise InputError(f"none of {len(examples)} photos can be read, such as {examples[0].path}")
-    return cache, [example for example in examples if example.image_id not in rejected]
+    return cache, [example for example in examples if example.path not in rejected]
 
 
 def _extract(
@@ -318,8 +357,8 @@ def _extract(
     backbone: keras.Model,
     config: BackboneConfig,
     views: Sequence[View],
-) -> Iterator[str]:
-    """Extract and cache; yield the ids of those that are no photos."""
+) -> Iterator[Path]:
+    """Extract and cache; yield the paths of those that are no photos."""
 
     @tf.function(autograph=False)
     def extract(pixels: Any) -> Any:
@@ -337,7 +376,7 @@ def _extract(
                     log.warning(
                         "%s left out: %s", printable(example.image_id), image.pixels.message
                     )
-                    yield example.image_id
+                    yield example.path
                 else:
                     pixels[len(good)] = image.pixels
                     good.append(example)
@@ -359,33 +398,53 @@ def _check_finite(features: npt.NDArray[np.float16], examples: Sequence[Example]
 
 
 class TrainingBatches:
-    """The endless stream of training batches, addressed by step number."""
+    """The endless stream of training batches, addressed by step number.
+
+    In each pass every photo is seen as often as `settings.weight` says of its data set: of weight
+    1.5 all are seen once, and a half of them, drawn anew, once more.
+    """
 
     def __init__(
         self,
         sight: Sight,
         captions: Tokens,
+        data_sets: npt.NDArray[np.int32],
         vocabulary: Vocabulary,
         settings: TrainSettings,
     ) -> None:
-        self.sight, self.captions = sight, captions
+        self.sight, self.captions, self.data_sets = sight, captions, data_sets
         self.mirrored_ids = mirrored_ids(vocabulary)
-        self.seed = settings.seed
-        self.batch_size = min(settings.batch_size, len(captions))
-        self.steps_per_pass = len(captions) // self.batch_size
+        self.seed, self.weights = settings.seed, settings.weight or (1.0,) * (1 + data_sets.max())
+        per_pass = len(self._order(0))
+        self.batch_size = min(settings.batch_size, per_pass)
+        self.steps_per_pass = per_pass // self.batch_size
         most = captions.shape[1]
         self.captions_per_image = min(settings.captions_per_image or most, most)
 
-    def __getitem__(self, step: int) -> tuple[npt.NDArray[Any], Tokens]:
-        """What is seen of B photos in a step, and captions `int32[B, C, T + 1]`."""
+    def __getitem__(self, step: int) -> tuple[npt.NDArray[Any], Tokens, npt.NDArray[np.int32]]:
+        """What is seen of B photos in a step, their captions and their data sets.
+
+        The latter two are `int32[B, C, T + 1]` and `int32[B]`.
+        """
         number, index = divmod(step, self.steps_per_pass)
-        order = np.random.default_rng((self.seed, number)).permutation(len(self.captions))
-        chosen = order[index * self.batch_size :][: self.batch_size]
+        chosen = self._order(number)[index * self.batch_size :][: self.batch_size]
         draws = np.random.default_rng((self.seed, number, 1 + index))
         seen, mirrored = self.sight(chosen, draws)
         captions = self._draw_captions(self.captions[chosen], draws)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
-        return seen, trim(captions)
+        return seen, trim(captions), self.data_sets[chosen]
+
+    def _order(self, number: int) -> npt.NDArray[np.int64]:
+        """The photos of a pass, some of them several times or not at all."""
+        draws = np.random.default_rng((self.seed, number))
+        parts = []
+        for data_set, weight in enumerate(self.weights):
+            photos = np.flatnonzero(self.data_sets == data_set)
+            times, rest = divmod(weight, 1)
+            parts += [photos] * int(times)
+            if rest:
+                parts.append(draws.permutation(photos)[: round(rest * len(photos))])
+        return draws.permutation(np.concatenate(parts))
 
     def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:
         if self.captions_per_image == captions.shape[1]:

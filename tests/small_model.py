@@ -95,8 +95,8 @@ def make_squares(folder: Path) -> Path:
 def settings_for(squares: Path, out: Path, **asked: Any) -> TrainSettings:
     """A training that learns the colours in seconds, unless otherwise asked."""
     usual = {
-        "annotations": squares / "captions.jsonl",
-        "images": squares / "images",
+        "annotations": (squares / "captions.jsonl",),
+        "images": (squares / "images",),
         "out": out,
         "backbone": SMALL,
         "backbone_weights": str(squares / "backbone.weights.h5"),

@@ -1,5 +1,7 @@
 """Rewards against pycocoevalcap's, the loss against arithmetic."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from pycocoevalcap.cider.cider import Cider
 from batchcap.model.config import DecoderConfig
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.objectives import SelfCritical
 from batchcap.self_critical import CiderD, advantages, as_captions, policy_loss
+from batchcap.settings import TrainSettings
 
 LONGEST = 7
 
@@ -41,6 +45,22 @@ def test_rewards_are_pycocoevalcap_s_cider_d_of_words_and_end(
     found = {i: [" ".join(map(str, caption))] for i, (caption, _) in enumerate(images)}
     _, scores = Cider().compute_score(expected, found)
     assert CiderD(references)(captions, references)[:, 0] == pytest.approx(scores, abs=1e-5)
+
+
+def test_each_data_set_has_document_frequencies_of_its_own() -> None:
+    """A word that stands in every caption of its data set is worth nothing there."""
+    settings = TrainSettings(annotations=(), images=(), out=Path(), max_length=LONGEST + 1)
+    decoder = build_decoder(DecoderConfig(10, 1, 1, LONGEST + 1, units=4, layers=1, key_size=2))
+    texts = [[4, 5, END_ID], [4, 6, END_ID], [7, 8, END_ID], [7, 9, END_ID]]
+    tokens = np.stack([rows([text]) for text in texts])
+    data_sets = np.array([0, 0, 1, 1], np.int32)
+    phase = SelfCritical(settings, decoder, tokens, data_sets)
+    mixed = np.array([2, 0, 3, 1])
+    rewards = phase._rewards(tokens[mixed], tokens[mixed], data_sets[mixed])
+    expected = [CiderD(tokens[side]) for side in (slice(0, 2), slice(2, 4))]
+    for place, image in enumerate(mixed):
+        own = expected[data_sets[image]](tokens[image : image + 1], tokens[image : image + 1])
+        assert rewards[place] == pytest.approx(own[0])
 
 
 def test_references_that_an_image_lacks_count_nothing() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from click.testing import CliRunner
 from PIL import Image
 from small_model import (
     COLOURS,
@@ -31,6 +32,7 @@ from small_model import (
     start_training,
 )
 
+from batchcap.cli import batchcap
 from batchcap.contracts import InputError, ModelError, OutputError, Precision, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner, round_weights
@@ -121,6 +123,55 @@ def test_history_has_a_row_for_each_epoch_and_a_picture(trained: Path) -> None:
     assert {"seconds", "accuracy", "bleu_4", "cider_d"} <= history[0].keys()
     with Image.open(trained / "history.png") as curves:
         assert curves.size[0] > 600
+
+
+def two_data_sets(squares: Path, folder: Path) -> dict[str, Any]:
+    """The squares as two data sets, of which the second has photos of other colours only."""
+    records = [json.loads(line) for line in (squares / "captions.jsonl").open(encoding="utf-8")]
+    annotations = []
+    for name, remainders in (("first", (0, 1)), ("second", (2, 3))):
+        (folder / name).mkdir()
+        annotations.append(folder / name / "captions.jsonl")
+        lines = [json.dumps(one) for i, one in enumerate(records) if i % 4 in remainders]
+        annotations[-1].write_text("\n".join(lines), encoding="utf-8")
+    return {"annotations": tuple(annotations), "images": (squares / "images",) * 2}
+
+
+def test_several_data_sets_have_results_of_their_own_and_their_mean_chooses(
+    squares: Path, tmp_path: Path
+) -> None:
+    asked = two_data_sets(squares, tmp_path) | {"weight": (1.0, 0.5)}
+    model = train_captioner(settings_for(squares, tmp_path / "model", **asked))
+    metrics = json.loads((model / "metrics.json").read_text())
+    sets = metrics["data_sets"]
+    assert [(one["name"], one["training_photos"], one["validation_photos"]) for one in sets] == [
+        ("first", 32, 4),
+        ("second", 32, 4),
+    ]
+    for key, mean in metrics["validation"].items():
+        assert mean == pytest.approx(np.mean([one["validation"][key] for one in sets]))
+    history = history_of(model)
+    best = history[metrics["best_epoch"] - 1]
+    assert best["cider_d"] == pytest.approx(
+        np.mean([best["first_cider_d"], best["second_cider_d"]])
+    )
+    assert best["cider_d"] == max(row["cider_d"] for row in history)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "| metric (x100) | mean of the data sets | first | second |" in card
+    assert "chosen on 8 others (first 32 and 4; second 32 and 4)" in card
+
+
+def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path) -> None:
+    asked = two_data_sets(squares, tmp_path)
+    config = tmp_path / "train.toml"
+    paths = {name: [str(path) for path in asked[name]] for name in ("annotations", "images")}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in paths.items()]
+    config.write_text("\n".join(["[train]", *lines, "weight = [1, 0.5]", "max-length = 8", ""]))
+    done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
+    assert "cannot make /dev/null" in str(done.exception)
+    config.write_text(config.read_text().replace("weight = [1, 0.5]", "weight = [1]"))
+    done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
+    assert "--weight is given 1 times" in str(done.exception)
 
 
 def in_all_phases(squares: Path, out: Path, **asked: Any) -> TrainSettings:
@@ -242,8 +293,10 @@ def test_a_single_validation_photo_is_refused_before_work(squares: Path, tmp_pat
     records = [json.loads(line) | {"split": None} for line in lines]
     annotations = tmp_path / "captions.jsonl"
     annotations.write_text("\n".join(map(json.dumps, records)), "utf-8")
-    asked = {"annotations": annotations, "validation_count": 1}
-    with pytest.raises(UsageError, match=r"CIDEr-D of a single photo is always 0.*--monitor loss"):
+    asked = {"annotations": (annotations,), "validation_count": 1}
+    with pytest.raises(
+        UsageError, match=r"one validation photo, and CIDEr-D.*is always 0.*--monitor loss"
+    ):
         train_captioner(settings_for(squares, tmp_path / "model", **asked))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.jsonl"]
     asked |= {"monitor": Monitor.LOSS, "epochs": 1}
@@ -255,7 +308,7 @@ def test_few_validation_photos_are_warned_of(
 ) -> None:
     with pytest.raises(InputError, match="lower --min-count"):
         train_captioner(settings_for(squares, tmp_path / "model", min_count=1000))
-    assert "CIDEr-D of 8 validation photos is uncertain" in caplog.text
+    assert "CIDEr-D of the 8 validation photos of captions is uncertain" in caplog.text
 
 
 @pytest.mark.slow
@@ -460,7 +513,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(
 
 def test_wrong_annotations_leave_no_folder(squares: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text("{")
-    settings = settings_for(squares, tmp_path / "model", annotations=tmp_path / "captions.jsonl")
+    settings = settings_for(squares, tmp_path / "model", annotations=(tmp_path / "captions.jsonl",))
     with pytest.raises(InputError):
         train_captioner(settings)
     assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]

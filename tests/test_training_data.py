@@ -26,6 +26,7 @@ from batchcap.training_data import (
     Example,
     Tokens,
     TrainingBatches,
+    data_set_names,
     extract_all,
     load_examples,
     load_pixels,
@@ -54,7 +55,9 @@ def data_set(folder: Path, splits: dict[str, str | None], **settings: Any) -> Tr
     for name in splits:
         (folder / name).write_bytes(name.encode())
     annotations = write_annotations(folder / "captions.jsonl", splits)
-    return TrainSettings(annotations=annotations, images=folder, out=folder / "model", **settings)
+    return TrainSettings(
+        annotations=(annotations,), images=(folder,), out=folder / "model", **settings
+    )
 
 
 def ids(examples: list[Example]) -> list[str]:
@@ -180,7 +183,7 @@ def test_karpathys_test_photos_are_never_trained_on(tmp_path):
     ]
     path = tmp_path / "dataset_coco.json"
     path.write_text(json.dumps({"images": images}))
-    settings = TrainSettings(annotations=path, images=tmp_path, out=tmp_path / "model")
+    settings = TrainSettings(annotations=(path,), images=(tmp_path,), out=tmp_path / "model")
     for validating in (settings, replace(settings, validation_annotations=path)):
         training, validation = load_examples(validating)
         assert ids(training) == ["val2014/train", "val2014/restval"]
@@ -232,16 +235,21 @@ def test_trimmed_captions_are_as_long_as_the_longest(longest):
 VIEWS = training_views(flip=True, crops=2)
 
 
-def batches_of(captions: Tokens, **settings: Any) -> TrainingBatches:
-    """What is seen of a photo is its number from 1, negative if mirrored."""
-    nowhere = Path()
-    asked = TrainSettings(annotations=nowhere, images=nowhere, out=nowhere, **settings)
+def batches_of(captions: Tokens, *sizes: int, **settings: Any) -> TrainingBatches:
+    """What is seen of a photo is its number from 1, negative if mirrored.
+
+    `sizes` are how many photos are of each data set, one after the other.
+    """
+    sizes = sizes or (len(captions),)
+    nowhere = (Path(),) * len(sizes)
+    asked = TrainSettings(annotations=nowhere, images=nowhere, out=Path(), **settings)
 
     def number(photos: Any, draws: np.random.Generator) -> Any:
         mirrored = asked.flip & (draws.random(len(photos)) < 0.5)
         return np.where(mirrored, -1 - photos, 1 + photos).astype(np.float32), mirrored
 
-    return TrainingBatches(number, captions, VOCABULARY, asked)
+    data_sets = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    return TrainingBatches(number, captions, data_sets, VOCABULARY, asked)
 
 
 def one_caption_each() -> Tokens:
@@ -249,7 +257,7 @@ def one_caption_each() -> Tokens:
     return token_table([example(f"{i} 左边") for i in range(PHOTOS)], VOCABULARY, max_length=4)
 
 
-def photos_of(batch: tuple[npt.NDArray[np.float32], Tokens]) -> list[int]:
+def photos_of(batch: tuple[npt.NDArray[np.float32], Tokens, Any]) -> list[int]:
     return np.abs(batch[0]).ravel().astype(int).tolist()
 
 
@@ -295,7 +303,7 @@ def test_mirrored_photos_have_mirrored_captions():
     batches = batches_of(one_caption_each(), batch_size=PHOTOS)
     mirrored_count = 0
     for step in range(20):
-        features, captions = batches[step]
+        features, captions, _ = batches[step]
         is_mirrored = features.ravel() < 0
         np.testing.assert_array_equal(captions[:, 0, 2], np.where(is_mirrored, RIGHT, LEFT))
         mirrored_count += is_mirrored.sum()
@@ -303,15 +311,84 @@ def test_mirrored_photos_have_mirrored_captions():
 
 
 def test_captions_stay_with_their_photos():
-    features, captions = batches_of(one_caption_each(), batch_size=PHOTOS)[0]
-    places = [int(VOCABULARY.words[word]) for word in captions[:, 0, 1]]
-    assert [place + 1 for place in places] == photos_of((features, captions))
+    batch = batches_of(one_caption_each(), batch_size=PHOTOS)[0]
+    places = [int(VOCABULARY.words[word]) for word in batch[1][:, 0, 1]]
+    assert [place + 1 for place in places] == photos_of(batch)
+
+
+def test_photos_are_seen_as_often_as_the_weight_of_their_data_set_says():
+    """Of ten photos, four are seen twice and six half of the time."""
+    batches = batches_of(one_caption_each(), 4, 6, weight=(2.0, 0.5), batch_size=11)
+    assert batches.steps_per_pass == 1
+    halves = set()
+    for step in range(3):
+        _, _, data_sets = batches[step]
+        counts = np.bincount(photos_of(batches[step]), minlength=1 + PHOTOS)[1:]
+        assert counts[:4].tolist() == [2] * 4
+        assert sorted(counts[4:]) == [0, 0, 0, 1, 1, 1]
+        numbers = [int(photo > 4) for photo in photos_of(batches[step])]
+        assert data_sets.tolist() == numbers
+        halves.add(counts.tobytes())
+    assert len(halves) > 1
+
+
+def test_equal_weights_change_nothing():
+    one, other = (
+        batches_of(one_caption_each(), *sizes, batch_size=PHOTOS, weight=weight)
+        for sizes, weight in (((PHOTOS,), ()), ((4, 6), (1.0, 1.0)))
+    )
+    assert sorted(photos_of(one[0])) == sorted(photos_of(other[0]))
+    assert one.steps_per_pass == other.steps_per_pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"images": 1}, "--images is given 1 times, --annotations 2 times"),
+        ({"weight": (1.0,)}, "--weight is given 1 times, --annotations 2 times"),
+        ({"weight": (1.0, 0.0)}, "--weight must be at least 0.01, not 0.0"),
+        ({"weight": (1.0, float("nan"))}, "--weight must be at least 0.01, not nan"),
+        ({"validation_annotations": Path()}, "--validation-annotations is for one data set"),
+    ],
+)
+def test_settings_that_do_not_fit_several_data_sets_are_refused(asked, reason):
+    images = (Path(),) * asked.pop("images", 2)
+    with pytest.raises(UsageError, match=reason):
+        TrainSettings(annotations=(Path(), Path()), images=images, out=Path(), **asked)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/captions.txt"], ["captions"]),
+        (["flickr8k-cn/captions.zh.txt", "jobs/everyday-zh.jsonl"], ["captions", "everyday-zh"]),
+        (["x/a/captions.zh.txt", "x/b/captions.zh.jsonl"], ["a", "b"]),
+        (["a/x/1/c.txt", "b/x/1/c.txt"], ["a", "b"]),
+        (["a/c.txt", "a/c.txt"], ["1", "2"]),
+    ],
+)
+def test_data_sets_are_named_by_what_tells_their_paths_apart(paths, names):
+    assert data_set_names([Path(path) for path in paths]) == names
+
+
+def test_a_photo_held_out_of_one_data_set_is_trained_on_in_none(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = data_set(folders[0], {"1": "train", "2": "val", "3": "test"})
+    two = data_set(folders[1], {"2": "train", "3": "train", "4": "train", "5": "val"})
+    settings = replace(
+        one, annotations=one.annotations + two.annotations, images=one.images + two.images
+    )
+    training, validation = load_examples(settings)
+    assert [(each.image_id, each.data_set) for each in training] == [("1", 0), ("4", 1)]
+    assert [(each.image_id, each.data_set) for each in validation] == [("2", 0), ("5", 1)]
 
 
 def test_nothing_is_mirrored_without_flip():
     batches = batches_of(one_caption_each(), batch_size=PHOTOS, flip=False)
     for step in range(20):
-        features, captions = batches[step]
+        features, captions, _ = batches[step]
         assert (features > 0).all()
         assert (captions[:, 0, 2] == LEFT).all()
 
@@ -327,7 +404,7 @@ def test_captions_of_a_step_are_drawn_before_rows_of_padding():
     batches = batches_of(captions, captions_per_image=2)
     drawn = set()
     for step in range(40):
-        features, batch = batches[step]
+        features, batch, _ = batches[step]
         of_first, of_second = batch[np.argsort(np.abs(features.ravel())), :, 1]
         assert len(set(of_first)) == 2
         assert of_second.tolist() == [DOG, PADDING_ID]
@@ -337,7 +414,7 @@ def test_captions_of_a_step_are_drawn_before_rows_of_padding():
 
 def test_all_captions_are_taken_where_more_are_asked_for():
     captions = token_table([example("狗", "草地")], VOCABULARY, max_length=4)
-    _, batch = batches_of(captions, captions_per_image=9)[0]
+    _, batch, _ = batches_of(captions, captions_per_image=9)[0]
     assert batch[0, :, 1].tolist() == [DOG, GRASS]
 
 
