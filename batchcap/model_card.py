@@ -121,15 +121,12 @@ def _results(metrics: dict[str, Any]) -> str:
     if len(metrics["data_sets"]) > 1:
         columns = {"mean of the data sets": metrics["validation"]}
         columns |= {one["name"]: one["validation"] for one in metrics["data_sets"]}
-    lines = [
-        ["metric (x100)", *columns],
-        ["---"] * (1 + len(columns)),
-        *(
-            [METRIC_NAMES[key], *(f"{results[key]:.1f}" for results in columns.values())]
-            for key in METRICS
-        ),
+    rows = [
+        [METRIC_NAMES[key], *(f"{results[key]:.1f}" for results in columns.values())]
+        for key in METRICS
     ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    header, *body = (f"| {' | '.join(cells)} |" for cells in [["metric (x100)", *columns], *rows])
+    return "\n".join([header, "|---" * (1 + len(columns)) + "|", *body])
 
 
 def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:
@@ -194,11 +191,18 @@ def _word_count(config: ModelConfig) -> str:
     return f"{config.decoder.vocabulary_size - len(SPECIAL_WORDS):,}"
 
 
+def _in_a_line(results: dict[str, float]) -> str:
+    return ", ".join(f"{METRIC_NAMES[key]} {results[key]:.1f}" for key in METRICS)
+
+
 def _describe_metrics(path: Path) -> dict[str, str]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8-sig"))
-        values = [f"{METRIC_NAMES[key]} {metrics['validation'][key]:.1f}" for key in METRICS]
-        return {"validation": ", ".join(values), "signature": str(metrics["signature"])}
+        told = {"validation": _in_a_line(metrics["validation"])}
+        for one in metrics.get("data_sets", []):
+            if "validation" in one:
+                told[f"  {excerpt(one['name'])}"] = _in_a_line(one["validation"])
+        return told | {"signature": str(metrics["signature"])}
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ModelError(
             f"{path} is damaged ({excerpt(str(error))}): copy the model again"

@@ -85,7 +85,7 @@ class Likelihood:
             sums.assign_add(_descend(optimizer, self.variables, share_of_loss))
 
         @tf.function(reduce_retracing=True, autograph=False)
-        def step(seen: Any, captions: Any, _data_sets: Any) -> None:
+        def step(seen: Any, captions: Any, data_sets: Any) -> None:
             strategy.run(learn, (seen, captions))
 
         return step

@@ -97,8 +97,18 @@ def asked_of_run(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
 @pytest.fixture(scope="session")
 def flickr8k() -> Path:
     """Folder of Flickr8k-CN: `images/`, `captions.zh.txt` and the lists of its splits."""
-    beside_checkout = Path(__file__).parents[2] / "shared/data/flickr8k-cn"
-    folder = Path(os.environ.get("BATCHCAP_FLICKR8K", beside_checkout))
+    return _data_set("BATCHCAP_FLICKR8K", "flickr8k-cn")
+
+
+@pytest.fixture(scope="session")
+def everyday() -> Path:
+    """Folder of the photos of `jobs/everyday-zh.jsonl`: `images/` and `captions.zh.jsonl`."""
+    return _data_set("BATCHCAP_EVERYDAY", "everyday-zh")
+
+
+def _data_set(variable: str, name: str) -> Path:
+    beside_checkout = Path(__file__).parents[2] / "shared/data" / name
+    folder = Path(os.environ.get(variable, beside_checkout))
     if not folder.is_dir():
-        pytest.skip("set BATCHCAP_FLICKR8K to the folder of Flickr8k-CN")
+        pytest.skip(f"set {variable} to the folder of {name}")
     return folder

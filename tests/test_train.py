@@ -375,7 +375,7 @@ def test_a_photo_lost_before_fine_tuning_is_named(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = shutil.copytree(squares / "images", tmp_path / "images")
-    wanted = fine_tuning(squares, tmp_path / "model", images=photos, epochs=1)
+    wanted = fine_tuning(squares, tmp_path / "model", images=(photos,), epochs=1)
 
     def scores_while_a_photo_is_lost() -> Iterator[float]:
         (photos / "005.png").unlink()

@@ -1,0 +1,38 @@
+"""The captions of everyday photos that are published in `jobs`, and the photos where they are."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from batchcap.annotations import read_annotations
+
+PUBLISHED = Path(__file__).parent.parent / "jobs" / "everyday-zh.jsonl"
+FIELDS = ["image_id", "source", "source_name", "split", "captions"]
+
+
+def test_the_published_captions_are_annotations_of_two_splits() -> None:
+    images = read_annotations(PUBLISHED)
+    assert Counter(image.split for image in images) == {"train": 9995, "val": 500}
+    assert sum(len(image.captions) for image in images) == 32687
+    assert min(len(image.captions) for image in images) == 2
+
+
+def test_each_photo_tells_its_source_and_its_name_there() -> None:
+    records = [json.loads(line) for line in PUBLISHED.open(encoding="utf-8")]
+    assert all(list(record) == FIELDS for record in records)
+    assert Counter(record["source"] for record in records) == {
+        "COCO": 6647,
+        "ADE20K": 1295,
+        "ImageNet": 1289,
+        "Caltech-101": 1264,
+    }
+    unknown = [record["image_id"] for record in records if record["source_name"] is None]
+    assert len(unknown) == 295
+    named = [(record["source"], record["source_name"]) for record in records]
+    assert len(set(named) - {("COCO", None)}) == len(records) - len(unknown)
+
+
+def test_the_published_captions_are_those_of_the_photos(everyday: Path) -> None:
+    assert read_annotations(PUBLISHED) == read_annotations(everyday / "captions.zh.jsonl")
+    photos = {path.name for path in (everyday / "images").iterdir()}
+    assert {image.image_id for image in read_annotations(PUBLISHED)} <= photos
