@@ -4,7 +4,7 @@ import hashlib
 import posixpath
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from batchcap.settings import MatchBy
 HASH_BITS = 51
 # Numbers of names stay below, hashes of names above; all are whole numbers in JavaScript too.
 LEAST_HASH = 1 << 52
+# Where there is no place of a single image.
+SEVERAL, NOBODY = -1, -2
 
 # An image's id, and its number in a COCO file where it has one.
 ImageId = tuple[str, int | None]
@@ -83,19 +85,24 @@ def _agreed(
 
     # Ids that are numbers may be COCO ids, or the numbers that `export` makes of names.
     are_numbers = all(_whole_number(name) is not None for name, _ in generated)
-    ways = [BY_IMAGE_ID, BY_END, BY_END_OF_STEM, *([BY_NUMBER] if are_numbers else [])]
-    by_name, by_coco_id = [found(way) for way in ways], found(BY_COCO_ID)
-    best, *weaker = [one for one in by_name if one.pairs] or [
-        by_coco_id if are_numbers else by_name[0]
-    ]
-    for other in weaker:
+    ways = [BY_END, BY_END_OF_STEM, *([BY_NUMBER] if are_numbers else [])]
+    by_coco_id = found(BY_COCO_ID)
+    best = by_image_id = found(BY_IMAGE_ID)
+    for way in ways:
+        if len(best.pairs) == min(len(generated), len(annotated)):
+            break  # what a weaker way pairs is among them
+        other = found(way)
+        if not best.pairs:
+            best = other
         # A weaker way that pairs fewer images is not needed.
-        if len(other.pairs) >= len(best.pairs) and set(other.pairs) != set(best.pairs):
+        elif len(other.pairs) >= len(best.pairs) and set(other.pairs) != set(best.pairs):
             raise refuse(best, other)
+    if not best.pairs and are_numbers:
+        best = by_coco_id
     if best.way in (BY_END, BY_END_OF_STEM) and _have_several_roots(
         [(generated[i][0], annotated[j][0]) for i, j in best.pairs], generated, annotated
     ):
-        raise refuse(by_name[0], best)
+        raise refuse(by_image_id, best)
     if not are_numbers:
         return best
     if set(best.pairs) == set(by_coco_id.pairs):
@@ -218,24 +225,35 @@ def _by_end(path_of: Callable[[ImageId], str]) -> Pairing:
     """Pair the images of which one path ends in the other: they are below different folders."""
 
     def pairs(generated: Sequence[ImageId], annotated: Sequence[ImageId]) -> Pairs:
-        theirs_by_path, theirs_by_end = defaultdict(list), defaultdict(list)
-        for place, path in enumerate(map(path_of, annotated)):
-            theirs_by_path[path].append(place)
-            for end in _ends(path):
-                theirs_by_end[end].append(place)
-        found = []
-        for path in map(path_of, generated):
-            others = {place for end in _ends(path) for place in theirs_by_path.get(end, ())}
-            found.append(others.union(theirs_by_end.get(path, ())))
-        counts = Counter(place for places in found for place in places)
+        ours, theirs = (list(map(path_of, side)) for side in (generated, annotated))
+        partners, theirs_back = _partners(ours, theirs), _partners(theirs, ours)
         return [
-            (i, place)
-            for i, places in enumerate(found)
-            for place in places
-            if len(places) == 1 and counts[place] == 1
+            (i, partner)
+            for i, partner in enumerate(partners)
+            if partner != SEVERAL and theirs_back[partner] == i
         ]
 
     return pairs
+
+
+def _partners(ours: list[str], theirs: list[str]) -> list[int]:
+    """For each of our paths the place of the one of theirs that ends in it, or that it ends in.
+
+    `SEVERAL` where there is not just one.
+    """
+    by_path: dict[str, int] = {}
+    by_end: dict[str, int] = {}
+    for place, path in enumerate(theirs):
+        by_path[path] = SEVERAL if path in by_path else place
+        for end in _ends(path):
+            by_end[end] = SEVERAL if end in by_end else place
+    partners = []
+    for path in ours:
+        found = {by_path[end] for end in _ends(path) if end in by_path}
+        found.add(by_end.get(path, NOBODY))
+        found.discard(NOBODY)
+        partners.append(found.pop() if len(found) == 1 else SEVERAL)
+    return partners
 
 
 def _ends(path: str) -> Iterator[str]:
