@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -288,11 +290,15 @@ def test_photos_are_found_behind_urls(
         store.put(str(tmp_path / "photos"), "bucket/photos", recursive=True)
         for number in (0, 1):
             store.put(str(tmp_path / f"x-{number}.tar"), f"bucket/x-{number}.tar")
+        store.pipe("bucket/odd//a.png", photos["a.png"])
         store.pipe("bucket/list.txt", "".join(f"photos/{name}\n" for name in photos).encode())
         listed = tmp_path / "listed.parquet"
         names = {f"photos/{name}": data for name, data in photos.items()}
         write_rows(listed, [table_of(rows_of(names))], METADATA)
+        odd = tmp_path / "odd.parquet"
+        write_rows(odd, [table_of(rows_of({"/a.png": photos["a.png"]}))], METADATA)
         for source, rows, ids in (
+            ("s3://bucket/odd", odd, ["/a.png"]),
             ("s3://bucket/photos", captions, photos),
             ("s3://bucket/photos/", captions, photos),
             ("s3://bucket/x-*.tar", captions, photos),
@@ -303,7 +309,34 @@ def test_photos_are_found_behind_urls(
             assert_shows(page, ids)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "nowhere.txt", "no*.tar", "x.zip"])
+def test_an_id_that_is_a_url_is_asked_for_in_lists_only(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    """Captions of a stranger make the report ask no server."""
+    asked: list[str] = []
+
+    class Asked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        row = captioned_row(f"http://127.0.0.1:{server.server_port}/a.png")
+        assert not any("photo" in card for card in cards_of(write([row], images=tmp_path)).values())
+        assert not asked
+        (tmp_path / "list.txt").touch()
+        write([row], images=tmp_path / "list.txt")
+        assert asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere", "nowhere.txt", "nowhere.tar", "x-{0..9}.tar", "no*.tar", "x.zip"]
+)
 def test_an_input_that_is_not_there_is_a_wrong_use(
     tmp_path: Path, write: Callable[..., Path], source: str
 ) -> None:

@@ -4,7 +4,7 @@ Photos are decoded in processes of their own, as a run does, so that no file end
 """
 
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -51,11 +51,13 @@ def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iter
     source = without_file_scheme(source)
     archives = archives_in(source, columns)
     if archives is None:
-        folder = _folder_of(source)
-        for image_id in image_ids:
-            name = path_of_image_id(image_id)
-            yield ImageRef(image_id, name if is_url(name) else posixpath.join(folder, name))
+        located = _locator(source)
+        yield from (
+            ImageRef(image_id, located(path_of_image_id(image_id))) for image_id in image_ids
+        )
         return
+    if not any(is_url(archive.path) or Path(archive.path).exists() for archive in archives):
+        raise _no_input(source)
     left = set(image_ids)
 
     def is_unwanted(path: str) -> bool:
@@ -70,15 +72,25 @@ def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iter
                 return
 
 
-def _folder_of(source: str) -> str:
-    """Where the photos of a folder or a list lie."""
-    if is_list(source) and not source.lower().endswith(".txt"):
-        return ""  # standard input or a pipe
+def _locator(source: str) -> Callable[[str], str]:
+    """Make the function that says where the photo of a path in a folder or a list is."""
+    if is_list(source):
+        # Standard input and pipes start at the current folder.
+        folder = posixpath.dirname(source) if source.lower().endswith(".txt") else ""
+        if source.lower().endswith(".txt") and not is_url(source) and not Path(source).exists():
+            raise _no_input(source)
+        return lambda path: path if is_url(path) else posixpath.join(folder, path)
     if is_url(source):
-        return posixpath.dirname(source) if is_list(source) else source
+        root = source if source.endswith("/") else f"{source}/"
+        return lambda path: root + path  # also of a key that begins with a slash
     if not Path(source).exists():
-        raise UsageError(f"There is no {source}; --images is the INPUT of the run, check the path.")
-    return source if Path(source).is_dir() else posixpath.dirname(source)
+        raise _no_input(source)
+    folder = source if Path(source).is_dir() else posixpath.dirname(source)
+    return lambda path: posixpath.join(folder, path)
+
+
+def _no_input(source: str) -> UsageError:
+    return UsageError(f"There is no {source}; --images is the INPUT of the run, check the path.")
 
 
 def make_thumbnails(
