@@ -121,14 +121,14 @@ def settings_for(squares: Path, out: Path, **asked: Any) -> TrainSettings:
 
 
 def training_arguments(settings: TrainSettings) -> list[str]:
-    """Give the arguments of `batchcap` that ask for these settings."""
-    asked = {field: getattr(settings, field.name) for field in fields(settings)}
-    flags = [
+    """The command line that asks for these settings."""
+    asked = [(field, getattr(settings, field.name)) for field in fields(settings)]
+    return ["train"] + [
         f"--{field.name.replace('_', '-')}={value}"
-        for field, value in asked.items()
-        if value != field.default
+        for field, given in asked
+        if given != field.default
+        for value in (given if isinstance(given, tuple) else (given,))
     ]
-    return ["train", *flags]
 
 
 def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[str]:
