@@ -360,6 +360,8 @@ class EvaluateSettings:
         for flag, value in needing.items():
             if value is not None and self.references is None:
                 raise UsageError(f"{flag} compares with references: name a file of REFERENCES")
+        if self.match_by is not MatchBy.AUTO and self.references is None:
+            raise UsageError("--match-by matches with references: name a file of REFERENCES")
         if self.meteor and self.references is None:
             raise UsageError("--meteor compares with references: name a file of REFERENCES")
         if self.per_image is not None and self.per_image.suffix != ".parquet":
@@ -384,6 +386,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.references is not None and self.format is not ExportFormat.COCO:
             raise UsageError("--references is for the format coco only")
+        if self.match_by is not MatchBy.AUTO and self.references in (None, CAPTIONS_THEMSELVES):
+            raise UsageError("--match-by matches with references: name a file of --references")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def numbers_of_sets(examples: Sequence[Example]) -> npt.NDArray[np.int32]:
 
 def data_set_names(annotations: Sequence[Path]) -> list[str]:
     """A short name for each data set: the last part of its path that tells it from all others."""
-    paths = [path.absolute() for path in annotations]
+    paths = [path.resolve() for path in annotations]
     for depth in range(max(len(path.parts) for path in paths)):
         names = [path.parts[-1 - depth] if depth < len(path.parts) else "" for path in paths]
         names = [name.partition(".")[0] for name in names] if depth == 0 else names

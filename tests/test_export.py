@@ -36,6 +36,7 @@ from batchcap.settings import (
     EvaluateSettings,
     ExportFormat,
     ExportSettings,
+    MatchBy,
 )
 
 OF_ROWS = (ExportFormat.JSONL, ExportFormat.CSV, ExportFormat.IMAGEFOLDER)
@@ -382,6 +383,20 @@ def test_references_that_fit_in_two_ways_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(batchcap, [*map(str, arguments), "--match-by", "number"])
     assert done.exit_code == 0
     assert [one["image_id"] for one in json.loads((tmp_path / "o.json").read_text())] == [2, 1]
+
+
+@pytest.mark.parametrize("references", [None, CAPTIONS_THEMSELVES])
+def test_what_matches_without_a_file_of_references_is_refused(references: Path | None) -> None:
+    with pytest.raises(UsageError, match="name a file of --references"):
+        ExportSettings(
+            captions=Path(),
+            out=Path(),
+            format=ExportFormat.COCO,
+            references=references,
+            match_by=MatchBy.NAME,
+        )
+    with pytest.raises(UsageError, match="name a file of REFERENCES"):
+        EvaluateSettings(captions=Path(), match_by=MatchBy.NAME)
 
 
 def test_references_without_a_file_are_the_captions(tmp_path: Path) -> None:

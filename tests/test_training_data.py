@@ -364,6 +364,7 @@ def test_settings_that_do_not_fit_several_data_sets_are_refused(asked, reason):
         (["flickr8k-cn/captions.zh.txt", "jobs/everyday-zh.jsonl"], ["captions", "everyday-zh"]),
         (["x/a/captions.zh.txt", "x/b/captions.zh.jsonl"], ["a", "b"]),
         (["a/x/1/c.txt", "b/x/1/c.txt"], ["a", "b"]),
+        (["a/../b/c.txt", "d/c.txt"], ["b", "d"]),
         (["a/c.txt", "a/c.txt"], ["1", "2"]),
     ],
 )
