@@ -140,7 +140,7 @@ def two_data_sets(squares: Path, folder: Path) -> dict[str, Any]:
 def test_several_data_sets_have_results_of_their_own_and_their_mean_chooses(
     squares: Path, tmp_path: Path
 ) -> None:
-    asked = two_data_sets(squares, tmp_path) | {"weight": (1.0, 0.5)}
+    asked = two_data_sets(squares, tmp_path) | {"weight": (1.0, 0.5), "steps_per_epoch": 2}
     model = train_captioner(settings_for(squares, tmp_path / "model", **asked))
     metrics = json.loads((model / "metrics.json").read_text())
     sets = metrics["data_sets"]
@@ -263,7 +263,7 @@ def test_the_card_tells_which_phases_the_weights_are_of(
 ) -> None:
     """It told of fine-tuning though the best epoch was before it."""
     script_scores(monkeypatch, [1.0, 2.0, 1.5, 1.5, 3.0, 2.5, 3.0])
-    model = train_captioner(in_all_phases(squares, tmp_path / "model"))
+    model = train_captioner(in_all_phases(squares, tmp_path / "model", steps_per_epoch=1))
     metrics = json.loads((model / "metrics.json").read_text())
     assert (metrics["phases"], metrics["phases_not_kept"]) == (
         ["likelihood", "cider"],
@@ -283,7 +283,8 @@ def test_of_epochs_with_equal_scores_the_one_with_the_least_loss_is_best(
 ) -> None:
     """While CIDEr-D stayed 0, the first epoch was best, and patience ended the training."""
     script_scores(monkeypatch, [0.0] * 6, losses=[3.0, 2.0, 1.0, 1.0, 1.5, 1.0])
-    model = train_captioner(settings_for(squares, tmp_path / "model", epochs=9, patience=2))
+    asked = {"epochs": 9, "patience": 2, "steps_per_epoch": 1}
+    model = train_captioner(settings_for(squares, tmp_path / "model", **asked))
     metrics = json.loads((model / "metrics.json").read_text())
     assert (metrics["best_epoch"], metrics["epochs"]) == (3, 5)
 
@@ -299,8 +300,9 @@ def test_a_single_validation_photo_is_refused_before_work(squares: Path, tmp_pat
     ):
         train_captioner(settings_for(squares, tmp_path / "model", **asked))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.jsonl"]
-    asked |= {"monitor": Monitor.LOSS, "epochs": 1}
-    assert train_captioner(settings_for(squares, tmp_path / "model", **asked)).is_dir()
+    asked |= {"monitor": Monitor.LOSS, "min_count": 1000}
+    with pytest.raises(InputError, match="lower --min-count"):
+        train_captioner(settings_for(squares, tmp_path / "model", **asked))
 
 
 def test_few_validation_photos_are_warned_of(
