@@ -117,7 +117,7 @@ def _numbers_of_references(
     images = [(image.image_id, image.number) for image in read_annotations(path)]
     theirs, clashing = _coco_numbers(path, images)
     names = (settings.captions.name, path.name)
-    partners = dict(match(known, images, settings.match_by, names).pairs)
+    partners = dict(match(known, images, settings.match_by, names).pairs) if known else {}
     numbers = [theirs[partners[i]] if i in partners else None for i in range(len(known))]
     return numbers, _clashes_said(clashing)
 

@@ -57,19 +57,45 @@ def match(
     Raises:
         InputError: two ways pair different images, or no image is in both files.
     """
+    if not generated:
+        raise InputError(f"{names[0]} has no captions to match with {names[1]}: name another")
     if by is MatchBy.AUTO:
         found = _agreed(generated, annotated, names)
     else:
-        ways = [way for way in WAYS_ON_REQUEST if way.by is by]
-        matches = [Match(way, way.pairs(generated, annotated)) for way in ways]
-        found = max(matches, key=lambda one: len(one.pairs))
+        found = _fullest([way for way in WAYS_ON_REQUEST if way.by is by], generated, annotated)
     if not found.pairs:
-        raise InputError(
-            f"{names[0]} and {names[1]} have no image in common: the one has "
-            f"{printable(generated[0][0])!r}, the other {printable(annotated[0][0])!r}; --match-by "
-            "chooses what is compared, such as name for file names without their folders"
-        )
+        raise _nothing_in_common(generated, annotated, names)
     return found
+
+
+def _fullest(
+    ways: Sequence[Way], generated: Sequence[ImageId], annotated: Sequence[ImageId]
+) -> Match:
+    """The match of the way that pairs most images; of several the first."""
+    matches = [Match(way, way.pairs(generated, annotated)) for way in ways]
+    return max(matches, key=lambda one: len(one.pairs))
+
+
+def _nothing_in_common(
+    generated: Sequence[ImageId], annotated: Sequence[ImageId], names: tuple[str, str]
+) -> InputError:
+    """Name an image of each file, and the way on request that would pair most."""
+
+    def quoted(image: ImageId) -> str:
+        return repr(printable(image[0]))
+
+    possible = _fullest(WAYS_ON_REQUEST, generated, annotated)
+    advice = "check that both are of the same photos"
+    if possible.pairs:
+        i, j = possible.pairs[0]
+        advice = (
+            f"if {quoted(generated[i])} is {quoted(annotated[j])}, say --match-by "
+            f"{possible.way.by}, which pairs {counted(len(possible.pairs), 'image')}"
+        )
+    return InputError(
+        f"{names[0]} and {names[1]} have no image in common: the one has {quoted(generated[0])}, "
+        f"the other {quoted(annotated[0])}; {advice}"
+    )
 
 
 def _agreed(
@@ -144,11 +170,12 @@ def _ambiguous(
             f"{printable(generated[sample][0])!r} is {theirs}"
         )
 
-    flags = dict.fromkeys(f"--match-by {found.way.by}" for found in (one, other))
+    flags = dict.fromkeys(f"--match-by {found.way.by}" for found in (one, other) if found.pairs)
     return InputError(
         f"{names[0]} and {names[1]} can be matched in two ways that pair different images: "
-        f"{told(one, partners[0].get(sample))}; {told(other, partners[1].get(sample))}. Say which "
-        f"is right with {' or '.join(flags)}"
+        f"{told(one, partners[0].get(sample))}; {told(other, partners[1].get(sample))}. "
+        f"{'Say which is right with' if len(flags) > 1 else 'If that is right, say'} "
+        f"{' or '.join(flags)}"
     )
 
 
@@ -290,6 +317,8 @@ BY_NUMBER = Way(
 BY_COCO_ID = Way("COCO id", MatchBy.COCO_ID, _by_key(_given_number, lambda image: image[1]))
 WAYS_ON_REQUEST = (
     BY_IMAGE_ID,
+    BY_END,
+    BY_END_OF_STEM,
     Way("file name", MatchBy.NAME, _by_key(_basename, _basename)),
     Way("file name without extension", MatchBy.NAME, _by_key(_stem, _stem)),
     BY_NUMBER,

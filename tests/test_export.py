@@ -343,6 +343,15 @@ def test_results_get_the_ids_of_references(tmp_path: Path) -> None:
         assert theirs["caption"] == f"人写的{ours['caption'].removeprefix('一只')}"
 
 
+def test_no_captions_get_no_ids_of_references(tmp_path: Path) -> None:
+    out, people = tmp_path / "results.json", coco_references(tmp_path, {"1.jpg": 2})
+    settings = ExportSettings(
+        captions=run_of(tmp_path), out=out, format=ExportFormat.COCO, references=people
+    )
+    assert export_captions(settings) == f"wrote {out}: 0 captions"
+    assert json.loads(out.read_text()) == []
+
+
 def test_references_give_ids_to_photos_whose_names_share_a_number(tmp_path: Path) -> None:
     """Exported apart, captions of `a/1.jpg` alone have the id 1, its references a hash."""
     people = references_of(tmp_path, {"a/1.jpg": ["狗"], "b/1.jpg": ["猫"]})

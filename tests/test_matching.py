@@ -80,6 +80,34 @@ def test_files_without_a_common_image_are_refused() -> None:
         match(named("a.jpg"), named("b\x1b.jpg"), names=NAMES)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "advice"),
+    [
+        ("000000391895.jpg", "say --match-by number, which pairs 1 image"),
+        ("dog.jpg", "check that both are of the same photos"),
+    ],
+)
+def test_a_way_that_would_pair_images_is_named_where_none_is_in_common(
+    theirs: str, advice: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        match(named("COCO_val2014_000000391895.jpg"), [(theirs, 391895)])
+    assert advice in str(refused.value)
+
+
+def test_a_file_without_captions_is_named() -> None:
+    with pytest.raises(InputError, match=r"^captions\.json has no captions to match"):
+        match([], named("a.jpg"), names=NAMES)
+
+
+def test_only_ways_that_pair_images_are_offered_and_they_pair_them() -> None:
+    """Two folders at the front, and one file name in both."""
+    ours, theirs = named("x/a/1.jpg", "y/b/1.jpg"), named("a/1.jpg", "b/1.jpg")
+    with pytest.raises(InputError, match=r"If that is right, say --match-by name$"):
+        match(ours, theirs)
+    assert match(ours, theirs, MatchBy.NAME).pairs == [(0, 0), (1, 1)]
+
+
 def test_numbers_that_are_coco_ids_and_numbers_of_names_are_refused() -> None:
     """Two hundred captions were scored against the references of other photos."""
     theirs: list[ImageId] = [(f"{1 + i}.jpg", 1 + (i + 7) % 200) for i in range(200)]
