@@ -87,10 +87,10 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
     for number, sources in enumerate(zip(settings.annotations, settings.images, strict=True)):
         annotations, images = sources
         annotated = read_annotations(annotations)
-        sides = _split(annotations, annotated, settings)
-        training += _read_all(sides[0], images, number)
-        validation += _read_all(sides[1], images, number)
-        tested |= _digests([image for image in annotated if image.split == "test"], images)
+        chosen, held_out, test = _split(annotations, annotated, settings)
+        training += _read_all(chosen, images, number)
+        validation += _read_all(held_out, images, number)
+        tested |= _digests(test, images)
     training = _without(training, {example.sha256 for example in validation} | tested)
     check_each_set(settings, training, validation)
     return training, validation
@@ -132,18 +132,21 @@ def data_set_names(annotations: Sequence[Path]) -> list[str]:
 
 def _split(
     path: Path, annotated: list[AnnotatedImage], settings: TrainSettings
-) -> tuple[list[AnnotatedImage], list[AnnotatedImage]]:
-    """Training and validation photos; none of split test is in the former."""
+) -> tuple[list[AnnotatedImage], list[AnnotatedImage], list[AnnotatedImage]]:
+    """Training, validation and test photos; none of split test is in the first."""
+    test = [image for image in annotated if image.split == "test"]
     if settings.validation_annotations is not None:
         validating = read_annotations(settings.validation_annotations)
         validation = [image for image in validating if image.split == "val"] or validating
         if others := len(validating) - len(validation):
             log.info("left out of validation: %s of other splits", counted(others, "photo"))
         wanted = {None, "train", "val"} if settings.train_on_val else {None, "train"}
-        return _of_splits(annotated, wanted), validation
+        test += [image for image in validating if image.split == "test"]
+        return _of_splits(annotated, wanted), validation, test
     if any(image.split for image in annotated):
         validation = [image for image in annotated if image.split == "val"]
-        return _of_splits(annotated, {"train"}, counted_elsewhere=len(validation)), validation
+        training = _of_splits(annotated, {"train"}, counted_elsewhere=len(validation))
+        return training, validation, test
     if settings.validation_count >= len(annotated):
         raise UsageError(
             f"{path} has {len(annotated)} photos and names no split: lower --validation-count "
@@ -154,6 +157,7 @@ def _split(
     return (
         [image for i, image in enumerate(annotated) if i not in held_out],
         [image for i, image in enumerate(annotated) if i in held_out],
+        test,
     )
 
 
@@ -401,7 +405,7 @@ class TrainingBatches:
     """The endless stream of training batches, addressed by step number.
 
     In each pass every photo is seen as often as `settings.weight` says of its data set: of weight
-    1.5 all are seen once, and a half of them, drawn anew, once more.
+    1.5 all are seen once, and a half of them, drawn anew, once more. One is seen at least.
     """
 
     def __init__(
@@ -443,7 +447,8 @@ class TrainingBatches:
             times, rest = divmod(weight, 1)
             parts += [photos] * int(times)
             if rest:
-                parts.append(draws.permutation(photos)[: round(rest * len(photos))])
+                count = max(round(rest * len(photos)), int(times == 0))
+                parts.append(draws.permutation(photos)[:count])
         return draws.permutation(np.concatenate(parts))
 
     def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:

@@ -90,6 +90,13 @@ def test_with_validation_annotations_val_is_trained_on_if_asked_and_test_never(
     assert (ids(training), ids(validation)) == (trained_on, ["6"])
 
 
+def test_test_photos_of_the_validation_annotations_are_not_trained_on(tmp_path):
+    others = write_annotations(tmp_path / "val.jsonl", {"2": "val", "3": "test"})
+    settings = data_set(tmp_path, {"1": None, "2": None, "3": None}, validation_annotations=others)
+    training, validation = load_examples(settings)
+    assert (ids(training), ids(validation)) == (["1"], ["2"])
+
+
 def test_training_on_val_needs_other_validation_photos(tmp_path):
     with pytest.raises(UsageError, match="--train-on-val needs"):
         data_set(tmp_path, {"1": "train", "2": "val"}, train_on_val=True)
@@ -330,6 +337,11 @@ def test_photos_are_seen_as_often_as_the_weight_of_their_data_set_says():
         assert data_sets.tolist() == numbers
         halves.add(counts.tobytes())
     assert len(halves) > 1
+
+
+def test_a_photo_of_each_data_set_is_seen_however_small_its_weight():
+    batches = batches_of(one_caption_each(), 4, 6, weight=(0.01, 0.01), batch_size=32)
+    assert sorted(batches[0][2].tolist()) == [0, 1]
 
 
 def test_equal_weights_change_nothing():
