@@ -270,9 +270,10 @@ def _partners(ours: list[str], theirs: list[str]) -> list[int]:
     """
     by_path: dict[str, int] = {}
     by_end: dict[str, int] = {}
+    wanted = set(ours)
     for place, path in enumerate(theirs):
         by_path[path] = SEVERAL if path in by_path else place
-        for end in _ends(path):
+        for end in wanted.intersection(_ends(path)):
             by_end[end] = SEVERAL if end in by_end else place
     partners = []
     for path in ours:

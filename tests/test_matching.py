@@ -1,6 +1,7 @@
 """Ids of the same image in two files, and files that could be matched in several ways."""
 
 import posixpath
+import tracemalloc
 from dataclasses import dataclass
 
 import pytest
@@ -61,6 +62,20 @@ def test_file_names_in_other_folders_are_matched_on_request_only() -> None:
 def test_folders_tell_equal_file_names_apart() -> None:
     ours = named("images/a/1.jpg", "images/b/1.jpg", "images/2.jpg")
     assert match(ours, named("b/1.jpg", "2.jpg", "a/1.jpg")).pairs == [(0, 2), (1, 0), (2, 1)]
+
+
+def test_deep_folders_take_no_memory_of_their_own() -> None:
+    """Every end of every path was kept: 1.3 GB for 300,000 photos below 20 folders."""
+    photos = [f"{number}.jpg" for number in range(2000)]
+    deep = [f"{'folder/' * 50}{photo}" for photo in photos]
+    tracemalloc.start()
+    try:
+        found = match(named(*photos), named(*deep))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.pairs) == len(photos)
+    assert peak < 5e6
 
 
 def test_all_images_are_matched_in_one_way() -> None:
