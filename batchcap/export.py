@@ -180,15 +180,12 @@ def _write_references(settings: ExportSettings) -> str:
         )
         file.write("}\n")
     written = f"{counted(len(captions), 'caption')} of {counted(len(images), 'photo')}"
-    advice = f"; export captions with --references {path}, so that they get the same ids"
-    own = sum(image.number not in (None, coco_number(image.image_id)) for image in images)
-    said = f"\n{counted(own, 'photo')} with another id than the number of the name" if own else ""
-    return (
-        _said(settings.out, written)
-        + _clashes_said(clashing)
-        + said
-        + advice * bool(own or clashing)
-    )
+    said = _clashes_said(clashing)
+    if own := sum(image.number not in (None, coco_number(image.image_id)) for image in images):
+        said += f"\n{counted(own, 'photo')} with another id than the number of the name"
+    if said:
+        said += f"; export captions with --references {path}, so that they get the same ids"
+    return _said(settings.out, written) + said
 
 
 def _coco_numbers(path: Path, images: Sequence[ImageId]) -> tuple[list[int], int]:

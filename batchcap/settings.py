@@ -131,9 +131,9 @@ def _id_column_option() -> Any:
 def _match_by_option() -> Any:
     return _option(
         MatchBy.AUTO,
-        "What tells that captions and references are of the same image: the id, the COCO id, the "
-        "file name without folders and extension, or the number in it. auto takes the first that "
-        "fits, and refuses to choose where two disagree.",
+        "How to match captions with references: by id, COCO id, file name without folders and "
+        "extension, or the number in the name. auto takes the strictest that fits, and stops where "
+        "two disagree.",
     )
 
 
@@ -377,8 +377,8 @@ class ExportSettings:
     format: ExportFormat = _option(MISSING, "Whose format to write.")
     references: Path | None = _option(
         None,
-        "Give the captions the ids that their images have in this file of references. Without a "
-        "FILE: CAPTIONS are references themselves. For coco only.",
+        "Give captions the ids that their images have in this file of references. Without FILE, "
+        "as the last flag: CAPTIONS are references. For coco only.",
         alone=str(CAPTIONS_THEMSELVES),
     )
     match_by: MatchBy = _match_by_option()
@@ -397,7 +397,7 @@ class ReportSettings:
     captions: Path
     out: Path
     images: str | None = _option(
-        None, "INPUT of the run, of any kind that it may have: the photos to show."
+        None, "INPUT of the run, a folder, list, archives or URL: the photos to show."
     )
     image_column: str = _image_column_option()
     id_column: str | None = _id_column_option()

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from batchcap.contracts import ErrorType, ImageRef, LoadedImage, Rejection, UsageError
-from batchcap.inputs import archives_in, image_id_of, is_list, list_images, path_of_image_id
+from batchcap.inputs import (
+    archives_in,
+    image_id_of,
+    is_list,
+    is_stream,
+    list_images,
+    path_of_image_id,
+)
 from batchcap.loading import core_count, readers
 from batchcap.model.images import LoadSettings, encode_webp, load_thumbnail
 from batchcap.progress import progress
@@ -74,17 +81,15 @@ def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iter
 
 def _locator(source: str) -> Callable[[str], str]:
     """Make the function that says where the photo of a path in a folder or a list is."""
+    if not (is_url(source) or is_stream(source) or Path(source).exists()):
+        raise _no_input(source)
     if is_list(source):
         # Standard input and pipes start at the current folder.
-        folder = posixpath.dirname(source) if source.lower().endswith(".txt") else ""
-        if source.lower().endswith(".txt") and not is_url(source) and not Path(source).exists():
-            raise _no_input(source)
-        return lambda path: path if is_url(path) else posixpath.join(folder, path)
+        base = "" if is_stream(source) else posixpath.dirname(source)
+        return lambda path: path if is_url(path) else posixpath.join(base, path)
     if is_url(source):
         root = source if source.endswith("/") else f"{source}/"
         return lambda path: root + path  # also of a key that begins with a slash
-    if not Path(source).exists():
-        raise _no_input(source)
     folder = source if Path(source).is_dir() else posixpath.dirname(source)
     return lambda path: posixpath.join(folder, path)
 
