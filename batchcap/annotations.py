@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from batchcap.contracts import InputError
 from batchcap.inputs import has_image_extension
+from batchcap.model.config import STYLE_NAME
 from batchcap.records import (
     Problems,
     counted,
@@ -48,13 +49,15 @@ log = logging.getLogger(__name__)
 class AnnotatedImage:
     """One photo's captions as people wrote them, and `train`, `val`, `test` or whatever split.
 
-    `number` is its id in a COCO file.
+    `styles` are the kinds of the captions, each None where it is of none; `number` is its id in a
+    COCO file.
     """
 
     image_id: str
     captions: tuple[str, ...]
     split: str | None = None
     number: int | None = None
+    styles: tuple[str | None, ...] = ()
 
 
 def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
@@ -88,7 +91,7 @@ class _Annotations:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problems = Problems(path)
-        self.captions: dict[str, list[str]] = {}
+        self.captions: dict[str, list[tuple[str, str | None]]] = {}
         self.splits: dict[str, str] = {}
         self.numbers: dict[str, int] = {}
         self._left_out: dict[tuple[str, str], list[str]] = {}
@@ -109,13 +112,15 @@ class _Annotations:
                 self.problems.report(place, f"{image_id} is in two splits, {other} and {split}")
         return True
 
-    def add_caption(self, place: str, image_id: str, caption: object) -> None:
+    def add_caption(
+        self, place: str, image_id: str, caption: object, style: str | None = None
+    ) -> None:
         if caption is None or (isinstance(caption, str) and not caption.strip()):
             self.leave_out(EMPTY_CAPTION, f"{self.path}{place}")
         elif reason := caption_problem(caption):
             self.problems.report(place, reason)
         else:
-            self.captions[image_id].append(clean(str(caption)))
+            self.captions[image_id].append((clean(str(caption)), style))
 
     def leave_out(self, noun: tuple[str, str], example: str) -> None:
         """Count something that does not make the file wrong; `noun` is singular and plural."""
@@ -134,7 +139,9 @@ class _Annotations:
             raise InputError(f"{self.path} has no captions. {KNOWN_FORMATS}")
         return [
             AnnotatedImage(
-                image_id, tuple(captions), self.splits.get(image_id), self.numbers.get(image_id)
+                *(image_id, tuple(caption for caption, _ in captions)),
+                *(self.splits.get(image_id), self.numbers.get(image_id)),
+                tuple(style for _, style in captions),
             )
             for image_id, captions in captioned.items()
         ]
@@ -226,15 +233,30 @@ def _add_splits_beside(annotations: _Annotations) -> None:
 def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -> None:
     """`{"image_id": ..., "captions": [...]}`, or one `"caption"`; `"split"` optional.
 
-    AI Challenger 2017 has arrays of these, Hugging Face's image folders `"file_name"` and `"text"`.
+    `"styles"`, optional too, has a name or null for each of the captions. AI Challenger 2017 has
+    arrays of these, Hugging Face's image folders `"file_name"` and `"text"`.
     """
     if not any(key in record for key in ("captions", "caption", "text")):
         annotations.problems.report(place, "the caption is missing")
         return
     name, captions = name_of(record), first_of(record, "captions", "caption", "text")
-    if annotations.add_image(place, name, record.get("split"), record.get("image_id")):
-        for caption in captions if isinstance(captions, list) else [captions]:
-            annotations.add_caption(place, str(name), caption)
+    captions = captions if isinstance(captions, list) else [captions]
+    styles = record.get("styles", [None] * len(captions))
+    if problem := _styles_problem(styles, len(captions)):
+        annotations.problems.report(place, problem)
+    elif annotations.add_image(place, name, record.get("split"), record.get("image_id")):
+        for caption, style in zip(captions, styles, strict=True):
+            annotations.add_caption(place, str(name), caption, style)
+
+
+def _styles_problem(styles: object, count: int) -> str | None:
+    """Why a value can't be the styles of so many captions, or None."""
+    if not isinstance(styles, list) or len(styles) != count:
+        return f"`styles` is {shown(styles)}, not a list with a name or null for each caption"
+    for style in styles:
+        if style is not None and not (isinstance(style, str) and re.search(STYLE_NAME, style)):
+            return f"the style {shown(style)} is not made of a to z, 0 to 9 and -"
+    return None
 
 
 def _add_document(annotations: _Annotations, document: dict[str, Any]) -> None:

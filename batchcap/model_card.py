@@ -1,6 +1,7 @@
 """What a model directory is, for people: its card, and a short description. No TensorFlow."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ transformer decoder ({layers} layers, {heads} heads, {units} units) that writes 
 
 `batchcap run PHOTOS captions.parquet --model THIS_DIRECTORY`
 
-Captions everyday photos with one plain sentence of at most {max_length} words out of {word_count}.
+Captions everyday photos with one plain sentence of at most {max_length} words out of {word_count}.{styles}
 
 ## Data
 
@@ -74,6 +75,7 @@ def write_card(
         units=decoder.units,
         max_length=decoder.max_length,
         word_count=_word_count(config),
+        styles=_styles(decoder.styles),
         data_note=settings.data_note or "Not described by who trained it.",
         training_photos=metrics["training_photos"],
         validation_photos=metrics["validation_photos"],
@@ -103,6 +105,13 @@ def write_card(
         else Path(settings.backbone_weights).name,
     )
     path.write_text(text, encoding="utf-8")
+
+
+def _styles(styles: Sequence[str]) -> str:
+    if not styles:
+        return ""
+    flags = " or ".join(f"`--style {style}`" for style in styles)
+    return f" {flags} asks for that kind of caption."
 
 
 def _data_sets(sets: list[dict[str, Any]]) -> str:
@@ -181,6 +190,8 @@ def describe(directory: Path) -> str:
         "vocabulary": f"{_word_count(config)} words, captions of at most {decoder.max_length}",
         "weights": f"{size / 1e6:.1f} MB",
     }
+    if decoder.styles:
+        lines["styles"] = ", ".join(decoder.styles)
     if (directory / METRICS_FILE).is_file():
         lines |= _describe_metrics(directory / METRICS_FILE)
     return "\n".join(f"{name:<12} {printable(str(value))}" for name, value in lines.items())

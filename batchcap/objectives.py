@@ -14,7 +14,15 @@ from batchcap.model.backbones import extract_features
 from batchcap.model.config import BackboneConfig
 from batchcap.model.loss import loss_function
 from batchcap.model.network import CaptionDecoder
-from batchcap.self_critical import CiderD, advantages, as_captions, draw_function, policy_loss
+from batchcap.self_critical import (
+    CiderD,
+    advantages,
+    as_captions,
+    draw_function,
+    draw_starts,
+    of_style,
+    policy_loss,
+)
 from batchcap.settings import Decay, TrainSettings
 from batchcap.training_data import Tokens, trim
 
@@ -160,11 +168,15 @@ class SelfCritical:
         def step(features: Any, captions: Any, data_sets: Any) -> None:
             draws = np.random.default_rng((self.settings.seed, int(optimizer.iterations.numpy())))
             uniforms = draws.random((len(features) * samples, length), np.float32)
-            drawn = draw(features, tf.constant(uniforms))
+            references = captions.numpy()
+            starts = draw_starts(references, draws)
+            drawn = draw(features, tf.constant(uniforms), tf.constant(starts))
             words, lengths, finished = (joined(strategy, one).numpy() for one in drawn)
-            drawn = as_captions(words, lengths, finished)
+            drawn = as_captions(np.repeat(starts, samples), words, lengths, finished)
             rewards = self._rewards(
-                drawn.reshape(-1, samples, length + 1), captions.numpy(), data_sets.numpy()
+                drawn.reshape(-1, samples, length + 1),
+                of_style(references, starts),
+                data_sets.numpy(),
             )
             gains = advantages(rewards).ravel()
             learn(features, tf.constant(trim(drawn[:, None])[:, 0]), tf.constant(gains))

@@ -15,7 +15,8 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
     """How the model is to choose words; what does not count is as nobody had asked for it.
 
     Raises:
-        UsageError: a length that the model or the other length does not allow.
+        UsageError: a length that the model or the other length does not allow, or a style that the
+            model does not know.
     """
     longest = model.decoder.max_length
     if options.max_length and options.max_length > longest:
@@ -25,6 +26,9 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
         raise UsageError(
             f"--min-length {options.min_length} is more than the {max_length} words of a caption"
         )
+    if options.style not in (None, *model.decoder.styles):
+        known = " or ".join(model.decoder.styles) or "none"
+        raise UsageError(f"--style {options.style}: the styles of {options.model} are {known}")
     return DecodeSettings(
         max_length=max_length,
         temperature=options.temperature,
@@ -35,6 +39,7 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
         length_penalty=options.length_penalty if options.beam_size > 1 else 0.0,
         min_length=options.min_length,
         no_repeat_ngram=options.no_repeat_ngram,
+        style=options.style,
     )
 
 

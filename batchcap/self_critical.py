@@ -103,34 +103,51 @@ def _similarity(caption: Vector, reference: Vector) -> float:
 def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
     """A compiled function that draws captions.
 
-    Of features `float32[B, G, D]` and random numbers `float32[B * S, T]` in [0, 1) it makes
-    `int32[B * S, T]` words and `int32[B * S]`, how many, and `bool[B * S]`, whether END follows.
+    Of features `float32[B, G, D]`, random numbers `float32[B * S, T]` in [0, 1) and `int32[B]`, the
+    ids that stand before the captions of each image, it makes `int32[B * S, T]` words and
+    `int32[B * S]`, how many, and `bool[B * S]`, whether END follows.
     """
     choose, forbid = sampler(1.0, None, 1.0), forbidder(0, REPEATED_NGRAM)
     config = decoder.config
 
     @tf.function(jit_compile=True, autograph=False)
-    def write(image: Any, uniforms: Any) -> Any:
+    def write(image: Any, uniforms: Any, starts: Any) -> Any:
         rows, length = uniforms.shape
-        image = tf.nest.map_structure(lambda tensor: tf.repeat(tensor, samples, axis=0), image)
+        image, starts = tf.nest.map_structure(
+            lambda tensor: tf.repeat(tensor, samples, axis=0), (image, starts)
+        )
         live = tf.ones(rows, tf.bool)
         cache = decoder.empty_cache(rows, 1, length)
         return decode(
-            *(decoder.step, cache, image, choose, forbid, uniforms, live, config.grid_cells)
+            *(decoder.step, cache, image, choose, forbid, uniforms, live, config.grid_cells),
+            start=starts,
         )
 
     @tf.function(autograph=False)
-    def draw(features: Any, uniforms: Any) -> tuple[Any, Any, Any]:
-        decoded = write(decoder.keys_values(features, training=True), uniforms)
+    def draw(features: Any, uniforms: Any, starts: Any) -> tuple[Any, Any, Any]:
+        decoded = write(decoder.keys_values(features, training=True), uniforms, starts)
         return decoded.tokens, decoded.lengths, decoded.finished
 
     return draw
 
 
-def as_captions(words: Tokens, lengths: Tokens, finished: npt.NDArray[np.bool_]) -> Tokens:
-    """`int32[N, T + 1]`: START, words, END where it was reached, padding."""
-    start = np.full((len(words), 1), START_ID, np.int32)
-    captions = np.concatenate([start, words], axis=1)
+def draw_starts(captions: Tokens, draws: np.random.Generator) -> Tokens:
+    """`int32[B]`: what one of each image's captions, of `int32[B, C, T + 1]`, begins with."""
+    count = (captions[:, :, 1] != PADDING_ID).sum(axis=1)  # padding rows are the last
+    return captions[np.arange(len(captions)), draws.integers(count), 0]
+
+
+def of_style(captions: Tokens, starts: Tokens) -> Tokens:
+    """`captions`, less those of other styles where `starts`, `int32[B]`, is that of a style."""
+    kept = (captions[:, :, 0] == starts[:, None]) | (starts == START_ID)[:, None]
+    return np.where(kept[:, :, None], captions, PADDING_ID)
+
+
+def as_captions(
+    starts: Tokens, words: Tokens, lengths: Tokens, finished: npt.NDArray[np.bool_]
+) -> Tokens:
+    """`int32[N, T + 1]`: one of `starts`, words, END where it was reached, padding."""
+    captions = np.concatenate([starts[:, None], words], axis=1)
     captions[np.flatnonzero(finished), 1 + lengths[finished]] = END_ID
     return captions
 

@@ -59,6 +59,7 @@ from batchcap.training_data import (
     load_examples,
     load_pixels,
     numbers_of_sets,
+    styles_of,
     token_table,
 )
 from batchcap.validation import Features, Judge
@@ -105,9 +106,11 @@ def train_captioner(settings: TrainSettings) -> Path:
     check_each_set(settings, training, validation)
 
     vocabulary = _vocabulary(settings, training)
-    tokens = token_table(training, vocabulary, settings.max_length)
+    styles = styles_of(training)
+    tokens = token_table(training, vocabulary, settings.max_length, styles)
     config = ModelConfig(
-        FORMAT_VERSION, backbone_config, _decoder_config(settings, vocabulary, backbone)
+        *(FORMAT_VERSION, backbone_config),
+        _decoder_config(settings, vocabulary, backbone, styles),
     )
     with strategy.scope(), computing_in(precision_of(settings.precision)):
         decoder = build_decoder(config.decoder)
@@ -230,7 +233,10 @@ def _make_work_folder(out: Path) -> Path:
 
 
 def _decoder_config(
-    settings: TrainSettings, vocabulary: Vocabulary, backbone: keras.Model
+    settings: TrainSettings,
+    vocabulary: Vocabulary,
+    backbone: keras.Model,
+    styles: tuple[str, ...],
 ) -> DecoderConfig:
     rows, columns, channels = backbone.output_shape[1:]
     return DecoderConfig(
@@ -245,6 +251,7 @@ def _decoder_config(
         dropout=settings.dropout,
         input_dropout=settings.input_dropout,
         feature_norm=settings.feature_norm,
+        styles=styles,
     )
 
 
@@ -269,7 +276,8 @@ def _run_digest(
     for side in (training, validation):
         digest.update(f"{len(side)} photos\n".encode())
         for example in side:
-            digest.update(f"{example.sha256} {example.captions} {example.data_set}\n".encode())
+            told = f"{example.captions} {example.styles} {example.data_set}"
+            digest.update(f"{example.sha256} {told}\n".encode())
     return digest.hexdigest()
 
 

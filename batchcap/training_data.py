@@ -9,6 +9,7 @@ import logging
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ from batchcap.surroundings import cache_folder, code_version
 from batchcap.views import PLAIN, View, augmented, seen
 
 EXTRACTION_BATCH = 32
+ANY_STYLE = 0.5  # share of the captions of a style that begin with START all the same
 # What turns a file into features: of another version, cached ones are made anew.
 FEATURE_CODE = (
     *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
@@ -60,7 +62,8 @@ Tokens = npt.NDArray[np.int32]
 class Example:
     """A photo and its captions, cut into words.
 
-    `sha256` is of the file's bytes, `data_set` the number of the data set that it is of.
+    `sha256` is of the file's bytes, `data_set` the number of the data set that it is of. `styles`
+    are of the captions, where any has one.
     """
 
     image_id: str
@@ -68,6 +71,7 @@ class Example:
     sha256: str
     captions: tuple[tuple[str, ...], ...]
     data_set: int = 0
+    styles: tuple[str | None, ...] = ()
 
 
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
@@ -193,12 +197,14 @@ def _read_all(annotated: Sequence[AnnotatedImage], images: Path, data_set: int) 
         if digest is None:
             missing.append(image.image_id)
             continue
-        captions = _words(image.captions)
-        if len(captions) < len(image.captions):
+        captions = [tuple(segment(caption)) for caption in image.captions]
+        if not all(captions):
             wordless.append(image.image_id)
-        if captions:
+        if any(captions):
             path = images / image.image_id
-            examples.append(Example(image.image_id, path, digest, captions, data_set))
+            styles = tuple(compress(image.styles, captions))
+            worded = tuple(filter(None, captions))
+            examples.append(Example(image.image_id, path, digest, worded, data_set, styles))
     if missing:
         log.warning(
             "%d of %d annotated photos are not in %s or cannot be read, such as %s",
@@ -224,22 +230,32 @@ def _file_digest(path: Path) -> str | None:
         return None
 
 
-def _words(captions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Return the words of each caption, without captions that have none."""
-    return tuple(filter(None, (tuple(segment(caption)) for caption in captions)))
+def styles_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The styles that captions are of, in order of first appearance."""
+    return tuple(dict.fromkeys(style for one in examples for style in one.styles if style))
 
 
-def token_table(examples: Sequence[Example], vocabulary: Vocabulary, max_length: int) -> Tokens:
+def token_table(
+    examples: Sequence[Example],
+    vocabulary: Vocabulary,
+    max_length: int,
+    styles: Sequence[str] = (),
+) -> Tokens:
     """Captions as ids, `int32[images, captions, max_length + 1]`: START, words, END, padding.
 
     Every image has as many rows as the one with the most captions; rows without a caption are all
-    padding. A caption that is too long loses its tail and its END.
+    padding. A caption that is too long loses its tail and its END. One of `styles` begins with the
+    id of this style instead of START: these follow on the ids of the words.
     """
+    starts: dict[str | None, int] = {
+        style: len(vocabulary) + number for number, style in enumerate(styles)
+    }
     most = max(len(example.captions) for example in examples)
     table = np.full((len(examples), most, max_length + 1), PADDING_ID, np.int32)
     for i, example in enumerate(examples):
-        for j, words in enumerate(example.captions):
-            ids = [START_ID, *vocabulary.encode(words), END_ID][: max_length + 1]
+        for j, (words, style) in enumerate(zip_longest(example.captions, example.styles)):
+            start = starts.get(style, START_ID)
+            ids = [start, *vocabulary.encode(words), END_ID][: max_length + 1]
             table[i, j, : len(ids)] = ids
     return table
 
@@ -405,7 +421,8 @@ class TrainingBatches:
     """The endless stream of training batches, addressed by step number.
 
     In each pass every photo is seen as often as `settings.weight` says of its data set: of weight
-    1.5 all are seen once, and a half of them, drawn anew, once more. One is seen at least.
+    1.5 all are seen once, and a half of them, drawn anew, once more. One is seen at least. Half of
+    the captions of a style, drawn too, begin with START: so START comes to mean any style.
     """
 
     def __init__(
@@ -417,7 +434,9 @@ class TrainingBatches:
         settings: TrainSettings,
     ) -> None:
         self.sight, self.captions, self.data_sets = sight, captions, data_sets
-        self.mirrored_ids = mirrored_ids(vocabulary)
+        self.first_style = len(vocabulary)
+        styles = np.arange(self.first_style, 1 + captions.max(), dtype=np.int32)
+        self.mirrored_ids = np.concatenate([mirrored_ids(vocabulary), styles])
         self.seed, self.weights = settings.seed, settings.weight or (1.0,) * (1 + data_sets.max())
         per_pass = len(self._order(0))
         self.batch_size = min(settings.batch_size, per_pass)
@@ -436,6 +455,8 @@ class TrainingBatches:
         seen, mirrored = self.sight(chosen, draws)
         captions = self._draw_captions(self.captions[chosen], draws)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
+        starts = captions[:, :, 0]
+        starts[(starts >= self.first_style) & (draws.random(starts.shape) < ANY_STYLE)] = START_ID
         return seen, trim(captions), self.data_sets[chosen]
 
     def _order(self, number: int) -> npt.NDArray[np.int64]:

@@ -236,6 +236,14 @@ def test_split_is_read_from_coco_and_jsonl(tmp_path):
     assert read_annotations(write(tmp_path / "j", records))[0].split == "test"
 
 
+def test_captions_keep_their_styles_where_others_are_left_out(tmp_path):
+    record = {"captions": ["甲", "", "乙"], "styles": ["short", "short", None]}
+    path = write(tmp_path / "captions", jsonl({"image_id": "a", **record}))
+    assert read_annotations(path) == [
+        AnnotatedImage("a", ("甲", "乙"), styles=("short", None)),
+    ]
+
+
 def test_captions_are_nfc_with_single_spaces(tmp_path):
     records = jsonl({"image_id": "a", "caption": " cafe\u0301\u3000 一\t只\n狗 "})
     (image,) = read_annotations(write(tmp_path / "c.jsonl", records))
@@ -263,6 +271,18 @@ WRONG = {
     "lone surrogate": (r'{"image_id": "a", "caption": "\ud800"}', ":1: the caption holds half"),
     "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the name of the photo"),
     "record that is no object": ('{"image_id": "a", "caption": "甲"}\n[1]\n', ":2: \\[1\\] is not"),
+    "fewer styles than captions": (
+        jsonl({"image_id": "a", "captions": ["甲", "乙"], "styles": ["short"]}),
+        ":1: `styles` is \\['short'\\], not a list",
+    ),
+    "styles that are a text": (
+        jsonl({"image_id": "a", "caption": "甲", "styles": "short"}),
+        ":1: `styles` is 'short', not a list",
+    ),
+    "style that is no name": (
+        jsonl({"image_id": "a", "caption": "甲", "styles": ["Very short\n"]}),
+        ":1: the style 'Very short\\\\n' is not",
+    ),
     "broken JSON line": (
         '{"image_id": "a", "caption": "甲"}\n{"image_id" 3}\n',
         ":2:13: Expecting",

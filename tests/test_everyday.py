@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from batchcap.annotations import read_annotations
 
 PUBLISHED = Path(__file__).parent.parent / "jobs" / "everyday-zh.jsonl"
-FIELDS = ["image_id", "source", "source_name", "split", "captions"]
+FIELDS = ["image_id", "source", "source_name", "split", "captions", "styles"]
+STYLES = ("short", "detailed", "short", None)
 
 
 def test_the_published_captions_are_annotations_of_two_splits() -> None:
@@ -15,6 +17,11 @@ def test_the_published_captions_are_annotations_of_two_splits() -> None:
     assert Counter(image.split for image in images) == {"train": 9995, "val": 500}
     assert sum(len(image.captions) for image in images) == 32687
     assert min(len(image.captions) for image in images) == 2
+
+
+def test_captions_have_the_style_of_their_place() -> None:
+    for image in read_annotations(PUBLISHED):
+        assert image.styles == STYLES[: len(image.captions)]
 
 
 def test_each_photo_tells_its_source_and_its_name_there() -> None:
@@ -33,6 +40,8 @@ def test_each_photo_tells_its_source_and_its_name_there() -> None:
 
 
 def test_the_published_captions_are_those_of_the_photos(everyday: Path) -> None:
-    assert read_annotations(PUBLISHED) == read_annotations(everyday / "captions.zh.jsonl")
+    published = [replace(image, styles=()) for image in read_annotations(PUBLISHED)]
+    given = read_annotations(everyday / "captions.zh.jsonl")
+    assert published == [replace(image, styles=()) for image in given]
     photos = {path.name for path in (everyday / "images").iterdir()}
     assert {image.image_id for image in read_annotations(PUBLISHED)} <= photos

@@ -12,10 +12,18 @@ from batchcap.model.config import DecoderConfig
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
 from batchcap.objectives import SelfCritical
-from batchcap.self_critical import CiderD, advantages, as_captions, policy_loss
+from batchcap.self_critical import (
+    CiderD,
+    advantages,
+    as_captions,
+    draw_starts,
+    of_style,
+    policy_loss,
+)
 from batchcap.settings import TrainSettings
 
 LONGEST = 7
+SHORT, DETAILED = 10, 11  # ids of styles
 
 
 def rows(captions: list[list[int]]) -> np.ndarray:
@@ -75,12 +83,29 @@ def test_a_caption_gains_by_what_it_is_better_than_the_others() -> None:
     assert gains.tolist() == [[1.5, -1.5, 0.0], [0.0, 0.0, 0.0]]
 
 
+def test_captions_are_drawn_of_the_styles_of_their_image_s_captions() -> None:
+    captions = rows([[4, END_ID], [5, END_ID], [], [6, END_ID], [7, END_ID], []]).reshape(2, 3, -1)
+    captions[0, 1, 0], captions[1, :2, 0] = SHORT, (SHORT, DETAILED)
+    draws = np.random.default_rng(0)
+    drawn = np.array([draw_starts(captions, draws) for _ in range(50)])
+    assert set(drawn[:, 0]) == {START_ID, SHORT}
+    assert set(drawn[:, 1]) == {SHORT, DETAILED}
+
+
+def test_a_style_is_rewarded_by_its_own_captions_and_no_style_by_all() -> None:
+    captions = rows([[4, END_ID], [5, END_ID], [6, END_ID], [7, END_ID]]).reshape(2, 2, -1)
+    captions[:, 1, 0] = SHORT
+    kept = of_style(captions, np.array([START_ID, SHORT], np.int32))
+    assert kept[:, :, 1].tolist() == [[4, 5], [PADDING_ID, 7]]
+
+
 def test_drawn_words_become_captions_that_end_where_end_was_reached() -> None:
     words = np.array([[4, 5, 0], [6, 7, 8], [0, 0, 0]], np.int32)
-    captions = as_captions(words, np.array([2, 3, 0]), np.array([True, False, True]))
+    starts = np.array([START_ID, 9, START_ID], np.int32)
+    captions = as_captions(starts, words, np.array([2, 3, 0]), np.array([True, False, True]))
     assert captions.tolist() == [
         [START_ID, 4, 5, END_ID],
-        [START_ID, 6, 7, 8],
+        [9, 6, 7, 8],
         [START_ID, END_ID, 0, 0],
     ]
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
+from commands import batchcap_here
 from PIL import Image
 from small_model import (
     COLOURS,
@@ -172,6 +174,34 @@ def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path
     config.write_text(config.read_text().replace("weight = [1, 0.5]", "weight = [1]"))
     done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
     assert "--weight is given 1 times" in str(done.exception)
+
+
+def test_captions_have_the_style_that_is_asked_for(squares: Path, tmp_path: Path) -> None:
+    """Half of the captions say 一个 first, and only these are of the style `long`."""
+    records = [json.loads(line) for line in (squares / "captions.jsonl").open(encoding="utf-8")]
+    lines = [json.dumps(record | {"styles": ["long", "short"]}) for record in records]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
+    train_captioner(
+        replace(settings, annotations=(tmp_path / "captions.jsonl",), steps_per_epoch=32)
+    )
+    for style in ("long", "short", None, "rude"):
+        asked = [] if style is None else ["--style", style]
+        arguments = [squares / "images", tmp_path / f"{style}.parquet", "--limit", 16, *asked]
+        done = batchcap_here("run", *arguments, "--model", tmp_path / "model")
+        assert done.returncode == (2 if style == "rude" else 0), done.stderr
+        if style == "rude":
+            assert "--style rude: the styles of" in done.stderr
+            assert "long or short" in done.stderr
+            continue
+        table = pq.read_table(tmp_path / f"{style}.parquet")
+        assert json.loads(table.schema.metadata[b"batchcap.decode"])["style"] == style
+        if style:
+            longer = [caption.startswith("一个") for caption in table["caption"].to_pylist()]
+            assert longer == [style == "long"] * 16
+    assert "`--style long` or `--style short`" in (tmp_path / "model" / "README.md").read_text()
+    shown = batchcap_here("model", "show", tmp_path / "model").stdout
+    assert "styles       long, short" in shown
 
 
 def in_all_phases(squares: Path, out: Path, **asked: Any) -> TrainSettings:

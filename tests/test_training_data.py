@@ -218,6 +218,24 @@ def test_token_table_says_which_words_are_unknown():
     assert row.tolist() == [START_ID, DOG, UNKNOWN_ID, END_ID]
 
 
+def styled(*styles: str | None) -> list[Example]:
+    return [replace(example(*["狗"] * len(styles)), styles=styles)] * PHOTOS
+
+
+def test_captions_of_a_style_begin_with_its_id():
+    table = token_table(styled("short", None, "long"), VOCABULARY, 3, ["long", "short"])
+    assert table[0, :, 0].tolist() == [len(VOCABULARY) + 1, START_ID, len(VOCABULARY)]
+
+
+def test_half_of_the_captions_of_a_style_begin_with_start():
+    captions = token_table(styled("short", None), VOCABULARY, 3, ["short"])
+    batches = batches_of(captions, batch_size=PHOTOS)
+    starts = np.concatenate([batches[step][1][:, :, 0] for step in range(20)])
+    assert set(starts[:, 0]) == {START_ID, len(VOCABULARY)}
+    assert 60 < (starts[:, 0] == START_ID).sum() < 140
+    assert (starts[:, 1] == START_ID).all()
+
+
 @pytest.mark.parametrize("caption", ["狗 草地 狗", "狗 草地 狗 草地 狗"])
 def test_caption_that_is_too_long_loses_its_tail_and_its_end(caption):
     ((row,),) = token_table([example(caption)], VOCABULARY, max_length=3)

@@ -126,17 +126,19 @@ class Captioner:
         forbid = forbidder(settings.min_length, settings.no_repeat_ngram)
         draws = settings.temperature > 0
         choose = sampler(settings.temperature, settings.top_k, settings.top_p) if draws else greedy
+        start = self.config.decoder.start_id(settings.style)
 
         def write(image: Any, live: Any, uniforms: Any) -> Decoded:
             images, beams = live.shape[0], settings.beam_size
             cache = decoder.empty_cache(images, beams, settings.max_length)
             if beams == 1:
                 return decode(
-                    decoder.step, cache, image, choose, forbid, uniforms, live, grid_cells
+                    *(decoder.step, cache, image, choose, forbid, uniforms, live, grid_cells),
+                    start=start,
                 )
             return beam_search(
                 *(decoder.step, cache, image, beams, settings.length_penalty, forbid, live),
-                *(settings.max_length, grid_cells),
+                *(settings.max_length, grid_cells, start),
             )
 
         def run(write: Callable[..., Decoded], features: Any, *rest: Any) -> Decoded:
@@ -193,7 +195,10 @@ def _check_sizes(config: DecoderConfig, weights: Weights, source: Path) -> None:
     width = config.heads * config.key_size
     last_layer = f"decoder/layer_{config.layers - 1}"
     expected = {
-        "vocabulary_size": ("decoder/words/embeddings", (config.vocabulary_size, config.units)),
+        "vocabulary_size": (
+            "decoder/words/embeddings",
+            (config.vocabulary_size + len(config.styles), config.units),
+        ),
         "max_length": ("decoder/positions/embeddings", (config.max_length, config.units)),
         "key_size": (f"{last_layer}/self_attention/query/kernel", (config.units, width)),
         "feature_size": (f"{last_layer}/cross_attention/key/kernel", (config.feature_size, width)),

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.model.text import START_ID
 from batchcap.records import excerpt
 
 CONFIG_FILE = "config.json"
@@ -30,6 +31,7 @@ CARD_FILE = "README.md"
 FORMAT_VERSION: Literal[1] = 1
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+STYLE_NAME = r"^[a-z0-9][a-z0-9-]{0,31}$"
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -61,7 +63,8 @@ class DecoderConfig:
 
     `max_length` is the most words a caption can have. `dropout` is of attention weights and of the
     feed-forward output, as in the notebook; `input_dropout` of features and embedded words.
-    `feature_norm` normalises each grid cell's features before they are looked at.
+    `feature_norm` normalises each grid cell's features before they are looked at. `styles` names
+    the kinds of captions that can be asked for.
     """
 
     __pydantic_config__ = STRICT
@@ -77,6 +80,15 @@ class DecoderConfig:
     dropout: Share = 0.3
     input_dropout: Share = 0.0
     feature_norm: bool = False
+    styles: tuple[Annotated[str, Field(pattern=STYLE_NAME)], ...] = ()
+
+    def start_id(self, style: str | None) -> int:
+        """The id that a caption of a style begins with: those of styles follow on the words'.
+
+        Raises:
+            ValueError: there is no such style.
+        """
+        return START_ID if style is None else self.vocabulary_size + self.styles.index(style)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class DecodeSettings:
     length_penalty: float = 0.0
     min_length: int = 0
     no_repeat_ngram: int = 0
+    style: str | None = None
 
     def __str__(self) -> str:
         how = f"beam of {self.beam_size}" if self.beam_size > 1 else "greedy"

@@ -80,6 +80,7 @@ def decode(
     uniforms: Any,
     live: Any,
     grid_cells: int,
+    start: Any = START_ID,
 ) -> Decoded:
     """Write one caption an image, word by word, until each has reached END or T positions.
 
@@ -87,7 +88,7 @@ def decode(
     (temperature 1, nothing forbidden).
 
     Args:
-        step: the network; called first with START at position 0.
+        step: the network; called first with `start` at position 0.
         cache: what `step` carries from word to word, of one caption an image.
         image: what `step` sees of each image.
         choose: `greedy`, or what `sampler` gives.
@@ -95,6 +96,7 @@ def decode(
         uniforms: `float32[B, T]` in [0, 1), the random numbers of `choose`.
         live: `bool[B]`; rows that only fill the batch are False, finished from birth.
         grid_cells: G.
+        start: `int32[]` or `int32[B]`, the id that stands before the first word.
     """
     rows, max_length = uniforms.shape
 
@@ -114,8 +116,8 @@ def decode(
         )
         return _Rows(is_word, written, (word, cache, image, uniforms))
 
-    start = tf.fill((rows,), START_ID)
-    born = _Rows(live, _nothing((rows,), max_length, grid_cells), (start, cache, image, uniforms))
+    first = tf.broadcast_to(start, (rows,))
+    born = _Rows(live, _nothing((rows,), max_length, grid_cells), (first, cache, image, uniforms))
     still_open, written = _until_closed(one_word, born, max_length)
     return _decoded(written, finished=live & ~still_open)
 
@@ -246,6 +248,7 @@ def beam_search(
     live: Any,
     max_length: int,
     grid_cells: int,
+    start: int = START_ID,
 ) -> Decoded:
     """Keep the `beam_size` (K) most probable captions of each image; return the best that ended.
 
@@ -264,6 +267,7 @@ def beam_search(
         live: `bool[B]`; rows that only fill the batch are False.
         max_length: T.
         grid_cells: G.
+        start: the id that stands before the first word.
     """
     images = live.shape[0]
     # One caption to begin with: the others are out of the race until it has extensions enough.
@@ -271,7 +275,7 @@ def beam_search(
     beams = _Beams(
         _nothing((images, beam_size), max_length, grid_cells),
         score,
-        tf.fill((images, beam_size), START_ID),
+        tf.fill((images, beam_size), start),
     )
     best = _Best(
         _nothing((images,), max_length, grid_cells),

@@ -146,7 +146,10 @@ class CaptionDecoder(keras.layers.Layer):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(name="decoder")
         self.config = config
-        self.words = keras.layers.Embedding(config.vocabulary_size, config.units, name="words")
+        # The words, and the ids that stand before captions of a style.
+        self.words = keras.layers.Embedding(
+            config.vocabulary_size + len(config.styles), config.units, name="words"
+        )
         self.positions = keras.layers.Embedding(config.max_length, config.units, name="positions")
         norm = keras.layers.LayerNormalization if config.feature_norm else keras.layers.Identity
         self.feature_norm = norm(name="feature_norm")

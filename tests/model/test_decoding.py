@@ -40,9 +40,11 @@ def spell(_tokens: Any, _position: Any, rest: Any, _image: Any) -> tuple[Any, An
     return logits, tf.one_hot(rest[:, :, 0], WORDS), tf.roll(rest, -1, axis=2)
 
 
-def decode_greedily(step: Any, cache: Any, live: Any, max_length: int, cells: int) -> Decoded:
+def decode_greedily(
+    step: Any, cache: Any, live: Any, max_length: int, cells: int, start: Any = START_ID
+) -> Decoded:
     uniforms = tf.zeros((len(live), max_length))
-    return decode(step, cache, (), greedy, forbidder(0, 0), uniforms, live, cells)
+    return decode(step, cache, (), greedy, forbidder(0, 0), uniforms, live, cells, start=start)
 
 
 @tf.function
@@ -82,6 +84,18 @@ def test_first_word_is_asked_of_start_and_each_next_one_of_the_last():
     decode_greedily(listen, tf.constant([[ids("on.")]]), tf.constant([True]), LIMIT, WORDS)
     o, n, _ = ids("on.")[:3]
     assert asked == [(0, [[START_ID]]), (1, [[o]]), (2, [[n]])]
+
+
+def test_rows_begin_with_the_ids_they_are_given():
+    asked = []
+
+    def listen(tokens: Any, position: Any, rest: Any, image: Any) -> tuple[Any, Any, Any]:
+        asked.append(tokens.numpy().tolist())
+        return spell(tokens, position, rest, image)
+
+    live, starts = tf.constant([True, True]), tf.constant([WORDS, START_ID])
+    decode_greedily(listen, tf.constant([[ids(".")]] * 2), live, LIMIT, WORDS, start=starts)
+    assert asked == [[[WORDS], [START_ID]]]
 
 
 def test_each_row_stops_at_its_own_end():
