@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 class AnnotatedImage:
     """One photo's captions as people wrote them, and `train`, `val`, `test` or whatever split.
 
-    `styles` are the kinds of the captions, each None where it is of none; `number` is its id in a
-    COCO file.
+    `styles` are the kinds of the captions, None for those of none; empty if all are of none.
+    `number` is its id in a COCO file.
     """
 
     image_id: str
@@ -141,7 +141,7 @@ class _Annotations:
             AnnotatedImage(
                 *(image_id, tuple(caption for caption, _ in captions)),
                 *(self.splits.get(image_id), self.numbers.get(image_id)),
-                tuple(style for _, style in captions),
+                tuple(style for _, style in captions) if any(s for _, s in captions) else (),
             )
             for image_id, captions in captioned.items()
         ]

@@ -20,7 +20,6 @@ from pydantic import (
 )
 
 from batchcap.contracts import MAX_WORDS, ModelError
-from batchcap.model.text import START_ID
 from batchcap.records import excerpt
 
 CONFIG_FILE = "config.json"
@@ -81,14 +80,6 @@ class DecoderConfig:
     input_dropout: Share = 0.0
     feature_norm: bool = False
     styles: tuple[Annotated[str, Field(pattern=STYLE_NAME)], ...] = ()
-
-    def start_id(self, style: str | None) -> int:
-        """The id that a caption of a style begins with: those of styles follow on the words'.
-
-        Raises:
-            ValueError: there is no such style.
-        """
-        return START_ID if style is None else self.vocabulary_size + self.styles.index(style)
 
 
 @dataclass(frozen=True)
