@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from batchcap import views as view_code
 from batchcap.annotations import AnnotatedImage, read_annotations
@@ -25,6 +24,7 @@ from batchcap.feature_cache import FeatureCache
 from batchcap.model import (
     backbones,
     efficientnet_lite,
+    extraction,
     formats,
     images,
     jpeg,
@@ -34,8 +34,9 @@ from batchcap.model import (
     tiff,
     webp,
 )
-from batchcap.model.backbones import extract_features, weights_digest
+from batchcap.model.backbones import weights_digest
 from batchcap.model.config import BackboneConfig
+from batchcap.model.extraction import tensorflow_extractor
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
 from batchcap.progress import progress
@@ -49,7 +50,7 @@ ANY_STYLE = 0.5  # share of the captions of a style that begin with START all th
 # What turns a file into features: of another version, cached ones are made anew.
 FEATURE_CODE = (
     *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
-    *(view_code, backbones, efficientnet_lite),
+    *(view_code, backbones, efficientnet_lite, extraction),
 )
 LIBRARIES = ("pillow", "keras")
 
@@ -379,11 +380,7 @@ def _extract(
     views: Sequence[View],
 ) -> Iterator[Path]:
     """Extract and cache; yield the paths of those that are no photos."""
-
-    @tf.function(autograph=False)
-    def extract(pixels: Any) -> Any:
-        return tf.cast(extract_features(backbone, config, pixels), tf.float16)
-
+    extract = tensorflow_extractor(backbone, config)
     load_settings = LoadSettings(config.image_size)
     with progress("features", len(examples), "photo") as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(examples), EXTRACTION_BATCH):
@@ -402,7 +399,8 @@ def _extract(
                     good.append(example)
             sha256s = [example.sha256 for example in good]
             for view in views:
-                features = extract(seen(pixels, view, sha256s)).numpy()[: len(good)]
+                features = extract(np.asarray(seen(pixels, view, sha256s))).numpy()
+                features = features[: len(good)].astype(np.float16)
                 _check_finite(features, good)
                 cache.append([view.key(sha256) for sha256 in sha256s], features)
             bar.update(len(batch))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import einops
 import keras
+import numpy as np
 import tensorflow as tf
 
 from batchcap.contracts import ModelError, Precision
@@ -119,7 +120,8 @@ def build_backbone(
     the classification top, or None for a model whose weights are set later.
 
     Raises:
-        ModelError: the backbone's name is unknown, or the weights are missing or of another CNN.
+        ModelError: the backbone's name is unknown, or the weights are missing, of another CNN or
+            not finite.
     """
     build = _backbone(config.name).build
     if weights not in (None, "imagenet") and not Path(weights).is_file():
@@ -133,6 +135,10 @@ def build_backbone(
         raise ModelError(
             f"weights {weights} do not fit the backbone {config.name}: {reason}"
         ) from error
+    for weight in backbone.weights:
+        # ReLU6 of a compiled graph would make numbers of them.
+        if not np.isfinite(weight.numpy()).all():
+            raise ModelError(f"weights {weights}: {weight.path} has values that are not finite")
     backbone.trainable = False
     return backbone
 

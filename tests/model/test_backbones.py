@@ -173,6 +173,18 @@ def test_file_that_holds_no_weights_is_refused(tmp_path: Path, name):
         build_backbone(CONFIG, notes)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_with_a_number_that_is_none_are_refused(backbone, tmp_path, number):
+    copy = keras.models.clone_model(backbone)
+    copy.set_weights(backbone.get_weights())
+    kernel = copy.weights[0].numpy()
+    kernel[0, 0, 0, 0] = number
+    copy.weights[0].assign(kernel)
+    copy.save_weights(tmp_path / "w.weights.h5")
+    with pytest.raises(ModelError, match=r"w\.weights\.h5: .*kernel has values .* not finite"):
+        build_backbone(CONFIG, tmp_path / "w.weights.h5")
+
+
 def test_digest_is_of_the_weights(backbone):
     copy = mobilenet()
     assert weights_digest(copy) != weights_digest(backbone)
