@@ -400,7 +400,8 @@ def _extract(
             sha256s = [example.sha256 for example in good]
             for view in views:
                 features = extract(np.asarray(seen(pixels, view, sha256s))).numpy()
-                features = features[: len(good)].astype(np.float16)
+                with np.errstate(over="ignore"):
+                    features = features[: len(good)].astype(np.float16)
                 _check_finite(features, good)
                 cache.append([view.key(sha256) for sha256 in sha256s], features)
             bar.update(len(batch))
