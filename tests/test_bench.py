@@ -28,7 +28,7 @@ def test_json_tells_the_rate_of_each_stage_and_of_all() -> None:
 def test_the_table_is_of_the_photos_that_are_named(photos_folder: Path) -> None:
     done = bench("--images", photos_folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("5 photos, 5 at a time, on ")
+    assert done.stdout.startswith("10 photos, 10 at a time, on ")
     for row in ("load", "features", "captions", "write", "end to end", "pipeline efficiency"):
         assert f"\n{row}" in done.stdout
 
@@ -41,8 +41,8 @@ def test_photos_that_can_t_be_read_do_not_count(photos_folder: Path, tmp_path: P
     done = bench("--images", tmp_path / "photos", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert (told["photos"], told["unreadable"], told["batch_size"]) == (5, 60, 5)
-    assert str(BenchResult(**told)).startswith("5 photos (60 others can't be read), 5 at a time, ")
+    assert (told["photos"], told["unreadable"], told["batch_size"]) == (10, 60, 10)
+    assert str(BenchResult(**told)).startswith("10 photos (60 others can't be read), 10 at a time, ")
 
 
 def test_photos_that_can_t_be_read_are_nothing_to_time(tmp_path: Path) -> None:

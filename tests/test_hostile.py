@@ -85,7 +85,7 @@ def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> 
 
 @dataclass
 class Hostile:
-    """The hostile tree with the five photos in it, what is expected, and what came of it."""
+    """The hostile tree with the ten photos in it, what is expected, and what came of it."""
 
     folder: Path
     expected: dict[str, str]
@@ -270,7 +270,7 @@ def test_captions_among_bad_files_are_those_of_the_photos_alone(
 ) -> None:
     captions = {row["image_id"]: row["caption"] for row in alone.rows()}
     among = {row["image_id"]: row["caption"] for row in hostile.ran.rows()}
-    assert len(captions) == 5
+    assert len(captions) == 10
     assert {name: among[f"photos/{name}"] for name in captions} == captions
 
 

@@ -42,7 +42,7 @@ def by_id(rows: Rows) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
-    """The five photos, and one file of every kind that is none."""
+    """The ten photos, and one file of every kind that is none."""
     folder = tmp_path_factory.mktemp("mixed") / "photos"
     subprocess.run(["cp", "-r", photos_folder, folder], check=True)
     jpeg = (folder / "coffee.jpg").read_bytes()
@@ -75,6 +75,7 @@ def mixed_run(
 
 MIXED_IDS = [
     "animals/cat.jpg",
+    "animals/raccoon.jpg",
     "astronaut.jpg",
     "bomb.png",
     "coffee.jpg",
@@ -82,11 +83,15 @@ MIXED_IDS = [
     "damaged.png",
     "dangling.jpg",
     "empty.jpg",
+    "flower.jpg",
     "loop.jpg",
+    "officer.jpg",
     "photographer.jpg",
     "pipe.jpg",
     "rocket.jpg",
     "scan.NEF",
+    "stairs.jpg",
+    "temple.jpg",
     "text.jpg",
 ]
 REASONS = {
@@ -116,7 +121,7 @@ def test_each_bad_file_is_a_row_with_its_reason(mixed_run: tuple[Path, Any]) -> 
 
 def test_good_files_have_captions_whose_columns_agree(mixed_run: tuple[Path, Any]) -> None:
     good = [row for row in rows_of(mixed_run[0]) if row["status"] == "ok"]
-    assert len(good) == 5
+    assert len(good) == 10
     for row in good:
         assert row["caption"]
         assert row["caption"] == "".join(row["tokens"])
@@ -133,7 +138,7 @@ def test_good_files_have_captions_whose_columns_agree(mixed_run: tuple[Path, Any
 def test_the_summary_counts_failures_by_reason(mixed_run: tuple[Path, Any]) -> None:
     done = mixed_run[1]
     assert done.returncode == 0
-    assert "14 found, 5 captioned, 9 failed (2 unsupported_format" in done.stdout
+    assert "19 found, 10 captioned, 9 failed (2 unsupported_format" in done.stdout
     assert "images/s" in done.stdout
 
 
@@ -183,7 +188,7 @@ def test_a_bad_batch_changes_no_good_caption(
 ) -> None:
     batchcap_here("run", photos_folder, tmp_path / "good.parquet")
     alone, mixed = by_id(rows_of(tmp_path / "good.parquet")), by_id(rows_of(mixed_run[0]))
-    assert len(alone) == 5
+    assert len(alone) == 10
     for image_id, row in alone.items():
         assert row["token_ids"] == mixed[image_id]["token_ids"]
         assert row["logprob"] == pytest.approx(mixed[image_id]["logprob"], abs=1e-4)
@@ -386,7 +391,7 @@ def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path
     assert_refused([photos_folder, output], 1, "is no Parquet file", "--on-existing overwrite")
     assert_refused([photos_folder, output, "--model", tmp_path], 1)
     assert output.read_text() == "what was here before"
-    assert len(run_with(photos_folder, output)) == 5
+    assert len(run_with(photos_folder, output)) == 10
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
@@ -398,7 +403,7 @@ def test_a_run_with_a_limit_is_not_complete_and_not_merged(photos_folder, tmp_pa
     assert f"{name} is not finished: run it to its end" in refused.stderr
     assert batchcap_here("run", photos_folder, output).returncode == 0
     assert batchcap_here("merge", output, merged).returncode == 0
-    assert pq.read_metadata(merged).num_rows == 5
+    assert pq.read_metadata(merged).num_rows == 10
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
@@ -407,5 +412,5 @@ def test_a_run_that_left_photos_out_is_not_complete(photos_folder, tmp_path, nam
         write_tar(tmp_path / f"{number}.tar", photos_of(photos_folder).items())
     done = batchcap_here("run", tmp_path / "*.tar", tmp_path / name)
     assert done.returncode == 1
-    assert "5 photos of" in done.stderr
+    assert "10 photos of" in done.stderr
     assert batchcap_here("merge", tmp_path / name, tmp_path / "merged").returncode == 1

@@ -37,7 +37,7 @@ def assert_same(rows: pa.Table, others: pa.Table, *but: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
-    """The five photos and two files that are none, all of one time."""
+    """The ten photos and two files that are none, all of one time."""
     folder = tmp_path_factory.mktemp("photos") / "photos"
     shutil.copytree(photos_folder, folder, ignore=shutil.ignore_patterns("*.md"))
     (folder / "cut.jpg").write_bytes((folder / "coffee.jpg").read_bytes()[:5000])
@@ -90,7 +90,7 @@ def test_rows_are_those_of_the_directory(
     run(source, tmp_path / "out.parquet", **asked)
     assert_same(rows_of(tmp_path / "out.parquet"), of_folder, *but)
     again = run(source, tmp_path / "out.parquet", **asked)
-    assert (again.already_done, again.captioned) == (7, 0)
+    assert (again.already_done, again.captioned) == (12, 0)
 
 
 def test_a_photo_that_changed_in_its_tar_is_captioned_again(folder: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_photo_that_changed_in_its_tar_is_captioned_again(folder: Path, tmp_pa
     assert (again.changed, again.new, again.reused, again.captioned) == (1, 1, 1, 1)
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out").to_pylist()}
     assert rows["coffee.jpg"]["sha256"] == hashlib.sha256(photos["coffee.jpg"]).hexdigest()
-    assert len(rows) == 8
+    assert len(rows) == 13
 
 
 def test_a_broken_tar_loses_no_good_result(
@@ -121,11 +121,11 @@ def test_a_broken_tar_loses_no_good_result(
         run(source, tmp_path / "out.parquet")
     assert "could not fully read" in caplog.text
     done = rows_of(tmp_path / "out.parquet")["image_id"].to_pylist()
-    assert 5 <= len(done) < 7
+    assert 8 <= len(done) < 12
     broken.write_bytes(whole)
     again = run(source, tmp_path / "out.parquet")
     assert (again.already_done, again.exit_code) == (len(done), 0)
-    assert len(rows_of(tmp_path / "out.parquet")) == 7
+    assert len(rows_of(tmp_path / "out.parquet")) == 12
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
@@ -133,11 +133,11 @@ def test_shares_merged_are_one_run(
     name: str, folder: Path, of_folder: pa.Table, tmp_path: Path
 ) -> None:
     found = [run(folder, tmp_path / name, shard=f"{index}/4").found for index in range(4)]
-    assert sum(found) == 7
+    assert sum(found) == 12
     merge_captions(MergeSettings(captions=tmp_path / name, output=tmp_path / "merged.parquet"))
     assert_same(rows_of(tmp_path / "merged.parquet"), of_folder)
     again = run(folder, tmp_path / "merged.parquet")
-    assert (again.already_done, again.captioned) == (7, 0)
+    assert (again.already_done, again.captioned) == (12, 0)
 
 
 def test_a_share_without_photos_is_done_at_once(tmp_path: Path, photos_folder: Path) -> None:
@@ -168,7 +168,7 @@ def test_prune_keeps_the_rows_of_excluded_photos(
     shutil.copytree(folder, tmp_path / "photos")
     (tmp_path / "photos" / "coffee.jpg").unlink()
     pruned = run(tmp_path / "photos", tmp_path / "out.parquet", exclude=("animals",), prune=True)
-    assert (pruned.already_done, pruned.vanished, pruned.pruned) == (5, 2, 1)
+    assert (pruned.already_done, pruned.vanished, pruned.pruned) == (9, 3, 1)
     left = of_folder["image_id"].to_pylist()
     left.remove("coffee.jpg")
     assert rows_of(tmp_path / "out.parquet")["image_id"].to_pylist() == left

@@ -1,8 +1,8 @@
 """Make the golden outputs of the version that is installed: `python make_outputs.py FOLDER`.
 
 Run it once at a release, and keep the folder as `outputs/schema-N`: every later version must go on
-from it. The photos are those of `tests/photos` but the last, of a fixed modification time. The
-model is `tests/small_model.py`'s, with random weights.
+from it. The photos are four of `tests/photos`, of a fixed modification time. The model is
+`tests/small_model.py`'s, with random weights.
 """
 
 import os
@@ -27,16 +27,17 @@ from batchcap.settings import RunSettings  # noqa: E402
 
 PHOTOS = TESTS / "photos"
 NEW_PHOTO = "rocket.jpg"
+NAMES = ("animals/cat.jpg", "astronaut.jpg", "coffee.jpg", "photographer.jpg", NEW_PHOTO)
 PART = "part-000001.parquet"
 MTIME_S = 1_700_000_000
 
 
 def copy_photos(folder: Path) -> Path:
-    """The photos of `tests/photos`, all of one modification time."""
-    for photo in PHOTOS.rglob("*.jpg"):
-        copy = folder / photo.relative_to(PHOTOS)
+    """The photos of a golden output, all of one modification time."""
+    for name in NAMES:
+        copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(photo, copy)
+        shutil.copyfile(PHOTOS / name, copy)
         os.utime(copy, (MTIME_S, MTIME_S))
     return folder
 
