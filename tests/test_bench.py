@@ -42,7 +42,9 @@ def test_photos_that_can_t_be_read_do_not_count(photos_folder: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["photos"], told["unreadable"], told["batch_size"]) == (10, 60, 10)
-    assert str(BenchResult(**told)).startswith("10 photos (60 others can't be read), 10 at a time, ")
+    assert str(BenchResult(**told)).startswith(
+        "10 photos (60 others can't be read), 10 at a time, "
+    )
 
 
 def test_photos_that_can_t_be_read_are_nothing_to_time(tmp_path: Path) -> None:
