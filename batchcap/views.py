@@ -63,15 +63,20 @@ def augmented(
     Hues stay, since captions name colours.
     """
     boxes = np.array([_box(draws) for _ in pixels], np.float32)
+    boxes[mirrored] = boxes[mirrored][:, [0, 3, 2, 1]]  # from right to left
     seen = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
-    seen = tf.where(mirrored[:, None, None, None], seen[:, :, ::-1], seen)
     change = draws.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
-    brightness, contrast, saturation = change.astype(np.float32)
-    mean = tf.reduce_mean(seen, axis=(1, 2, 3), keepdims=True)
-    seen = mean + contrast * (seen - mean)
-    grey = tf.reduce_mean(seen, axis=3, keepdims=True)
-    seen = brightness * (grey + saturation * (seen - grey))
-    return tf.cast(tf.round(tf.clip_by_value(seen, 0, 255)), tf.uint8).numpy()
+    return _lit(seen, *change.astype(np.float32)).numpy()
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _lit(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> Any:
+    """`float32[B, S, S, 3]` in other light, as `uint8`; by what factors, `[B, 1, 1, 1]`."""
+    mean = tf.reduce_mean(pixels, axis=(1, 2, 3), keepdims=True)
+    grey = (pixels[..., 0:1] + pixels[..., 1:2] + pixels[..., 2:3]) / 3  # XLA fuses it, not a mean
+    coloured = grey + saturation * (pixels - grey)
+    lit = brightness * (mean + contrast * (coloured - mean))
+    return tf.cast(tf.round(tf.clip_by_value(lit, 0, 255)), tf.uint8)
 
 
 def part_of(sha256: str, crop: int) -> list[float]:
