@@ -5,7 +5,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
+import pytest
+
 from batchcap.annotations import read_annotations
+from batchcap.evaluation.metrics import score_captions
+from batchcap.model.text import segment
+from batchcap.run import run_captioning
+from batchcap.settings import RunSettings
 
 PUBLISHED = Path(__file__).parent.parent / "jobs" / "everyday-zh.jsonl"
 FIELDS = ["image_id", "source", "source_name", "split", "captions", "styles"]
@@ -45,3 +52,16 @@ def test_the_published_captions_are_those_of_the_photos(everyday: Path) -> None:
     assert published == [replace(image, styles=()) for image in given]
     photos = {path.name for path in (everyday / "images").iterdir()}
     assert {image.image_id for image in read_annotations(PUBLISHED)} <= photos
+
+
+@pytest.mark.slow
+def test_greedy_captions_reach_the_published_score(everyday: Path, tmp_path: Path) -> None:
+    annotated = [image for image in read_annotations(PUBLISHED) if image.split == "val"]
+    listed = tmp_path / "val.txt"
+    names = (f"{everyday.absolute()}/images/{image.image_id}\n" for image in annotated)
+    listed.write_text("".join(names))
+    run_captioning(RunSettings(source=str(listed), output=tmp_path / "captions.parquet"))
+    captions = pq.read_table(tmp_path / "captions.parquet")["caption"].to_pylist()
+    references = [[segment(caption) for caption in image.captions] for image in annotated]
+    scores = score_captions([segment(caption) for caption in captions], references).overall
+    assert scores["cider_d"] >= 95
