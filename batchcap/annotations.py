@@ -137,14 +137,17 @@ class _Annotations:
             log.warning("%s: left out %s", self.path, left_out)
         if not captioned:
             raise InputError(f"{self.path} has no captions. {KNOWN_FORMATS}")
-        return [
-            AnnotatedImage(
-                *(image_id, tuple(caption for caption, _ in captions)),
-                *(self.splits.get(image_id), self.numbers.get(image_id)),
-                tuple(style for _, style in captions) if any(s for _, s in captions) else (),
-            )
-            for image_id, captions in captioned.items()
-        ]
+        return [self._image(image_id, captions) for image_id, captions in captioned.items()]
+
+    def _image(self, image_id: str, captions: list[tuple[str, str | None]]) -> AnnotatedImage:
+        texts, styles = zip(*captions, strict=True)
+        return AnnotatedImage(
+            image_id,
+            texts,
+            split=self.splits.get(image_id),
+            number=self.numbers.get(image_id),
+            styles=styles if any(styles) else (),
+        )
 
 
 def caption_problem(caption: object) -> str | None:

@@ -27,8 +27,10 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
             f"--min-length {options.min_length} is more than the {max_length} words of a caption"
         )
     if options.style not in (None, *model.decoder.styles):
-        known = " or ".join(model.decoder.styles) or "none"
-        raise UsageError(f"--style {options.style}: the styles of {options.model} are {known}")
+        advice = (
+            f"choose {' or '.join(model.decoder.styles)}" if model.decoder.styles else "omit it"
+        )
+        raise UsageError(f"--style {options.style}: {options.model} has no such style; {advice}")
     return DecodeSettings(
         max_length=max_length,
         temperature=options.temperature,

@@ -119,7 +119,14 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
         live = tf.ones(rows, tf.bool)
         cache = decoder.empty_cache(rows, 1, length)
         return decode(
-            *(decoder.step, cache, image, choose, forbid, uniforms, live, config.grid_cells),
+            decoder.step,
+            cache,
+            image,
+            choose=choose,
+            forbid=forbid,
+            uniforms=uniforms,
+            live=live,
+            grid_cells=config.grid_cells,
             start=starts,
         )
 

@@ -170,7 +170,7 @@ class ModelOptions:
     )
     precision: Precision = _option(Precision.AUTO, "What the backbone computes in; auto: float32.")
     style: str | None = _option(
-        None, "Kind of captions, one that the model knows, such as short or detailed [any]."
+        None, "Style of the captions, one of the model's, such as short or detailed [any]."
     )
     max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
     min_length: int = _option(0, "Fewest words in a caption.", least=0)

@@ -108,10 +108,8 @@ def train_captioner(settings: TrainSettings) -> Path:
     vocabulary = _vocabulary(settings, training)
     styles = styles_of(training)
     tokens = token_table(training, vocabulary, settings.max_length, styles)
-    config = ModelConfig(
-        *(FORMAT_VERSION, backbone_config),
-        _decoder_config(settings, vocabulary, backbone, styles),
-    )
+    decoder_config = _decoder_config(settings, vocabulary, backbone, styles)
+    config = ModelConfig(FORMAT_VERSION, backbone_config, decoder_config)
     with strategy.scope(), computing_in(precision_of(settings.precision)):
         decoder = build_decoder(config.decoder)
     counts = np.bincount(tokens[:, :, 1:].ravel(), minlength=len(vocabulary))

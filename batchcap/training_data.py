@@ -38,7 +38,15 @@ from batchcap.model.backbones import weights_digest
 from batchcap.model.config import BackboneConfig
 from batchcap.model.extraction import tensorflow_extractor
 from batchcap.model.images import LoadSettings, load_image
-from batchcap.model.text import END_ID, PADDING_ID, START_ID, Vocabulary, mirrored_ids, segment
+from batchcap.model.text import (
+    END_ID,
+    PADDING_ID,
+    START_ID,
+    Vocabulary,
+    mirrored_ids,
+    segment,
+    start_ids,
+)
 from batchcap.progress import progress
 from batchcap.records import counted, printable
 from batchcap.settings import TrainSettings
@@ -245,12 +253,10 @@ def token_table(
     """Captions as ids, `int32[images, captions, max_length + 1]`: START, words, END, padding.
 
     Every image has as many rows as the one with the most captions; rows without a caption are all
-    padding. A caption that is too long loses its tail and its END. One of `styles` begins with the
-    id of this style instead of START: these follow on the ids of the words.
+    padding. A caption that is too long loses its tail and its END. Captions of one of `styles`
+    begin with the id of that style instead of START.
     """
-    starts: dict[str | None, int] = {
-        style: len(vocabulary) + number for number, style in enumerate(styles)
-    }
+    starts = start_ids(len(vocabulary), styles)
     most = max(len(example.captions) for example in examples)
     table = np.full((len(examples), most, max_length + 1), PADDING_ID, np.int32)
     for i, example in enumerate(examples):
@@ -421,7 +427,8 @@ class TrainingBatches:
 
     In each pass every photo is seen as often as `settings.weight` says of its data set: of weight
     1.5 all are seen once, and a half of them, drawn anew, once more. One is seen at least. Half of
-    the captions of a style, drawn too, begin with START: so START comes to mean any style.
+    the captions with a style, drawn at random, begin with START instead, so that START means any
+    style.
     """
 
     def __init__(

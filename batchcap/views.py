@@ -66,12 +66,12 @@ def augmented(
     boxes[mirrored] = boxes[mirrored][:, [0, 3, 2, 1]]  # from right to left
     seen = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
     change = draws.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
-    return _lit(seen, *change.astype(np.float32)).numpy()
+    return _jitter_colours(seen, *change.astype(np.float32)).numpy()
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _lit(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> Any:
-    """`float32[B, S, S, 3]` in other light, as `uint8`; by what factors, `[B, 1, 1, 1]`."""
+def _jitter_colours(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> Any:
+    """Change `float32[B, S, S, 3]` by factors `float32[B, 1, 1, 1]`; return `uint8[B, S, S, 3]`."""
     mean = tf.reduce_mean(pixels, axis=(1, 2, 3), keepdims=True)
     grey = (pixels[..., 0:1] + pixels[..., 1:2] + pixels[..., 2:3]) / 3  # XLA fuses it, not a mean
     coloured = grey + saturation * (pixels - grey)

@@ -45,7 +45,7 @@ from batchcap.model.extraction import (
 )
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.runtime import Execution
-from batchcap.model.text import START_ID, Vocabulary
+from batchcap.model.text import Vocabulary, start_ids
 from batchcap.records import excerpt
 
 Weights = dict[str, npt.NDArray[Any]]
@@ -126,19 +126,35 @@ class Captioner:
         forbid = forbidder(settings.min_length, settings.no_repeat_ngram)
         draws = settings.temperature > 0
         choose = sampler(settings.temperature, settings.top_k, settings.top_p) if draws else greedy
-        start = _start_id(self.config.decoder, settings.style)
+        config = self.config.decoder
+        start = start_ids(config.vocabulary_size, config.styles)[settings.style]
 
         def write(image: Any, live: Any, uniforms: Any) -> Decoded:
             images, beams = live.shape[0], settings.beam_size
             cache = decoder.empty_cache(images, beams, settings.max_length)
             if beams == 1:
                 return decode(
-                    *(decoder.step, cache, image, choose, forbid, uniforms, live, grid_cells),
+                    decoder.step,
+                    cache,
+                    image,
+                    choose=choose,
+                    forbid=forbid,
+                    uniforms=uniforms,
+                    live=live,
+                    grid_cells=grid_cells,
                     start=start,
                 )
             return beam_search(
-                *(decoder.step, cache, image, beams, settings.length_penalty, forbid, live),
-                *(settings.max_length, grid_cells, start),
+                decoder.step,
+                cache,
+                image,
+                beam_size=beams,
+                length_penalty=settings.length_penalty,
+                forbid=forbid,
+                live=live,
+                max_length=settings.max_length,
+                grid_cells=grid_cells,
+                start=start,
             )
 
         def run(write: Callable[..., Decoded], features: Any, *rest: Any) -> Decoded:
@@ -150,11 +166,6 @@ class Captioner:
         # Convolutions and big products, which XLA is slow at on CPUs, stay outside.
         compiled = tf.function(write, jit_compile=True, autograph=False)
         return tf.function(partial(run, compiled), autograph=False)
-
-
-def _start_id(config: DecoderConfig, style: str | None) -> int:
-    """What captions of a style begin with: the ids of styles follow those of the words."""
-    return START_ID if style is None else config.vocabulary_size + config.styles.index(style)
 
 
 def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:

@@ -161,6 +161,11 @@ def _fault_of(word: str) -> str | None:
     return None
 
 
+def start_ids(vocabulary_size: int, styles: Sequence[str]) -> dict[str | None, int]:
+    """Return the id that captions of each style begin with, and of None, which is any style."""
+    return {None: START_ID} | {style: vocabulary_size + i for i, style in enumerate(styles)}
+
+
 def mirrored_ids(vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
     """`int32[V]`: the id of each word in the caption of the photo flipped left to right.
 
