@@ -15,17 +15,15 @@ from batchcap.inputs import has_image_extension
 from batchcap.model.config import STYLE_NAME
 from batchcap.records import (
     Problems,
-    counted,
     entries,
     first_of,
     holds_records,
     name_of,
-    printable,
     read_bytes,
     read_records,
-    shown,
     text_lines,
 )
+from batchcap.wording import counted, printable, shown
 
 Record = tuple[str, dict[str, Any]]  # its place in the file, and its fields
 SPLITS = ("train", "val", "test")

@@ -14,9 +14,9 @@ from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.options import decode_settings_of
-from batchcap.records import printable
 from batchcap.remote import without_file_scheme
 from batchcap.settings import CaptionSettings
+from batchcap.wording import printable
 
 END_LABEL = "[END]"
 

@@ -15,18 +15,10 @@ from batchcap.annotations import caption_problem, clean
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import followed
 from batchcap.layout import Layout
-from batchcap.records import (
-    Problems,
-    first_of,
-    holds_records,
-    name_of,
-    read_bytes,
-    read_records,
-    saying_which,
-    shown,
-)
+from batchcap.records import Problems, first_of, holds_records, name_of, read_bytes, read_records
 from batchcap.row_files import DamagedError, saying_where
 from batchcap.row_index import newest_rows
+from batchcap.wording import saying_which, shown
 
 KNOWN_FORMATS = (
     "Known formats: an output of batchcap run, COCO results and AI Challenger submissions (JSON), "

@@ -23,7 +23,7 @@ from batchcap import __version__
 from batchcap.contracts import BatchcapError
 from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
-from batchcap.records import printable_json, printable_lines, read_bytes
+from batchcap.records import read_bytes
 from batchcap.remote import is_url, without_file_scheme
 from batchcap.settings import (
     DEFAULT_MODEL,
@@ -38,6 +38,7 @@ from batchcap.settings import (
     TrainSettings,
 )
 from batchcap.stopping import Stopped, stop_on_signals
+from batchcap.wording import printable_json, printable_lines
 
 CONFIGURABLE_VERBS = ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench")
 

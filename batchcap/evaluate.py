@@ -24,8 +24,8 @@ from batchcap.evaluation.result import Difference, Evaluation, Score
 from batchcap.evaluation.tokenisation import Profile, profile_of
 from batchcap.evaluation.traits import FIFTHS, Calibration, calibrate, traits_of
 from batchcap.matching import match
-from batchcap.records import counted, printable
 from batchcap.settings import EvaluateSettings, MatchBy
+from batchcap.wording import counted, printable
 
 ByPlace = dict[int, GeneratedCaption]  # by the place of their image in the references
 

@@ -27,9 +27,9 @@ from batchcap.caption_files import (
 from batchcap.contracts import InputError, UsageError
 from batchcap.files import replacing
 from batchcap.matching import LEAST_HASH, ImageId, coco_number, hashed_number, match, stem
-from batchcap.records import counted, printable
 from batchcap.row_files import saying_where
 from batchcap.settings import CAPTIONS_THEMSELVES, ExportFormat, ExportSettings
+from batchcap.wording import counted, printable
 
 CSV_COLUMNS = [
     *("image_id", "status", "caption", "tokens", "logprob", "mean_logprob", "finished"),

@@ -17,7 +17,6 @@ from typing import IO, NamedTuple
 from batchcap.contracts import ImageRef, InputError, UsageError
 from batchcap.lists import names_in
 from batchcap.model.tiff import RAW_EXTENSIONS
-from batchcap.records import printable, saying_which
 from batchcap.remote import is_url, list_folder, open_file, without_file_scheme
 from batchcap.settings import SYSTEM_FOLDERS
 from batchcap.shards import (
@@ -34,6 +33,7 @@ from batchcap.shards import (
     read_parquet,
 )
 from batchcap.tars import read_tar
+from batchcap.wording import printable, saying_which
 
 logger = logging.getLogger(__name__)
 

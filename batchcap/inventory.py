@@ -25,12 +25,12 @@ from batchcap.inputs import (
     warn_unlisted,
 )
 from batchcap.lists import likely_fault
-from batchcap.records import counted, printable
 from batchcap.remote import describe, is_url
 from batchcap.row_index import UNKNOWN, Known, RowIndex
 from batchcap.run_report import RunSummary
 from batchcap.settings import SYSTEM_FOLDERS, RunSettings
 from batchcap.shards import PARQUET_SUFFIX, Archive, Columns, Unread
+from batchcap.wording import counted, printable
 
 LARGEST_CHUNK = 1 << 16
 LARGEST_OF_PIPE = 64  # as names may come slowly there

@@ -6,8 +6,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from batchcap.records import printable_json, printable_lines
 from batchcap.settings import LogFormat
+from batchcap.wording import printable_json, printable_lines
 
 OURS = "batchcap"
 NOISY = ("matplotlib", "PIL", "h5py", "jieba", "tensorflow", "ray")

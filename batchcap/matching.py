@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from batchcap.contracts import InputError
-from batchcap.records import counted, printable
 from batchcap.settings import MatchBy
+from batchcap.wording import counted, printable
 
 HASH_BITS = 51
 # Numbers of names stay below, hashes of names above; all are whole numbers in JavaScript too.

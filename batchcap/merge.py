@@ -25,7 +25,6 @@ from batchcap.output import (
     regrouped,
     verified,
 )
-from batchcap.records import counted, printable, saying_which
 from batchcap.row_files import (
     DamagedError,
     count_rows,
@@ -36,6 +35,7 @@ from batchcap.row_files import (
     write_rows,
 )
 from batchcap.settings import MergeSettings
+from batchcap.wording import counted, printable, saying_which
 
 UPGRADES = Upgrades(DECODE_DEFAULTS)
 REDO = "run again what wrote it, which redoes damaged rows"

@@ -17,8 +17,8 @@ from batchcap.model.config import (
     read_config,
 )
 from batchcap.model.text import SPECIAL_WORDS
-from batchcap.records import excerpt, printable
 from batchcap.settings import TrainSettings
+from batchcap.wording import excerpt, printable
 
 CARD = """\
 # Model card

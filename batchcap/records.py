@@ -9,21 +9,19 @@ import gzip
 import io
 import json
 import re
-import unicodedata
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.contracts import InputError
+from batchcap.wording import counted, printable, saying_which
 
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 10_000  # bytes
 NAME_FIELDS = ("file_name", "image_id")
 UNREADABLE_JSON = "lists or objects nested too deeply, or a number of too many digits"
 SHOWN_PROBLEMS = 10
-LONGEST_EXCERPT = 100
 
 
 class Problems:
@@ -52,46 +50,6 @@ class Problems:
             f"correct or remove {'it' if count == 1 else 'them'}:\n{shown}"
             + (f"\n{advice}" if advice else "")
         )
-
-
-def printable(text: str) -> str:
-    """A text of others on one line, without characters that a terminal would obey or hide."""
-    return "".join(char if _is_visible(char) else "?" for char in text)
-
-
-def printable_lines(text: str) -> str:
-    """The same of each line of a text; tabs become blanks."""
-    return "\n".join(map(printable, text.expandtabs().split("\n")))
-
-
-def printable_json(text: str) -> str:
-    """JSON of the same values, where escapes stand for what a terminal would obey or hide."""
-    return "".join(char if _is_visible(char) or char == "\n" else _escaped(char) for char in text)
-
-
-def excerpt(text: str) -> str:
-    """The beginning of a text of others, on one line."""
-    return printable(text[:LONGEST_EXCERPT])
-
-
-def _is_visible(char: str) -> bool:
-    """Whether a character only prints itself; blanks of any width do."""
-    return char.isprintable() or unicodedata.category(char) == "Zs"
-
-
-def _escaped(char: str) -> str:
-    units = char.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
-
-
-def counted(count: int, noun: str, nouns: str = "") -> str:
-    """`1 caption`, `2 captions`; `nouns` is the plural, unless it is `noun` with an s."""
-    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
-
-
-def shown(value: object) -> str:
-    """A value in a report, not too long."""
-    return "missing" if value is None else repr(value)[:40]
 
 
 def holds_records(data: bytes) -> bool:
@@ -229,19 +187,3 @@ def read_bytes(path: Path) -> bytes:
         except UnicodeError as error:
             raise InputError(f"{path} is damaged UTF-16; save it as UTF-8") from error
     return data.removeprefix(codecs.BOM_UTF8)
-
-
-@contextmanager
-def saying_which(file: object) -> Iterator[None]:
-    """Turn what the file system says of a file into what a user can do.
-
-    Raises:
-        UsageError: for a FileNotFoundError in the block.
-        InputError: for any other OSError.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no {file}; check the path.") from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror or error}).") from error

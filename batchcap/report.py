@@ -33,11 +33,11 @@ from batchcap.page.thumbnails import (
     find_photos,
     make_thumbnails,
 )
-from batchcap.records import counted, printable
 from batchcap.row_files import saying_where
 from batchcap.run_report import read_summary
 from batchcap.settings import ReportSettings
 from batchcap.shards import Columns
+from batchcap.wording import counted, printable
 
 PAGE = Path(__file__).parent / "page"
 BARS = 20  # of the histogram, each 5 % wide

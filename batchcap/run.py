@@ -46,12 +46,12 @@ from batchcap.output import (
 )
 from batchcap.progress import progress
 from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
-from batchcap.records import counted, printable
 from batchcap.row_files import DamagedError, Row, read_file_metadata, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.settings import DEFAULT_MODEL, AttentionDetail, Engine, RunSettings
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
+from batchcap.wording import counted, printable
 from batchcap.worker import CaptionWorker
 
 VERSIONS = ("batchcap", "tensorflow", "keras", "numpy", "pillow", "pyarrow")

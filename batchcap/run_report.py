@@ -9,8 +9,8 @@ from typing import Any
 
 from batchcap.contracts import TOO_MANY_FAILED
 from batchcap.files import replace_text
-from batchcap.records import printable
 from batchcap.row_files import saying_where
+from batchcap.wording import printable
 
 FASTEST = 1e9  # images a second that anyone may believe
 

@@ -48,10 +48,10 @@ from batchcap.model.text import (
     start_ids,
 )
 from batchcap.progress import progress
-from batchcap.records import counted, printable
 from batchcap.settings import TrainSettings
 from batchcap.surroundings import cache_folder, code_version
 from batchcap.views import PLAIN, View, augmented, seen
+from batchcap.wording import counted, printable
 
 EXTRACTION_BATCH = 32
 ANY_STYLE = 0.5  # share of the captions of a style that begin with START all the same

@@ -14,8 +14,8 @@ from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecodeSettings
 from batchcap.model.loss import loss_function
 from batchcap.model.text import join_words, segment
-from batchcap.records import printable
 from batchcap.training_data import Example, token_table, trim
+from batchcap.wording import printable
 
 BATCH = 50
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from batchcap.contracts import ImageRef
-from batchcap.records import printable
+from batchcap.wording import printable
 
 EXIT_CODE = 1
 GRACE_S = 10.0  # for the last words; and after which another process ends this one

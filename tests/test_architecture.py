@@ -21,6 +21,7 @@ FLOORS = [
         "evaluation.penn_treebank",
         "evaluation.scripts",
     },
+    {"wording"},
     {"settings", "locking", "row_files", "loading", "records", "lists"},
     {"mirror"},
     {"layout"},

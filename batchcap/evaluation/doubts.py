@@ -8,7 +8,7 @@ from batchcap.caption_files import GeneratedCaption
 from batchcap.evaluation.scripts import traditional_share
 from batchcap.evaluation.tokenisation import HAN
 from batchcap.matching import Match
-from batchcap.records import counted, printable
+from batchcap.wording import counted, printable
 
 # Between captions and references: in the share of letters that are Chinese, and in the share of
 # traditional characters.

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from batchcap.contracts import InputError
 from batchcap.files import replacing
-from batchcap.records import saying_which
 from batchcap.row_files import saying_where
+from batchcap.wording import saying_which
 
 SIGNATURE, SCORES = "batchcap.signature", "batchcap.scores"
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "meteor")

@@ -46,7 +46,7 @@ from batchcap.model.extraction import (
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.runtime import Execution
 from batchcap.model.text import Vocabulary, start_ids
-from batchcap.records import excerpt
+from batchcap.wording import excerpt
 
 Weights = dict[str, npt.NDArray[Any]]
 

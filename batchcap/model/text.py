@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.contracts import MAX_WORDS, ModelError
-from batchcap.records import excerpt, shown
 from batchcap.surroundings import cache_folder
+from batchcap.wording import excerpt, shown
 
 PADDING_ID = 0
 UNKNOWN_ID = 1

@@ -6,7 +6,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcap.records import excerpt, printable, printable_json, printable_lines
+from batchcap.wording import excerpt, printable, printable_json, printable_lines
 
 ANY_TEXT = st.text(
     st.one_of(

@@ -1,0 +1,65 @@
+"""How counts, values and names of others stand in what users read."""
+
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from batchcap.contracts import InputError, UsageError
+
+LONGEST_EXCERPT = 100
+
+
+def printable(text: str) -> str:
+    """A text of others on one line, without characters that a terminal would obey or hide."""
+    return "".join(char if _is_visible(char) else "?" for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of each line of a text; tabs become blanks."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """JSON of the same values, where escapes stand for what a terminal would obey or hide."""
+    return "".join(char if _is_visible(char) or char == "\n" else _escaped(char) for char in text)
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text of others, on one line."""
+    return printable(text[:LONGEST_EXCERPT])
+
+
+def _is_visible(char: str) -> bool:
+    """Whether a character only prints itself; blanks of any width do."""
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def _escaped(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """`1 caption`, `2 captions`; `nouns` is the plural, unless it is `noun` with an s."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def shown(value: object) -> str:
+    """A value in a report, not too long."""
+    return "missing" if value is None else repr(value)[:40]
+
+
+@contextmanager
+def saying_which(file: object) -> Iterator[None]:
+    """Turn what the file system says of a file into what a user can do.
+
+    Raises:
+        UsageError: for a FileNotFoundError in the block.
+        InputError: for any other OSError.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no {file}; check the path.") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror or error}).") from error
