@@ -9,13 +9,13 @@ import numpy.typing as npt
 from batchcap.attention_figure import draw_attention
 from batchcap.contracts import Rejection
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecodeSettings, read_config
+from batchcap.model.config import read_config
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.runtime import choose_execution
 from batchcap.model.text import join_words
 from batchcap.options import decode_settings_of
 from batchcap.remote import without_file_scheme
-from batchcap.settings import CaptionSettings
+from batchcap.settings import CaptionSettings, DecodeSettings
 from batchcap.wording import printable
 
 END_LABEL = "[END]"

@@ -26,12 +26,11 @@ from batchcap.contracts import (
 from batchcap.loading import core_count
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.decoding import Decoded
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import join_words
 from batchcap.row_files import Row
-from batchcap.settings import AttentionDetail
+from batchcap.settings import AttentionDetail, DecodeSettings
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -14,7 +14,6 @@ from batchcap.files import remove_temporaries, replace_text, sync
 from batchcap.id_hashes import IdSet, hashes_of
 from batchcap.layout import Layout, check_shares, layout_of, part_name, shares_there
 from batchcap.locking import locked
-from batchcap.model.config import DECODE_DEFAULTS
 from batchcap.output import (
     IDENTITY,
     RowFile,
@@ -34,7 +33,7 @@ from batchcap.row_files import (
     with_columns_of,
     write_rows,
 )
-from batchcap.settings import MergeSettings
+from batchcap.settings import DECODE_DEFAULTS, MergeSettings
 from batchcap.wording import counted, printable, saying_which
 
 UPGRADES = Upgrades(DECODE_DEFAULTS)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchcap.contracts import Precision, Runtime, UsageError
-from batchcap.model.config import DecodeSettings, ModelConfig, read_config
+from batchcap.model.config import ModelConfig, read_config
 from batchcap.model.images import LoadSettings
-from batchcap.settings import AttentionDetail, ModelOptions, RunSettings, Truncated
+from batchcap.settings import AttentionDetail, DecodeSettings, ModelOptions, RunSettings, Truncated
 
 READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 

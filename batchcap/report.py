@@ -24,7 +24,6 @@ from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.files import followed, replace_text
 from batchcap.layout import Layout
-from batchcap.model.config import DecodeSettings
 from batchcap.page.cards import Digest, digest_rows, grid_of
 from batchcap.page.thumbnails import (
     CHANGED,
@@ -35,7 +34,7 @@ from batchcap.page.thumbnails import (
 )
 from batchcap.row_files import saying_where
 from batchcap.run_report import read_summary
-from batchcap.settings import ReportSettings
+from batchcap.settings import DecodeSettings, ReportSettings
 from batchcap.shards import Columns
 from batchcap.wording import counted, printable
 

@@ -33,7 +33,7 @@ from batchcap.layout import Layout, check_shares, layout_of
 from batchcap.loading import core_count
 from batchcap.locking import locked
 from batchcap.logs import log_event
-from batchcap.model.config import DECODE_DEFAULTS, DecodeSettings, fingerprint, read_config
+from batchcap.model.config import fingerprint, read_config
 from batchcap.model.runtime import precision_of
 from batchcap.options import decode_settings_of, worker_settings_of
 from batchcap.output import (
@@ -48,7 +48,14 @@ from batchcap.progress import progress
 from batchcap.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.row_files import DamagedError, Row, read_file_metadata, saying_where
 from batchcap.run_report import RunSummary, read_rate, write_metrics, write_summary
-from batchcap.settings import DEFAULT_MODEL, AttentionDetail, Engine, RunSettings
+from batchcap.settings import (
+    DECODE_DEFAULTS,
+    DEFAULT_MODEL,
+    AttentionDetail,
+    DecodeSettings,
+    Engine,
+    RunSettings,
+)
 from batchcap.stopping import Stopped, StopRequest, stopping_softly
 from batchcap.watchdog import Watchdog, watching
 from batchcap.wording import counted, printable

@@ -4,7 +4,7 @@ The fields are the command line's flags, in order: their defaults and help texts
 """
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -551,3 +551,35 @@ class TrainSettings:
             raise UsageError(
                 "--precision float16 loses small gradients: train in bfloat16, or float32"
             )
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How words are chosen. Recorded in every file of captions: other settings, other captions.
+
+    `temperature` 0 takes the most probable words, above 0 draws; `seed`, `top_k` and `top_p` count
+    only then, `length_penalty` only with a `beam_size` above 1. What each means stands in
+    `model/decoding.py`.
+    """
+
+    max_length: int
+    temperature: float = 0.0
+    seed: int = 0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beam_size: int = 1
+    length_penalty: float = 0.0
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+    style: str | None = None
+
+    def __str__(self) -> str:
+        how = f"beam of {self.beam_size}" if self.beam_size > 1 else "greedy"
+        if self.temperature > 0:
+            how = f"temperature {self.temperature:g}"
+        return f"{how}, at most {self.max_length} words"
+
+
+DECODE_DEFAULTS = {
+    field.name: field.default for field in fields(DecodeSettings) if field.default is not MISSING
+}

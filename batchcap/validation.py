@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.loss import loss_function
 from batchcap.model.text import join_words, segment
+from batchcap.settings import DecodeSettings
 from batchcap.training_data import Example, token_table, trim
 from batchcap.wording import printable
 

@@ -29,8 +29,7 @@ from batchcap.engines import (
 )
 from batchcap.inputs import ImageRef
 from batchcap.model.captioner import Captioner
-from batchcap.model.config import DecodeSettings
-from batchcap.settings import AttentionDetail
+from batchcap.settings import AttentionDetail, DecodeSettings
 
 
 def photos_of(crops: Any, count: int) -> list[Photo]:

@@ -10,11 +10,10 @@ import pytest
 from batchcap.annotations import read_annotations
 from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.text import segment
 from batchcap.run import RunSummary, run_captioning
-from batchcap.settings import RunSettings
+from batchcap.settings import DecodeSettings, RunSettings
 
 pytestmark = pytest.mark.slow
 

@@ -22,11 +22,11 @@ from shard_files import photos_of, write_tar
 from batchcap.contracts import ARROW_SCHEMA
 from batchcap.inventory import Inventory
 from batchcap.layout import Layout
-from batchcap.model.config import DecodeSettings, fingerprint
+from batchcap.model.config import fingerprint
 from batchcap.output import open_captions
 from batchcap.run import _Captioning
 from batchcap.run_report import RunSummary
-from batchcap.settings import DEFAULT_MODEL, OnExisting, RunSettings
+from batchcap.settings import DEFAULT_MODEL, DecodeSettings, OnExisting, RunSettings
 from batchcap.stopping import StopRequest
 
 Rows = list[dict[str, Any]]

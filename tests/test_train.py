@@ -38,12 +38,12 @@ from batchcap.cli import batchcap
 from batchcap.contracts import InputError, ModelError, OutputError, Precision, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner, round_weights
-from batchcap.model.config import BackboneConfig, DecodeSettings
+from batchcap.model.config import BackboneConfig
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.loss import loss_function
 from batchcap.model.text import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
 from batchcap.objectives import Likelihood
-from batchcap.settings import Decay, Monitor, Objective, TrainSettings
+from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, TrainSettings
 from batchcap.train import train_captioner
 from batchcap.validation import Judge
 

@@ -23,7 +23,6 @@ from batchcap.model.config import (
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     DecoderConfig,
-    DecodeSettings,
     ModelConfig,
     fingerprint,
     model_file,
@@ -46,6 +45,7 @@ from batchcap.model.extraction import (
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.runtime import Execution
 from batchcap.model.text import Vocabulary, start_ids
+from batchcap.settings import DecodeSettings
 from batchcap.wording import excerpt
 
 Weights = dict[str, npt.NDArray[Any]]

@@ -21,9 +21,8 @@ from batchcap.contracts import Precision, Runtime, UsageError
 from batchcap.engines import Job, run_locally
 from batchcap.inputs import ImageRef, list_images
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.runtime import Execution, choose_execution
-from batchcap.settings import DEFAULT_MODEL, AttentionDetail
+from batchcap.settings import DEFAULT_MODEL, AttentionDetail, DecodeSettings
 
 SCALES = (4.0, 5.0, 8.0)
 ENLARGED = 300

@@ -18,9 +18,8 @@ from PIL import Image
 from batchcap.annotations import AnnotatedImage, read_annotations
 from batchcap.evaluation.bootstrap import interval, resampled
 from batchcap.model.captioner import load_captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.text import segment
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 BATCH = 50
 COMMON = 0.1

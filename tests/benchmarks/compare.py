@@ -26,12 +26,12 @@ from notebook_loop import notebook_loop
 from batchcap.inputs import list_images
 from batchcap.model import decoding
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecoderConfig, DecodeSettings
+from batchcap.model.config import DecoderConfig
 from batchcap.model.decoding import decode, forbidder, greedy
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.text import START_ID
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 NOTEBOOK_PHOTOS = 100
 DECODED_PHOTOS = 512

@@ -24,12 +24,11 @@ from compare import BATCH, DECODED_PHOTOS, fastest
 
 from batchcap.inputs import list_images
 from batchcap.model.captioner import Captioner, load_captioner
-from batchcap.model.config import DecodeSettings
 from batchcap.model.decoding import greedy
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, KeysValues
 from batchcap.model.text import END_ID, PADDING_ID, START_ID
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 REFILLS = (8, 16, 32)
 

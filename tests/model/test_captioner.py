@@ -38,7 +38,6 @@ from batchcap.model.config import (
     WEIGHTS_FILE,
     BackboneConfig,
     DecoderConfig,
-    DecodeSettings,
     ModelConfig,
     fingerprint,
 )
@@ -46,7 +45,7 @@ from batchcap.model.decoding import Decoded
 from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import build_decoder
 from batchcap.model.text import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
-from batchcap.settings import DEFAULT_MODEL
+from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 Pixels = npt.NDArray[np.uint8]
 
