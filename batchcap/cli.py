@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 import click
 
 from batchcap import __version__
+from batchcap.caption_files.records import read_bytes
 from batchcap.contracts import BatchcapError
-from batchcap.logs import configure_logging, log_event, writes_json
 from batchcap.model.runtime import start_tensorflow
-from batchcap.records import read_bytes
-from batchcap.remote import is_url, without_file_scheme
+from batchcap.process.logs import configure_logging, log_event, writes_json
+from batchcap.process.signals import Stopped, stop_on_signals
+from batchcap.process.wording import printable_json, printable_lines
 from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
@@ -37,8 +38,7 @@ from batchcap.settings import (
     RunSettings,
     TrainSettings,
 )
-from batchcap.stopping import Stopped, stop_on_signals
-from batchcap.wording import printable_json, printable_lines
+from batchcap.storage.remote import is_url, without_file_scheme
 
 CONFIGURABLE_VERBS = ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench")
 
@@ -285,7 +285,7 @@ def run(**asked: Any) -> None:
     if asked["log_format"] is LogFormat.JSON:  # first, so that what is wrong with others is too
         configure_logging(LogFormat.JSON, logging.getLogger().isEnabledFor(logging.DEBUG))
     settings = RunSettings(**asked)
-    from batchcap.run import plan_run, run_captioning
+    from batchcap.captioning.run import plan_run, run_captioning
 
     if settings.dry_run:
         _echo(plan_run(settings))
@@ -311,7 +311,7 @@ def merge(**asked: Any) -> None:
     Example: batchcap merge captions/ captions.parquet
     """
     settings = MergeSettings(**asked)
-    from batchcap.merge import merge_captions
+    from batchcap.rows.merge import merge_captions
 
     _echo(merge_captions(settings))
 
@@ -331,7 +331,7 @@ def train(**asked: Any) -> None:
     """
     settings = TrainSettings(**asked)
     start_tensorflow()
-    from batchcap.train import train_captioner
+    from batchcap.training.train import train_captioner
 
     _echo(f"wrote {train_captioner(settings)}")
 
@@ -357,7 +357,7 @@ def evaluate(**asked: Any) -> None:
     Example: batchcap evaluate captions.parquet captions.zh.txt --per-image scores.parquet
     """
     settings = EvaluateSettings(**asked)
-    from batchcap.evaluate import evaluate_captions
+    from batchcap.evaluation.evaluate import evaluate_captions
 
     evaluation = evaluate_captions(settings)
     if settings.json:
@@ -378,7 +378,7 @@ def export(**asked: Any) -> None:
     Example: batchcap export captions.parquet results.json --format coco
     """
     settings = ExportSettings(**asked)
-    from batchcap.export import export_captions
+    from batchcap.caption_files.export import export_captions
 
     _echo(export_captions(settings))
 
@@ -397,7 +397,7 @@ def report(**asked: Any) -> None:
     Example: batchcap report captions.parquet report.html --images ./images
     """
     settings = ReportSettings(**asked)
-    from batchcap.report import write_report
+    from batchcap.report.report import write_report
 
     _echo(write_report(settings))
 
@@ -414,7 +414,7 @@ def caption(**asked: Any) -> None:
     """
     settings = CaptionSettings(**asked)
     start_tensorflow()
-    from batchcap.caption import caption_images
+    from batchcap.captioning.caption import caption_images
 
     failed = 0
     for captioned in caption_images(settings):
@@ -435,7 +435,7 @@ def bench(**asked: Any) -> None:
     """
     settings = BenchSettings(**asked)
     start_tensorflow()
-    from batchcap.bench import run_bench
+    from batchcap.captioning.bench import run_bench
 
     result = run_bench(settings)
     _echo(result.as_json() if settings.json else result)
@@ -456,7 +456,7 @@ _model_argument = click.argument(
 @verbose_option
 def show(directory: Path) -> None:
     """What a model is: sizes, fingerprint, metrics. The shipped model where none is named."""
-    from batchcap.model_card import describe
+    from batchcap.training.model_card import describe
 
     _echo(describe(directory))
 
@@ -466,6 +466,6 @@ def show(directory: Path) -> None:
 @verbose_option
 def card(directory: Path) -> None:
     """The model card: data, licence, results, limits."""
-    from batchcap.model_card import read_card
+    from batchcap.training.model_card import read_card
 
     _echo(read_card(directory))

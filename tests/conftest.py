@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,12 +12,13 @@ import hypothesis
 import numpy as np
 import numpy.typing as npt
 import pytest
-from commands import sharing_the_model
+from helpers.commands import sharing_the_model
+from helpers.places import PHOTOS, data_set
 from PIL import Image
 
+from batchcap.captioning.summary import RunSummary
 from batchcap.contracts import Precision, Runtime
 from batchcap.model.config import read_config
-from batchcap.run_report import RunSummary
 from batchcap.settings import DEFAULT_MODEL, RunSettings
 
 if TYPE_CHECKING:  # the process that hands out the tests needs no TensorFlow
@@ -63,7 +63,7 @@ def captioner() -> "Captioner":
 
 @pytest.fixture(scope="session")
 def photos_folder() -> Path:
-    return Path(__file__).parent / "photos"
+    return PHOTOS
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +90,7 @@ def asked_of_run(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
         seen.append(settings)
         return RunSummary("out.parquet", "run", "", exit_code=0)
 
-    monkeypatch.setattr("batchcap.run.run_captioning", succeed)
+    monkeypatch.setattr("batchcap.captioning.run.run_captioning", succeed)
     return seen
 
 
@@ -107,8 +107,7 @@ def everyday() -> Path:
 
 
 def _data_set(variable: str, name: str) -> Path:
-    beside_checkout = Path(__file__).parents[2] / "shared/data" / name
-    folder = Path(os.environ.get(variable, beside_checkout))
+    folder = data_set(variable, name)
     if not folder.is_dir():
         pytest.skip(f"set {variable} to the folder of {name}")
     return folder

@@ -23,22 +23,22 @@ import fsspec
 import hypothesis
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers.rows import METADATA, captioned_row
+from helpers.simulated_kills import Death, Machine
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
-from rows import METADATA, captioned_row
-from simulated_kills import Death, Machine
 
-from batchcap import layout as layouts
-from batchcap import remote
 from batchcap.contracts import BatchcapError, InputError, UsageError
-from batchcap.files import make_folder
-from batchcap.id_hashes import hashes_of, in_share
-from batchcap.layout import Layout, layout_of
-from batchcap.merge import merge_captions
-from batchcap.output import CaptionFolder, open_captions
-from batchcap.row_files import Row, read_groups
-from batchcap.row_index import Known, newest_rows
+from batchcap.rows import layout as layouts
+from batchcap.rows.id_hashes import hashes_of, in_share
+from batchcap.rows.index import Known, newest_rows
+from batchcap.rows.layout import Layout, layout_of
+from batchcap.rows.merge import merge_captions
+from batchcap.rows.parquet import Row, read_groups
+from batchcap.rows.writer import CaptionFolder, open_captions
 from batchcap.settings import MergeSettings, OnExisting
+from batchcap.storage import remote
+from batchcap.storage.files import make_folder
 
 PHOTOS = tuple("abcdef")
 BUCKET = "memory://bucket"

@@ -1,6 +1,7 @@
-"""Who may import whom: files import from lower floors only, heavy libraries have one home."""
+"""Who may import whom: rooms import from lower levels only, heavy libraries have one home."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,97 +10,49 @@ import batchcap
 
 PACKAGE = Path(batchcap.__file__).parent
 
-FLOORS = [
-    {"contracts", "files", "clock", "stopping", "guard", "memory", "distribution", "id_hashes"},
-    {"surroundings", "last_words"},
-    {"remote"},
-    {"shards"},
-    {"tars"},
-    {
-        "evaluation.metrics",
-        "evaluation.bootstrap",
-        "evaluation.penn_treebank",
-        "evaluation.scripts",
-    },
-    {"wording"},
-    {"settings", "locking", "row_files", "loading", "records", "lists"},
-    {"mirror"},
-    {"layout"},
-    {"logs", "row_index"},
-    {"progress", "output"},
-    {"model.config", "model.text", "model.attention", "model.runtime"},
-    {"model.rejections", "model.pixels"},
-    {"model.jpeg", "model.png", "model.tiff", "model.webp"},
-    {"model.formats"},
-    {"model.images"},
-    {"model.efficientnet_lite"},
-    {"model.backbones", "model.network", "model.decoding"},
-    {"model.extraction", "model.loss"},
-    {"model.captioner"},
-    {"inputs", "options", "feature_cache"},
-    {"annotations"},
-    {"caption_files", "matching", "history", "model_card", "attention_figure"},
-    {"evaluation.tokenisation", "evaluation.per_image", "evaluation.meteor"},
-    {"evaluation.traits", "evaluation.doubts"},
-    {"evaluation.result"},
-    {"views"},
-    {"engines", "training_data", "watchdog", "run_report", "page.thumbnails"},
-    {"inventory", "worker", "page.cards"},
-    {"validation", "self_critical", "arrivals"},
-    {"ray_engine"},
-    {"objectives"},
-    {"trainer"},
-    {"run", "merge", "train", "evaluate", "export", "report", "caption", "bench"},
+# Rooms of one level do not import each other.
+LEVELS = [
+    {"contracts"},
+    {"settings", "storage"},
+    {"process"},
+    {"model", "rows"},
+    {"photos"},
+    {"caption_files"},
+    {"evaluation"},
+    {"captioning", "training"},
+    {"report"},
     {"cli"},
 ]
 
-HOMES = {
+HOMES = {  # rooms or files
     "click": {"cli"},
     "fsspec": set(),  # by `_import_fsspec`
-    "ray": {"ray_engine"},
-    "tqdm": {"progress"},
-    "jieba": {"model.text"},
-    "jinja2": {"report"},
-    "pi_heif": {"model.images"},
-    "PIL": {"model.images", "model.pixels", "bench"},
+    "ray": {"captioning.ray_engine"},
+    "tqdm": {"process.progress"},
+    "jieba": {"model.vocabulary"},
+    "jinja2": {"report.report"},
+    "pi_heif": {"photos.images"},
+    "PIL": {"photos", "captioning.bench"},
     "openvino": set(),  # by `import_openvino`
     "matplotlib": set(),  # by `import_matplotlib`
     "pyarrow": {
         "contracts",
-        "output",
-        "row_files",
-        "row_index",
-        "shards",
-        "merge",
+        "rows",
+        "photos.archives",
         "caption_files",
-        "evaluation.per_image",
-        "ray_engine",
+        "evaluation",
+        "captioning",
     },
     "pycocoevalcap": {"evaluation.metrics"},
-    "safetensors": {"model.captioner", "trainer"},
-    "tensorflow": {
-        "model.backbones",
-        "model.network",
-        "model.decoding",
-        "model.extraction",
-        "model.captioner",
-        "model.loss",
-        "model.runtime",
-        "training_data",
-        "views",
-        "self_critical",
-        "objectives",
-        "distribution",
-        "validation",
-        "trainer",
-        "train",
-    },
+    "safetensors": {"model.captioner", "training.trainer"},
+    "tensorflow": {"model", "training"},
 }
 
-
-def modules() -> dict[str, Path]:
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -108,38 +61,53 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-def floor_of(module: str) -> int:
-    return next(number for number, floor in enumerate(FLOORS) if module in floor)
+def own_imports(file: str) -> set[str]:
+    return {name.removeprefix("batchcap.") for name in imports(FILES[file])} & FILES.keys()
 
 
-def test_every_file_has_a_floor() -> None:
-    assert set().union(*FLOORS) == modules().keys()
+def room_of(file: str) -> str:
+    return file.split(".")[0]
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_file_imports_from_lower_floors_only(module: str) -> None:
-    own = {name.removeprefix("batchcap.") for name in imports(modules()[module])}
-    for imported in own & modules().keys():
-        assert floor_of(imported) < floor_of(module), f"{module} imports {imported}"
+def level_of(file: str) -> int:
+    return next(number for number, rooms in enumerate(LEVELS) if room_of(file) in rooms)
+
+
+def test_each_room_has_a_level() -> None:
+    assert {room_of(file) for file in FILES} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_from_its_room_and_lower_levels_only(file: str) -> None:
+    for imported in own_imports(file):
+        assert room_of(imported) == room_of(file) or level_of(imported) < level_of(file), imported
+
+
+def test_files_do_not_import_each_other_in_circles() -> None:
+    assert [*TopologicalSorter({file: own_imports(file) for file in FILES}).static_order()]
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_at_home_only(library: str) -> None:
     users = {
-        module
-        for module, path in modules().items()
+        file
+        for file, path in FILES.items()
         if any(name.split(".")[0] == library for name in imports(path))
     }
-    assert users <= HOMES[library]
+    assert {file for file in users if not {file, room_of(file)} & HOMES[library]} == set()
 
 
 def test_functions_fit_on_a_screen() -> None:
-    for module, path in modules().items():
+    for file, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1 if node.end_lineno else 0
-                assert length <= 60, f"{module}.{node.name} has {length} lines"
+                assert length <= 60, f"{file}.{node.name} has {length} lines"
+
+
+def test_the_package_has_few_entries() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 18

@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from batchcap import __version__
 from batchcap.cli import batchcap, main
 from batchcap.contracts import ModelError
-from batchcap.model.text import Vocabulary
-from batchcap.model_card import describe, read_card
+from batchcap.model.vocabulary import Vocabulary
 from batchcap.settings import (
     DEFAULT_MODEL,
     BenchSettings,
@@ -27,6 +26,7 @@ from batchcap.settings import (
     RunSettings,
     TrainSettings,
 )
+from batchcap.training.model_card import describe, read_card
 
 VERBS = ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench", "model")
 
@@ -201,7 +201,7 @@ def test_a_failure_nobody_foresaw_is_one_line(
     def fail(_settings: RunSettings) -> None:
         raise ZeroDivisionError("of a kind")
 
-    monkeypatch.setattr("batchcap.run.run_captioning", fail)
+    monkeypatch.setattr("batchcap.captioning.run.run_captioning", fail)
     assert exit_code("run", "in", "out.parquet") == 1
     said = capsys.readouterr().err
     assert said == "batchcap: unexpected ZeroDivisionError: of a kind (--verbose shows where)\n"

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import batchcap_here
-from crashes import (
+from helpers.commands import batchcap_here
+from helpers.crashes import (
     BATCHCAP,
     LONG_S,
     ROUNDING,
@@ -35,12 +35,12 @@ from crashes import (
     running,
     wait_until,
 )
+from helpers.rows import METADATA
 from PIL import Image
-from rows import METADATA
 
-from batchcap.caption_files import read_rows
-from batchcap.layout import Layout
-from batchcap.output import open_captions
+from batchcap.caption_files.predictions import read_rows
+from batchcap.rows.layout import Layout
+from batchcap.rows.writer import open_captions
 from batchcap.settings import OnExisting
 
 pytestmark = pytest.mark.skipif(
@@ -281,8 +281,8 @@ def test_sigterm_ends_a_run_soon_with_what_was_finished_committed(
 
 SLOW_DISK = """
 import os, time
-from batchcap import stopping
-stopping.GRACE_S = 0.5
+from batchcap.process import signals
+signals.GRACE_S = 0.5
 sync = os.fsync
 os.fsync = lambda descriptor: (time.sleep(0.7), sync(descriptor))
 """
@@ -611,7 +611,7 @@ def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
     )
     assert done.returncode == 0
     assert "0 captioned, 0 failed, 200 already done" in done.stdout
-    assert "batchcap.run" in done.stderr
+    assert "batchcap.captioning.run" in done.stderr
     assert "tensorflow" not in done.stderr
 
 
@@ -734,7 +734,7 @@ def test_several_slow_photos_are_given_up_and_end_no_run(photos: Path, tmp_path:
 SLOW_PHOTOS = """
 import sys, time
 if "spawn_main" in " ".join(sys.orig_argv):
-    from batchcap.model import images
+    from batchcap.photos import images
     load = images.load_image
     def load_image(source, settings):
         if "/slow" in source:

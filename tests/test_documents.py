@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.places import ROOT
 
 from batchcap.cli import batchcap
 from batchcap.contracts import ARROW_SCHEMA, ErrorType
 from batchcap.settings import Decay, Monitor, TrainSettings
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS = sorted((ROOT / "jobs").glob("train-*.toml"))
 
 
 def asked_of_train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainSettings:
     seen: list[TrainSettings] = []
-    monkeypatch.setattr("batchcap.train.train_captioner", seen.append)
+    monkeypatch.setattr("batchcap.training.train.train_captioner", seen.append)
     required = ["--annotations", "captions.txt", "--images", "images", "--out", "model"]
     result = CliRunner().invoke(batchcap, ["train", *required, *map(str, arguments)])
     assert result.exit_code == 0, result.output

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from helpers.places import JOBS
 
-from batchcap.annotations import read_annotations
+from batchcap.caption_files.annotations import read_annotations
+from batchcap.captioning.run import run_captioning
 from batchcap.evaluation.metrics import score_captions
-from batchcap.model.text import segment
-from batchcap.run import run_captioning
+from batchcap.model.vocabulary import segment
 from batchcap.settings import RunSettings
 
-PUBLISHED = Path(__file__).parent.parent / "jobs" / "everyday-zh.jsonl"
+PUBLISHED = JOBS / "everyday-zh.jsonl"
 FIELDS = ["image_id", "source", "source_name", "split", "captions", "styles"]
 STYLES = ("short", "detailed", "short", None)
 

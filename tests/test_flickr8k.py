@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from batchcap.annotations import read_annotations
+from batchcap.caption_files.annotations import read_annotations
+from batchcap.captioning.run import RunSummary, run_captioning
 from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
-from batchcap.model.images import LoadSettings, load_image
-from batchcap.model.text import segment
-from batchcap.run import RunSummary, run_captioning
+from batchcap.model.vocabulary import segment
+from batchcap.photos.images import LoadSettings, load_image
 from batchcap.settings import DecodeSettings, RunSettings
 
 pytestmark = pytest.mark.slow

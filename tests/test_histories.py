@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+from helpers.simulated_kills import Death
 from histories import PHOTOS, History, Merge, Run, play, search
-from simulated_kills import Death
 
 ALL = frozenset(PHOTOS)
 SOME = frozenset("ace")

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from commands import batchcap_here
-from hostile_files import encoded, make_hostile_tree, photo
+from helpers.commands import batchcap_here
+from helpers.hostile_files import encoded, make_hostile_tree, photo
+from helpers.small_model import make_squares, settings_for, small_captioner, training_arguments
 from safetensors.numpy import load_file, save_file
-from small_model import make_squares, settings_for, small_captioner, training_arguments
 
 from batchcap.model.captioner import save_captioner
 
@@ -277,7 +277,7 @@ def test_captions_among_bad_files_are_those_of_the_photos_alone(
 OF_A_READER = """
 import json, sys, time
 from pathlib import Path
-from batchcap.model.images import LoadSettings, load_image
+from batchcap.photos.images import LoadSettings, load_image
 
 def peak_mib():
     (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s]

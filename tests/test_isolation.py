@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from commands import batchcap_here
-from crashes import BATCHCAP, ROUNDING, difference, rows_of
+from helpers.commands import batchcap_here
+from helpers.crashes import BATCHCAP, ROUNDING, difference, rows_of
+from helpers.shard_files import write_tar
 from PIL import ExifTags, Image
-from shard_files import write_tar
 
-from batchcap.layout import Layout
+from batchcap.rows.layout import Layout
 
 # Root without the right to read what its own modes forbid.
 AS_ANYBODY = (

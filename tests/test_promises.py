@@ -3,9 +3,9 @@
 import ast
 import re
 from functools import cache
-from pathlib import Path
 
-TESTS = Path(__file__).parent
+from helpers.places import TESTS
+
 README = (TESTS / "README.md").read_text(encoding="utf-8")
 ROWS = [line for line in README.splitlines() if re.match(r"\| (?!---|#|fault )", line)]
 NAMED = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", README)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from commands import batchcap_here
+from helpers.commands import batchcap_here
 
 # What a right caption has in it.
 RIGHT = {

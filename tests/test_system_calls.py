@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from commands import batchcap_here
-from crashes import LONG_S, leftovers
-from no_model import BATCHCAP, Worker
+from helpers.commands import batchcap_here
+from helpers.crashes import LONG_S, leftovers
+from helpers.no_model import BATCHCAP, Worker
 
-from batchcap.layout import Layout
+from batchcap.rows.layout import Layout
 
 STRACE = ("strace", "-f", "-qq", "-o", "/dev/null")
 RENAME = "?rename,?renameat,?renameat2"
@@ -71,7 +71,7 @@ class Story:
     def run_here(self) -> None:
         """Run undisturbed, in this process."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("batchcap.run.CaptionWorker", Worker)
+            patch.setattr("batchcap.captioning.run.CaptionWorker", Worker)
             done = batchcap_here("run", self.photos, self.output, *FLAGS)
         assert done.returncode == 0, done.stderr
 

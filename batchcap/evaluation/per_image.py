@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcap.contracts import InputError
-from batchcap.files import replacing
-from batchcap.row_files import saying_where
-from batchcap.wording import saying_which
+from batchcap.process.wording import saying_which
+from batchcap.rows.parquet import saying_where
+from batchcap.storage.files import replacing
 
 SIGNATURE, SCORES = "batchcap.signature", "batchcap.scores"
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "meteor")

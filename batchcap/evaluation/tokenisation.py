@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from batchcap.annotations import AnnotatedImage
-from batchcap.caption_files import GeneratedCaption
+from batchcap.caption_files.annotations import AnnotatedImage
+from batchcap.caption_files.predictions import GeneratedCaption
 from batchcap.evaluation.penn_treebank import ptb_words
-from batchcap.model.text import segment, segment_all
+from batchcap.model.vocabulary import segment, segment_all
 from batchcap.settings import TokenKind
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"

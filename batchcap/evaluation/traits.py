@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from batchcap.annotations import read_annotations
-from batchcap.caption_files import GeneratedCaption
+from batchcap.caption_files.annotations import read_annotations
+from batchcap.caption_files.predictions import GeneratedCaption
 from batchcap.evaluation.bootstrap import Array, interval, resampled
 from batchcap.evaluation.metrics import ngrams
 from batchcap.evaluation.tokenisation import Profile

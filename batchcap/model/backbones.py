@@ -15,7 +15,7 @@ import tensorflow as tf
 from batchcap.contracts import ModelError, Precision
 from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
-from batchcap.wording import shown
+from batchcap.process.wording import shown
 
 Shape = tuple[int, int, int]
 Range = tuple[float, float]

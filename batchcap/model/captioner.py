@@ -15,7 +15,6 @@ import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from batchcap.clock import StageClock
 from batchcap.contracts import ModelError, Precision, Runtime
 from batchcap.model.backbones import build_backbone
 from batchcap.model.config import (
@@ -44,9 +43,10 @@ from batchcap.model.extraction import (
 )
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.runtime import Execution
-from batchcap.model.text import Vocabulary, start_ids
+from batchcap.model.vocabulary import Vocabulary, start_ids
+from batchcap.process.clock import StageClock
+from batchcap.process.wording import excerpt
 from batchcap.settings import DecodeSettings
-from batchcap.wording import excerpt
 
 Weights = dict[str, npt.NDArray[Any]]
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from batchcap.contracts import MAX_WORDS, ModelError
-from batchcap.wording import excerpt
+from batchcap.process.wording import excerpt
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.txt"

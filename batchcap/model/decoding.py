@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
 
 # (tokens int32[B, C], position int32[], cache, image)
 #     -> (logits float32[B, C, V], attention float32[B, C, G], cache)

@@ -22,12 +22,12 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from batchcap.contracts import Precision
-from batchcap.files import replacing
 from batchcap.model import backbones, efficientnet_lite
 from batchcap.model.backbones import extract_features, feature_grid
 from batchcap.model.config import BackboneConfig
 from batchcap.model.runtime import import_openvino
-from batchcap.surroundings import cache_folder, code_version
+from batchcap.process.environment import cache_folder, code_version
+from batchcap.storage.files import replacing
 
 # uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor
 Extract = Callable[[npt.NDArray[np.uint8]], Any]

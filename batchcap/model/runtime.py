@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from batchcap.contracts import BatchcapError, Precision, Runtime, UsageError, first_line
-from batchcap.last_words import kept_back
-from batchcap.surroundings import settle_caches
+from batchcap.process.environment import settle_caches
+from batchcap.process.stderr import kept_back
 
 
 @dataclass(frozen=True)

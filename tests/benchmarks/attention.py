@@ -15,10 +15,10 @@ import click
 import numpy as np
 from PIL import Image
 
-from batchcap.annotations import AnnotatedImage, read_annotations
+from batchcap.caption_files.annotations import AnnotatedImage, read_annotations
 from batchcap.evaluation.bootstrap import interval, resampled
 from batchcap.model.captioner import load_captioner
-from batchcap.model.text import segment
+from batchcap.model.vocabulary import segment
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 BATCH = 50

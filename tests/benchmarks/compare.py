@@ -23,14 +23,14 @@ import numpy as np
 import tensorflow as tf
 from notebook_loop import notebook_loop
 
-from batchcap.inputs import list_images
 from batchcap.model import decoding
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecoderConfig
 from batchcap.model.decoding import decode, forbidder, greedy
-from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, build_decoder
-from batchcap.model.text import START_ID
+from batchcap.model.vocabulary import START_ID
+from batchcap.photos.images import LoadSettings, load_image
+from batchcap.photos.listing import list_images
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 NOTEBOOK_PHOTOS = 100

@@ -22,12 +22,12 @@ import numpy as np
 import tensorflow as tf
 from compare import BATCH, DECODED_PHOTOS, fastest
 
-from batchcap.inputs import list_images
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.decoding import greedy
-from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import CaptionDecoder, KeysValues
-from batchcap.model.text import END_ID, PADDING_ID, START_ID
+from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
+from batchcap.photos.images import LoadSettings, load_image
+from batchcap.photos.listing import list_images
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 REFILLS = (8, 16, 32)

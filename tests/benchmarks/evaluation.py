@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from batchcap.annotations import read_annotations
-from batchcap.caption_files import read_captions
+from batchcap.caption_files.annotations import read_annotations
+from batchcap.caption_files.predictions import read_captions
 
 
 @click.command()

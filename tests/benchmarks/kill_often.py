@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crashes import Chain, difference, rows_of, run, running
+from helpers.crashes import Chain, difference, rows_of, run, running
 
-from batchcap.inputs import list_images
-from batchcap.layout import Layout
+from batchcap.photos.listing import list_images
+from batchcap.rows.layout import Layout
 
 FLAGS = ("--rows-per-part", 64, "--batch-size", 32)
 LARGEST_PART = 64 + 2 * 32  # rows; a kill costs fewer

@@ -15,7 +15,7 @@ import tensorflow as tf
 from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecoderConfig
 from batchcap.model.network import Attention, CaptionDecoder, DecoderLayer
-from batchcap.model.text import SPECIAL_WORDS
+from batchcap.model.vocabulary import SPECIAL_WORDS
 
 PADDING, _, START, END = SPECIAL_WORDS
 

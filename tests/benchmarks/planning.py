@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batchcap.captioning.inventory import Inventory
+from batchcap.captioning.summary import RunSummary
 from batchcap.contracts import ImageRef
-from batchcap.inventory import Inventory
-from batchcap.row_index import Entries, RowIndex, entries_of
-from batchcap.run_report import RunSummary
+from batchcap.rows.index import Entries, RowIndex, entries_of
 from batchcap.settings import RunSettings
 
 ROWS_PER_PART = 100_000

@@ -16,7 +16,7 @@ from pathlib import Path
 from compare import bench
 from matplotlib import pyplot as plt
 
-from batchcap.inputs import list_images
+from batchcap.photos.listing import list_images
 
 HERE = Path(__file__).parent
 BATCH_SIZES = (1, 4, 16, 64, 128)

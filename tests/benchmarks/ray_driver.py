@@ -14,18 +14,18 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rows import METADATA, captioned_row
+from helpers.rows import METADATA, captioned_row
 
-from batchcap.arrivals import Arrivals
-from batchcap.inventory import Inventory
-from batchcap.layout import Layout
-from batchcap.output import open_captions
-from batchcap.ray_engine import Chunk
-from batchcap.row_files import Row
-from batchcap.row_index import RowIndex
-from batchcap.run_report import RunSummary
+from batchcap.captioning.arrivals import Arrivals
+from batchcap.captioning.inventory import Inventory
+from batchcap.captioning.ray_engine import Chunk
+from batchcap.captioning.summary import RunSummary
+from batchcap.photos.archives import Archive
+from batchcap.rows.index import RowIndex
+from batchcap.rows.layout import Layout
+from batchcap.rows.parquet import Row
+from batchcap.rows.writer import open_captions
 from batchcap.settings import OnExisting, RunSettings
-from batchcap.shards import Archive
 
 ROWS_PER_CHUNK, ROWS_PER_PART = 64, 2000
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.places import GOLDEN
 
-from batchcap.evaluate import evaluate_captions
+from batchcap.evaluation.evaluate import evaluate_captions
 from batchcap.settings import EvaluateSettings, TokenKind
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "scores.json").read_text("utf-8"))
+SCORES = json.loads((GOLDEN / "scores.json").read_text("utf-8"))
 
 
 def scores(captions: Path, references: Path, tokens: TokenKind) -> dict[str, float]:
@@ -38,17 +39,17 @@ def as_json(path: Path, value: Any) -> Path:
 def test_scores_are_what_the_original_programs_gave(
     tmp_path: Path, tokens: TokenKind, name: str
 ) -> None:
-    captions = as_json(tmp_path / "results.json", GOLDEN["results"])
-    references = as_json(tmp_path / "references.json", GOLDEN["references"])
-    assert scores(captions, references, tokens) == pytest.approx(GOLDEN[name], abs=1e-9)
+    captions = as_json(tmp_path / "results.json", SCORES["results"])
+    references = as_json(tmp_path / "references.json", SCORES["references"])
+    assert scores(captions, references, tokens) == pytest.approx(SCORES[name], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", GOLDEN["ai_challenger_samples"])
+@pytest.mark.parametrize("name", SCORES["ai_challenger_samples"])
 def test_the_kit_s_own_samples_score_what_the_kit_gave(name: str) -> None:
     folder = Path(os.environ.get("BATCHCAP_AI_CHALLENGER", ""))
     if not (folder / name).is_file():
         pytest.skip("set BATCHCAP_AI_CHALLENGER to the folder of the kit's samples")
-    sample = GOLDEN["ai_challenger_samples"][name]
+    sample = SCORES["ai_challenger_samples"][name]
     content = (folder / name).read_bytes().replace(b"\r\n", b"\n").rstrip(b"\n")
     if hashlib.sha256(content).hexdigest() != sample["sha256"]:
         pytest.skip(f"{name} is another sample than the one that was scored")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pycocoevalcap
 import pytest
+from helpers.places import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchcap.evaluation.penn_treebank import ptb_words
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "penn_treebank.tsv"
-CASES = [line.split("\t") for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+WORDS = GOLDEN / "penn_treebank.tsv"
+CASES = [line.split("\t") for line in WORDS.read_text(encoding="utf-8").splitlines()]
 JAR = Path(next(iter(pycocoevalcap.__path__))) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
 # Of pycocoevalcap's PTBTokenizer.
 DROPPED = ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."]

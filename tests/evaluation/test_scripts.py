@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcap.annotations import read_annotations
+from batchcap.caption_files.annotations import read_annotations
 from batchcap.evaluation.scripts import traditional_share
 
 

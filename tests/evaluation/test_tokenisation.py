@@ -1,6 +1,6 @@
 import pytest
 
-from batchcap.caption_files import GeneratedCaption
+from batchcap.caption_files.predictions import GeneratedCaption
 from batchcap.evaluation.tokenisation import characters, profile_of
 from batchcap.settings import TokenKind
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from batchcap.caption_files import GeneratedCaption
+from batchcap.caption_files.predictions import GeneratedCaption
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.evaluation.traits import calibrate, traits_of
 from batchcap.settings import TokenKind

@@ -2,7 +2,7 @@
 
 Run it once at a release, and keep the folder as `outputs/schema-N`: every later version must go on
 from it. The photos are four of `tests/photos`, of a fixed modification time. The model is
-`tests/small_model.py`'s, with random weights.
+`tests/helpers/small_model.py`'s, with random weights.
 """
 
 import os
@@ -18,11 +18,11 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 
 import fsspec  # noqa: E402
-from small_model import small_captioner  # noqa: E402
-from stores import environment, s3_server  # noqa: E402
+from helpers.small_model import small_captioner  # noqa: E402
+from helpers.stores import environment, s3_server  # noqa: E402
 
+from batchcap.captioning.run import run_captioning  # noqa: E402
 from batchcap.model.captioner import save_captioner  # noqa: E402
-from batchcap.run import run_captioning  # noqa: E402
 from batchcap.settings import RunSettings  # noqa: E402
 
 PHOTOS = TESTS / "photos"

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers.places import PHOTOS
 from keras.src.applications import efficientnet
 
 from batchcap.contracts import ModelError
@@ -20,9 +21,8 @@ from batchcap.model.backbones import (
     weights_digest,
 )
 from batchcap.model.config import BackboneConfig
-from batchcap.model.images import LoadSettings, load_image
+from batchcap.photos.images import LoadSettings, load_image
 
-PHOTOS = Path(__file__).parents[1] / "photos"
 SIZE = 96
 CELLS = SIZE // 32
 CONFIG = BackboneConfig("mobilenet", image_size=SIZE)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorflow as tf
-from plain_beam import plain_beam_search
+from helpers.plain_beam import plain_beam_search
 from safetensors.numpy import load_file, save_file
 
 from batchcap.contracts import ModelError
@@ -42,9 +42,9 @@ from batchcap.model.config import (
     fingerprint,
 )
 from batchcap.model.decoding import Decoded
-from batchcap.model.images import LoadSettings, load_image
 from batchcap.model.network import build_decoder
-from batchcap.model.text import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
+from batchcap.model.vocabulary import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
+from batchcap.photos.images import LoadSettings, load_image
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
 Pixels = npt.NDArray[np.uint8]

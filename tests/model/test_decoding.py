@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorflow as tf
+from helpers.plain_beam import plain_beam_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_beam import plain_beam_search
 
 from batchcap.model.decoding import Decoded, beam_search, decode, forbidder, greedy, sampler
-from batchcap.model.text import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID
+from batchcap.model.vocabulary import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID
 
 LETTERS = string.ascii_lowercase
 FIRST_LETTER = len(SPECIAL_WORDS)

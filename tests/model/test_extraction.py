@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_model import small_captioner
+from helpers.small_model import small_captioner
 
 from batchcap.contracts import Precision, Runtime, UsageError
 from batchcap.model import runtime as runtime_module

@@ -1,0 +1,1 @@
+"""References and predictions in other programs' formats: read, matched, exported."""

@@ -1,0 +1,1 @@
+"""Photos to rows: runs and their engines, captions on the terminal, and the benchmark."""

@@ -1,0 +1,279 @@
+"""Rows that workers send, in any order, taken as if one machine had listed the whole input.
+
+Of photos of one id, the first in the order of the archives has the row. A row of a new photo is
+taken when it comes. A row that replaces one of an earlier run waits until all archives before its
+own have been tallied, since the earlier row may fit a photo there.
+"""
+
+import os
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from batchcap.captioning.inventory import Inventory, State
+from batchcap.captioning.summary import RunSummary
+from batchcap.contracts import BatchcapError, ImageRef
+from batchcap.photos.archives import Archive
+from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of
+from batchcap.rows.index import RowIndex
+from batchcap.rows.parquet import Row
+from batchcap.settings import RunSettings
+
+BYTES_IN_MEMORY = 1 << 26  # of rows that wait; more are on disk
+
+# An archive, or some photos of a folder or a list.
+Piece = Archive | list[ImageRef]
+
+
+class Tally(NamedTuple):
+    """What a worker has found in a piece of the input.
+
+    new: hashes of the ids of photos without a row. seen: row numbers of the other photos, and
+    states: the `State` of each of these. failed: why photos have no caption, by the hash of their
+    id. doubled: how many photos were left out because one before them has their id, and
+    first_doubled: the first of them. unread: each archive that could not be read, or only in part,
+    and why. left_out: the first system folder, or empty.
+    """
+
+    new: Hashes
+    seen: npt.NDArray[np.int32]
+    states: npt.NDArray[np.int8]
+    failed: dict[int, str]
+    is_empty: bool
+    doubled: int
+    first_doubled: str
+    unread: list[tuple[str, str]]
+    left_out: str
+
+
+class PieceInventory(Inventory):
+    """A worker's inventory of one piece, which marks nothing in the index that workers share."""
+
+    def __init__(self, settings: RunSettings, index: RowIndex) -> None:
+        super().__init__(settings, index, RunSummary("", "", ""))
+        self._new = [np.zeros(0, np.int64)]
+        self._seen = [np.zeros(0, np.int32)]
+        self._states = bytearray()
+        self._first_doubled = ""
+        self._unread: list[tuple[str, str]] = []
+
+    def tally(self, failed: dict[int, str]) -> Tally:
+        """Return what was found, once all of the piece has been listed."""
+        return Tally(
+            new=np.concatenate(self._new),
+            seen=np.concatenate(self._seen),
+            states=np.frombuffer(bytes(self._states), np.int8),
+            failed=failed,
+            is_empty=self.is_empty,
+            doubled=self.doubled,
+            first_doubled=self._first_doubled,
+            unread=self._unread,
+            left_out=self.left_out,
+        )
+
+    def count(self, state: State, photos: int = 1) -> None:
+        """Count photos, and keep the state of a photo that has a row."""
+        super().count(state, photos)
+        if state is not State.NEW:
+            self._states.append(state)
+
+    def note_doubled(self, name: str, photos: int = 1) -> None:
+        """Count photos whose id came before, for the run to warn of."""
+        self._first_doubled = self._first_doubled or name
+        self.doubled += photos
+
+    def note_unlisted(self, name: str, reason: str) -> None:
+        """Keep what could not be read, for the run to warn of."""
+        self.unlisted += 1
+        self._unread.append((name, reason))
+
+    def note_left_out(self, name: str) -> None:
+        """Keep the first system folder, for the run to log."""
+        self.left_out = self.left_out or name
+
+    def _note_met(self, new: Hashes, rows: Hashes) -> None:
+        self._new.append(new)
+        self._seen.append(rows.astype(np.int32))
+
+
+class Admitted(NamedTuple):
+    """Rows to append; `again` says that each replaces a row that this run has appended."""
+
+    rows: list[Row]
+    again: bool = False
+
+
+class Arrivals:
+    """Admits the rows of workers, and counts their photos, as one machine would.
+
+    untallied: how many pieces have no tally yet. Archives whose turn has not come keep their
+    tallies, and settled ones the hashes of their new ids: 16 bytes a new photo with its row's, and
+    5 a photo that had one. Nothing is kept where ids can't come twice, as in folders, lists and a
+    single archive.
+    """
+
+    def __init__(self, inventory: Inventory, pieces: Sequence[Piece]) -> None:
+        self.inventory, self.summary = inventory, inventory.summary
+        self.untallied = len(pieces)
+        archives = [piece for piece in pieces if isinstance(piece, Archive)]
+        self._archives = archives if len(archives) > 1 else []
+        self._numbers = {archive: number for number, archive in enumerate(self._archives)}
+        self._turn = 0  # the first archive that is not settled
+        self._tallies: dict[int, Tally] = {}
+        self._waiting = _Waiting()
+        self._arrived = IdSet()  # new ids that have a row of this run
+        self._settled = IdSet()  # new ids of settled archives
+        self._replaced: list[Hashes] = []  # rows, by the archive whose turn it is
+
+    def take(
+        self, archive: Archive | None, rows: list[Row], tally: Tally | None
+    ) -> Iterator[Admitted]:
+        """Yield the rows that can be appended, now that these have come, or an archive's tally."""
+        number = None if archive is None else self._numbers.get(archive)
+        yield Admitted(rows if number is None else self._admitted(number, rows))
+        if tally is None:
+            return
+        self.untallied -= 1
+        self._note(tally)
+        if number is None:
+            self._count(tally, np.ones(len(tally.new), np.bool_))
+        else:
+            self._tallies[number] = tally
+            yield from self._settle()
+
+    def rest(self) -> Iterator[Admitted]:
+        """Yield the rows that still wait, where a run is stopped before all pieces are tallied.
+
+        If the row of an archive before was right, the next run makes it again.
+        """
+        index = self.inventory.index
+        for places in self._replaced:
+            index.mark_seen(places)
+        for number in range(self._turn, len(self._archives)):
+            for rows in self._waiting.take(number, again=False):
+                yield Admitted(self._replacing(rows))
+                index.mark_seen(self._replaced[-1])
+            if number in self._tallies:
+                index.mark_seen(self._tallies[number].seen.astype(np.int64))
+
+    def _admitted(self, number: int, rows: list[Row]) -> list[Row]:
+        """Rows that can be appended at once; the others wait."""
+        hashes = _hashes_of(rows)
+        is_new = self.inventory.index.find_all(hashes) < 0
+        is_first = np.zeros(len(rows), np.bool_)
+        is_first[is_new] = self._arrived.add(hashes[is_new])
+        self._waiting.add(number, _chosen(rows, is_new & ~is_first), again=True)
+        replacing = _chosen(rows, ~is_new)
+        if number == self._turn:
+            return _chosen(rows, is_first) + self._replacing(replacing)
+        self._waiting.add(number, replacing, again=False)
+        return _chosen(rows, is_first)
+
+    def _replacing(self, rows: list[Row]) -> list[Row]:
+        """Those rows whose photo is the first of its id; all archives before are settled."""
+        index = self.inventory.index
+        places = index.find_all(_hashes_of(rows))
+        is_first = ~index.is_seen(places)
+        self._replaced.append(places[is_first])
+        return _chosen(rows, is_first)
+
+    def _settle(self) -> Iterator[Admitted]:
+        """Settle the archives whose turn comes: their photos are first but for those met before."""
+        while (tally := self._tallies.pop(self._turn, None)) is not None:
+            is_first = self._settled.add(tally.new)
+            self._count(tally, is_first)
+            yield from self._come_again(tally, is_first)
+            self._turn += 1
+            self._replaced = []
+            for rows in self._waiting.take(self._turn, again=False):
+                yield Admitted(self._replacing(rows))
+
+    def _come_again(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Admitted]:
+        """Rows of first photos whose id another archive's photo had when they came."""
+        first, replaced = tally.new[is_first], {*tally.new[~is_first].tolist()}
+        gathered: list[Row] = []
+        for rows in self._waiting.take(self._turn, again=True):
+            hashes = _hashes_of(rows)
+            is_admitted = np.isin(hashes, first)
+            replaced -= {*hashes[~is_admitted].tolist()}  # which were never appended
+            gathered += _chosen(rows, is_admitted)
+            if len(gathered) >= self.inventory.settings.rows_per_part:
+                yield Admitted(gathered, again=True)
+                gathered = []
+        if gathered:
+            yield Admitted(gathered, again=True)
+        for id_hash in replaced:
+            self._count_back(tally.failed.get(id_hash))
+
+    def _count_back(self, error_type: str | None) -> None:
+        """A row that was counted when it was appended has been replaced."""
+        if error_type is None:
+            self.summary.captioned -= 1
+        else:
+            self.summary.failed -= Counter({error_type: 1})
+
+    def _note(self, tally: Tally) -> None:
+        inventory = self.inventory
+        inventory.is_empty = inventory.is_empty and tally.is_empty
+        for name, reason in tally.unread:
+            inventory.note_unlisted(name, reason)
+        if tally.left_out:
+            inventory.note_left_out(tally.left_out)
+
+    def _count(self, tally: Tally, is_first_new: npt.NDArray[np.bool_]) -> None:
+        """Count the photos of a piece that are the first of their ids, and mark them as seen."""
+        index, seen = self.inventory.index, tally.seen.astype(np.int64)
+        is_first_seen = ~index.is_seen(seen)
+        index.mark_seen(seen)
+        counts = np.bincount(tally.states[is_first_seen], minlength=len(State))
+        counts[State.NEW] = np.count_nonzero(is_first_new)
+        for state in State:
+            self.inventory.count(state, int(counts[state]))
+        others = sum(np.count_nonzero(~is_first) for is_first in (is_first_new, is_first_seen))
+        if tally.doubled + others:
+            name = tally.first_doubled or f"a photo of {self._archives[self._turn].path}"
+            self.inventory.note_doubled(name, tally.doubled + int(others))
+
+
+class _Waiting:
+    """Rows that wait, by the number of their archive; on disk where there are many."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(BYTES_IN_MEMORY)  # noqa: SIM115
+        self._places: dict[tuple[int, bool], list[int]] = {}
+
+    def add(self, number: int, rows: list[Row], again: bool) -> None:
+        if not rows:
+            return
+        try:
+            place = self._file.seek(0, os.SEEK_END)
+            pickle.dump(rows, self._file)
+        except OSError as error:
+            raise BatchcapError(
+                f"rows that wait for others have no room in {tempfile.gettempdir()} "
+                f"({error.strerror}): free some, or set TMPDIR, and run again"
+            ) from error
+        self._places.setdefault((number, again), []).append(place)
+
+    def take(self, number: int, again: bool) -> Iterator[list[Row]]:
+        """Yield the rows of an archive in the order in which they came."""
+        for place in self._places.pop((number, again), ()):
+            self._file.seek(place)
+            yield pickle.load(self._file)
+        if not self._places:
+            self._file.seek(0)
+            self._file.truncate()
+
+
+def _hashes_of(rows: list[Row]) -> Hashes:
+    return hashes_of([row["image_id"] for row in rows])
+
+
+def _chosen(rows: list[Row], which: npt.NDArray[np.bool_]) -> list[Row]:
+    return [*compress(rows, which.tolist())]

@@ -1,0 +1,214 @@
+"""Verb: how many images a second each stage of a run reaches on this machine, and all together."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import cycle, islice, repeat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from batchcap.captioning.local_engine import (
+    CaptionedBatch,
+    Job,
+    batches,
+    caption_rows,
+    filled_batch,
+    in_threads,
+    load_photos,
+    run_locally,
+)
+from batchcap.captioning.options import decode_settings_of
+from batchcap.contracts import ImageRef, InputError
+from batchcap.model.captioner import load_captioner
+from batchcap.model.config import read_config
+from batchcap.model.runtime import choose_execution
+from batchcap.photos.images import LoadSettings, load_image
+from batchcap.photos.listing import list_images
+from batchcap.photos.reader_pool import core_count, readers
+from batchcap.process.memory import keep_freed_memory, peak_memory_bytes
+from batchcap.rows.layout import Layout
+from batchcap.rows.parquet import Row
+from batchcap.rows.writer import IDENTITY, open_captions
+from batchcap.settings import BenchSettings, OnExisting
+
+Result = TypeVar("Result")
+
+GENERATED = 64
+GENERATED_SIZE = (640, 480)
+TIMEOUT_S = 60.0  # for a photo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Images per second of each stage alone on all cores, and of a whole run.
+
+    All are of `photos` that can be read; `unreadable` others are not timed. `load` reads and
+    decodes files, `features` is the backbone, `captions` the decoder, `write` makes rows and the
+    Parquet file. `pipeline_efficiency` is `end_to_end` over the rate that the stages add up to,
+    1 / sum(1 / rate). `peak_memory_bytes` is the process's after the whole run.
+    """
+
+    load: float
+    features: float
+    captions: float
+    write: float
+    end_to_end: float
+    pipeline_efficiency: float
+    peak_memory_bytes: int
+    photos: int
+    unreadable: int
+    batch_size: int
+    device: str
+    runtime: str
+    precision: str
+
+    def as_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        stages = ("load", "features", "captions", "write", "end_to_end")
+        rates = [f"{name.replace('_', ' '):<12}{getattr(self, name):>10.1f}" for name in stages]
+        others = f" ({self.unreadable} others can't be read)" if self.unreadable else ""
+        return "\n".join(
+            [
+                f"{self.photos} photos{others}, {self.batch_size} at a time, on {self.device} with "
+                f"{self.runtime}, {self.precision}",
+                f"{'':<12}{'images/s':>10}",
+                *rates,
+                f"pipeline efficiency {self.pipeline_efficiency:.2f}",
+                f"peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
+            ]
+        )
+
+
+def run_bench(settings: BenchSettings) -> BenchResult:
+    """Time a run of `settings.limit` photos, then each of its stages alone.
+
+    Raises:
+        UsageError: a setting that the model or the machine can't do, or no such directory.
+        InputError: there is no photo, or none that can be read.
+        ModelError: the model directory is wrong.
+    """
+    keep_freed_memory()
+    config = read_config(settings.model)
+    decode_settings = decode_settings_of(settings, config)
+    load = partial(load_image, settings=LoadSettings(config.backbone.image_size))
+    with tempfile.TemporaryDirectory() as name, readers(load, core_count(), TIMEOUT_S) as read:
+        execution = choose_execution(settings.runtime, settings.precision)
+        captioner = load_captioner(settings.model, execution)
+        folder = Path(name)
+        found = _refs(settings, folder)
+        batch_size = min(settings.batch_size, len(found))
+        job = Job(captioner, decode_settings, batch_size, run_id="bench", read=read)
+        refs = _readable(found, job)
+        batch_size = min(batch_size, len(refs))
+        job = replace(job, batch_size=batch_size)
+        _run(refs[: 2 * batch_size], folder / "warm.parquet", job)
+        log.info("timing a run of %d photos, then each of its stages", len(refs))
+        seconds, _ = _timed(_run, refs, folder / "captions.parquet", job)
+        peak = peak_memory_bytes()
+        rates = {
+            stage: len(refs) / stage_seconds
+            for stage, stage_seconds in _stages(refs, folder / "rows.parquet", job)
+        }
+    return BenchResult(
+        **rates,
+        end_to_end=len(refs) / seconds,
+        pipeline_efficiency=len(refs) / seconds * sum(1 / rate for rate in rates.values()),
+        peak_memory_bytes=peak,
+        photos=len(refs),
+        unreadable=len(found) - len(refs),
+        batch_size=batch_size,
+        device=execution.device,
+        runtime=execution.runtime,
+        precision=execution.precision,
+    )
+
+
+def _readable(refs: list[ImageRef], job: Job) -> list[ImageRef]:
+    """Those that become pixels: a file that is refused at once takes no time."""
+    photos = load_photos(refs, job, job.batch_size)
+    readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
+    if not readable:
+        raise InputError("none of the photos can be read: there is nothing to time")
+    return readable
+
+
+def _run(refs: list[ImageRef], output: Path, job: Job) -> None:
+    _write(run_locally(refs, job), output)
+
+
+def _write(batches_of_rows: Iterable[list[Row]], output: Path) -> None:
+    with open_captions(Layout(output), dict.fromkeys(IDENTITY, ""), OnExisting.ERROR) as folder:
+        for rows in batches_of_rows:
+            folder.append(rows)
+        folder.finish()
+
+
+def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str, float]]:
+    """Each stage's name and seconds, all photos going through one before the next begins."""
+    seconds, photos = _timed(lambda: list(load_photos(refs, job, job.batch_size)))
+    yield "load", seconds
+    loaded = list(batches(photos, job.batch_size))
+    needing = [[photo.image for photo in batch if photo.needs_caption] for batch in loaded]
+    filled = [filled_batch(images, job.batch_size) for images in needing if images]
+
+    def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return np.asarray(job.captioner.extract(pixels))
+
+    seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _, _ in filled))])
+    yield "features", seconds
+    to_decode = [
+        (batch, live, job.decode_settings, keys)
+        for batch, (_, live, keys) in zip(features, filled, strict=True)
+    ]
+    seconds, decoded = _timed(
+        lambda: [*in_threads(lambda inputs: job.captioner.caption_features(*inputs), to_decode)]
+    )
+    yield "captions", seconds
+    results = iter(decoded)
+    captioned = [
+        CaptionedBatch(batch, [*zip(repeat(next(results)), range(len(images)))] if images else [])
+        for batch, images in zip(loaded, needing, strict=True)
+    ]
+    seconds, _ = _timed(lambda: _write((caption_rows(batch, job) for batch in captioned), output))
+    yield "write", seconds
+
+
+def _timed(work: Callable[..., Result], *arguments: Any) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = work(*arguments)
+    return time.perf_counter() - started, result
+
+
+def _refs(settings: BenchSettings, folder: Path) -> list[ImageRef]:
+    """The photos to time; the generated ones are taken again and again."""
+    if settings.images is None:
+        generated = [_generate(folder / f"{number}.jpg", number) for number in range(GENERATED)]
+        return list(islice(cycle(generated), settings.limit))
+    refs = list(islice(list_images(str(settings.images)), settings.limit))
+    if not refs:
+        raise InputError(f"no photo in {settings.images}: check the path")
+    return refs
+
+
+def _generate(path: Path, seed: int) -> ImageRef:
+    """Coloured clouds as a JPEG, whose size and decoding time are those of a photo."""
+    draws = np.random.default_rng(seed)
+    photo = np.zeros((*GENERATED_SIZE[::-1], 3), np.float32)
+    for cells, strength in ((4, 90), (32, 40), (160, 20)):
+        noise = draws.normal(128, strength, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
+        photo += np.asarray(Image.fromarray(noise).resize(GENERATED_SIZE), np.float32) / 3
+    Image.fromarray(photo.astype(np.uint8)).save(path, quality=90)
+    return ImageRef(path.name, str(path))

@@ -1,0 +1,86 @@
+"""Verb: caption a few photos on the terminal, and draw where the model looked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchcap.captioning.attention_figure import draw_attention
+from batchcap.captioning.options import decode_settings_of
+from batchcap.contracts import Rejection
+from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.config import read_config
+from batchcap.model.runtime import choose_execution
+from batchcap.model.vocabulary import join_words
+from batchcap.photos.images import LoadSettings, load_image
+from batchcap.process.wording import printable
+from batchcap.settings import CaptionSettings, DecodeSettings
+from batchcap.storage.remote import without_file_scheme
+
+END_LABEL = "[END]"
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A photo on the terminal. `probabilities` are of each word, then of END where reached."""
+
+    path: str
+    words: list[str]
+    probabilities: list[float]
+    reason: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no caption but a reason."""
+        return self.reason is not None
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{printable(self.path)}: {printable(str(self.reason))}"
+        labelled = zip([*self.words, END_LABEL], self.probabilities, strict=False)
+        shown = "  ".join(f"{word} {probability:.2f}" for word, probability in labelled)
+        return f"{printable(self.path)}\n{join_words(self.words)}\n  {shown}"
+
+
+def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
+    """Caption photos one by one, in order.
+
+    Raises:
+        UsageError: a setting that the model or the machine can't do.
+        ModelError: the model directory is wrong.
+        InputError: no font for the figure.
+        OutputError: the figure can't be written.
+    """
+    decode_settings = decode_settings_of(settings, read_config(settings.model))
+    execution = choose_execution(settings.runtime, settings.precision)
+    captioner = load_captioner(settings.model, execution, compiled=False)
+    for path in settings.images:
+        file = without_file_scheme(path)
+        image = load_image(file, LoadSettings(captioner.config.backbone.image_size))
+        if isinstance(image.pixels, Rejection):
+            yield CaptionedImage(path, [], [], image.pixels.message)
+            continue
+        captioned, weights = _caption(
+            path, image.pixels, str(image.sha256), captioner, decode_settings
+        )
+        yield captioned
+        if settings.attention_figure is not None:
+            draw_attention(image.pixels, captioned.words, weights, settings.attention_figure)
+
+
+def _caption(
+    path: str,
+    pixels: npt.NDArray[np.uint8],
+    key: str,
+    captioner: Captioner,
+    settings: DecodeSettings,
+) -> tuple[CaptionedImage, npt.NDArray[np.float32]]:
+    """A caption, and the attention of its words, `float32[words, rows, columns]`."""
+    live = np.ones(1, np.bool_)
+    decoded = captioner.caption(pixels[np.newaxis], live, settings, [key])
+    length = int(decoded.lengths[0])
+    words = captioner.vocabulary.decode(decoded.tokens[0, :length])
+    probabilities = np.exp(decoded.log_probs[0, : length + int(decoded.finished[0])]).tolist()
+    weights = decoded.attention[0, :length].reshape(length, *captioner.grid)
+    return CaptionedImage(path, words, probabilities), weights

@@ -1,0 +1,88 @@
+"""What was asked for, made to fit the model that is to do it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.model.config import ModelConfig, read_config
+from batchcap.photos.images import LoadSettings
+from batchcap.settings import AttentionDetail, DecodeSettings, ModelOptions, RunSettings, Truncated
+
+READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
+
+
+def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSettings:
+    """How the model is to choose words; what does not count is as nobody had asked for it.
+
+    Raises:
+        UsageError: a length that the model or the other length does not allow, or a style that the
+            model does not know.
+    """
+    longest = model.decoder.max_length
+    if options.max_length and options.max_length > longest:
+        raise UsageError(f"--max-length must be at most {longest}, the limit of {options.model}")
+    max_length = options.max_length or longest
+    if options.min_length > max_length:
+        raise UsageError(
+            f"--min-length {options.min_length} is more than the {max_length} words of a caption"
+        )
+    if options.style not in (None, *model.decoder.styles):
+        advice = (
+            f"choose {' or '.join(model.decoder.styles)}" if model.decoder.styles else "omit it"
+        )
+        raise UsageError(f"--style {options.style}: {options.model} has no such style; {advice}")
+    return DecodeSettings(
+        max_length=max_length,
+        temperature=options.temperature,
+        seed=options.seed if options.temperature > 0 else 0,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        beam_size=options.beam_size,
+        length_penalty=options.length_penalty if options.beam_size > 1 else 0.0,
+        min_length=options.min_length,
+        no_repeat_ngram=options.no_repeat_ngram,
+        style=options.style,
+    )
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that a worker has to know, wherever it runs.
+
+    reader_timeout_s: in which a photo has to be read.
+    compiled: whether it is for so many photos that compiling pays.
+    """
+
+    model: Path
+    runtime: Runtime
+    precision: Precision
+    load: LoadSettings
+    decode: DecodeSettings
+    batch_size: int
+    attention: AttentionDetail
+    run_id: str
+    reader_timeout_s: float
+    compiled: bool = True
+
+
+def worker_settings_of(
+    settings: RunSettings, decode: DecodeSettings, batch_size: int, run_id: str
+) -> WorkerSettings:
+    """What a worker of this run has to know.
+
+    Raises:
+        ModelError: the model directory is wrong.
+    """
+    side = read_config(settings.model).backbone.image_size
+    accept = settings.truncated is Truncated.ACCEPT
+    return WorkerSettings(
+        *(settings.model, settings.runtime, settings.precision),
+        LoadSettings(side, settings.max_pixels, accept),
+        decode=decode,
+        batch_size=batch_size,
+        attention=settings.attention,
+        run_id=run_id,
+        reader_timeout_s=settings.stall_timeout / READER_TIMEOUTS,
+        # Compiling takes seconds, which a single batch would not win back.
+        compiled=batch_size == settings.batch_size,
+    )

@@ -1,0 +1,182 @@
+"""What a run did: for people, as JSON beside the output, and as metrics for Prometheus."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from batchcap.contracts import TOO_MANY_FAILED
+from batchcap.process.wording import printable
+from batchcap.rows.parquet import saying_where
+from batchcap.storage.files import replace_text
+
+FASTEST = 1e9  # images a second that anyone may believe
+
+
+@dataclass
+class RunSummary:
+    """What a run did: found = captioned + reused + failed + already_done.
+
+    captioned, reused: with a new caption, with that of a photo of the same bytes.
+    failed: without a caption, by reason.
+    already_done: left as they were, `failed_before` of them without a caption.
+    new, changed, retried: why the others were taken up.
+    vanished, pruned: rows of photos that the input no longer has, and how many were dropped.
+    seconds: of the captioning alone. stage_seconds: of work, over all threads, by stage.
+    last_rate: images a second of the run before.
+    outcome: `done`, `stopped` or `failed`.
+    """
+
+    output: str
+    run_id: str
+    started_at: str
+    captioned: int = 0
+    reused: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    already_done: int = 0
+    failed_before: int = 0
+    new: int = 0
+    changed: int = 0
+    retried: int = 0
+    vanished: int = 0
+    pruned: int = 0
+    seconds: float = 0.0
+    last_rate: float | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    outcome: str = "failed"
+    exit_code: int = 1
+    ended_at: str = ""
+
+    @property
+    def found(self) -> int:
+        """Photos that have a row, this run's and earlier ones'."""
+        return self.captioned + self.reused + self.failed.total() + self.already_done
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Rate of what was taken up; where that was nothing, of the run before."""
+        if self.found == self.already_done or not self.seconds:
+            return self.last_rate
+        return (self.found - self.already_done) / self.seconds
+
+    def finish(self, max_failures: int | None) -> None:
+        """The run has come to its end."""
+        failed = self.failed.total() + self.failed_before
+        too_many = max_failures is not None and failed > max_failures
+        self.outcome, self.exit_code = "done", TOO_MANY_FAILED if too_many else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, with the rate; no path but the output's name."""
+        name = Path(self.output).name.encode("utf-8", "surrogateescape")
+        return {
+            "output": name.decode("utf-8", "backslashreplace"),
+            "outcome": self.outcome,
+            "found": self.found,
+            **{
+                name: value
+                for name, value in vars(self).items()
+                if name not in ("output", "outcome", "last_rate")
+            },
+            "images_per_second": self.images_per_second,
+        }
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.failed.most_common())
+        parts = [f"{self.found} found", f"{self.captioned} captioned"]
+        parts += [f"{self.reused} reused"] if self.reused else []
+        parts += [f"{self.failed.total()} failed" + (f" ({reasons})" if reasons else "")]
+        parts += [f"{self.already_done} already done"] if self.already_done else []
+        parts += [f"{self.vanished} vanished ({self.pruned} dropped)"] if self.vanished else []
+        rate = f"; {self.seconds:.1f} s, {self.images_per_second or 0:.1f} images/s"
+        return f"{printable(self.output)}: {', '.join(parts)}" + (rate if self.seconds else "")
+
+
+def write_summary(path: Path, summary: RunSummary) -> None:
+    """Write the summary as JSON.
+
+    Raises:
+        OutputError: the folder is read-only or full.
+    """
+    with saying_where(path):
+        replace_text(path, json.dumps(summary.as_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What `write_summary` wrote; empty where that is not there or damaged."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def read_rate(path: Path) -> float | None:
+    """Images a second of the last run that captioned some, from its summary."""
+    rate: Any = read_summary(path).get("images_per_second")
+    return float(rate) if type(rate) in (int, float) and 0 < rate < FASTEST else None
+
+
+def write_metrics(path: Path, summary: RunSummary) -> None:
+    """Write metrics in Prometheus's text format, for node-exporter's textfile collector.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full.
+    """
+    with saying_where(path):
+        replace_text(path, metrics_text(summary))
+
+
+def metrics_text(summary: RunSummary) -> str:
+    """Gauges of the last run, named `batchcap_...`, with HELP and TYPE lines."""
+    counts = {
+        name: getattr(summary, name)
+        for name in ("found", "captioned", "reused", "already_done", "failed_before", "vanished")
+    }
+    families: list[tuple[str, str, dict[str, float]]] = [
+        (
+            "batchcap_run_images",
+            "Images of the last run, by what became of them.",
+            {f'state="{state}"': count for state, count in counts.items()}
+            | {'state="failed"': summary.failed.total()},
+        ),
+        (
+            "batchcap_run_failures",
+            "Images that failed in the last run, by reason.",
+            {f'reason="{reason}"': count for reason, count in sorted(summary.failed.items())},
+        ),
+        (
+            "batchcap_run_stage_seconds",
+            "Seconds of work of the last run, by stage.",
+            {f'stage="{stage}"': s for stage, s in sorted(summary.stage_seconds.items())},
+        ),
+        ("batchcap_run_seconds", "How long the last run captioned.", {"": summary.seconds}),
+        (
+            "batchcap_run_images_per_second",
+            "Rate of the last run.",
+            {"": summary.images_per_second or 0.0},
+        ),
+        ("batchcap_run_exit_code", "Exit code of the last run.", {"": summary.exit_code}),
+        (
+            "batchcap_run_end_timestamp_seconds",
+            "When the last run ended, in Unix time.",
+            {"": _unix_time(summary.ended_at)},
+        ),
+    ]
+    return "".join(map(_family, *zip(*families, strict=True)))
+
+
+def _family(name: str, description: str, samples: dict[str, float]) -> str:
+    lines = [f"# HELP {name} {description}", f"# TYPE {name} gauge"]
+    lines += [
+        f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+        for labels, value in samples.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _unix_time(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp() if moment else 0.0

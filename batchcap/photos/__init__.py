@@ -1,0 +1,1 @@
+"""INPUT: photos listed, read and decoded, or rejected with a reason."""

@@ -1,0 +1,306 @@
+"""Photos are read in processes of their own: a file that kills or hangs its reader costs a row.
+
+Whatever a file does to the decoder, the run goes on: the file is tried once more, alone and with a
+new process, and is given up, as a rejection, when that one dies too. Processes that die before they
+have seen a file are another matter: then no photo can be read, and the run ends.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from batchcap.contracts import (
+    BatchcapError,
+    ErrorType,
+    FileAtHand,
+    ImageFile,
+    LoadedImage,
+    Rejection,
+    UsageError,
+    int64_or_none,
+)
+from batchcap.process.memory import keep_freed_memory
+from batchcap.process.signals import SIGNALS
+from batchcap.storage.remote import RemoteFile, describe, is_url
+
+Load = Callable[[Any], LoadedImage]  # of an ImageFile
+
+STARTS = 3
+START_S = 60.0  # for a new process, on a machine that is busy
+WAITS = 10
+STOPPED = "the readers of photos have been stopped"
+# New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
+PROCESSES = multiprocessing.get_context("spawn")
+
+log = logging.getLogger(__name__)
+
+
+class _DiedError(Exception):
+    """The process did not answer; says what became of it."""
+
+
+class _Reader:
+    """One process that loads the photos it is told to, one at a time."""
+
+    def __init__(self, load: Load, timeout_s: float) -> None:
+        self._connection, theirs = PROCESSES.Pipe()
+        _limit_waiting(self._connection, timeout_s)
+        self._timeout_s = timeout_s
+        self._ready = False
+        self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
+        with _signals_blocked():
+            self._process.start()
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """What it dies of from now on is a photo, and the time that it takes is the photo's."""
+        if not self._ready:
+            self._ready = self._receive(START_S)
+
+    def load(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
+        with self._noticing_death():
+            self._connection.send(files)
+        return self._receive(self._timeout_s)
+
+    def _receive(self, timeout_s: float) -> Any:
+        with self._noticing_death():
+            # In short waits: if this process is suspended, only the wait that it is in passes.
+            if not any(self._connection.poll(timeout_s / WAITS) for _ in range(WAITS)):
+                raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
+            return self._connection.recv()
+
+    @contextmanager
+    def _noticing_death(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:  # in the middle of a message
+            raise _DiedError(f"stood still for {self._timeout_s:.0f} s") from error
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=10)
+            raise _DiedError(_ending(self._process.exitcode)) from error
+
+    def kill(self) -> None:
+        """May be called while another thread loads: that one is told that the process died."""
+        self._process.kill()
+
+    def stop(self) -> None:
+        self.kill()
+        self._process.join()
+        self._connection.close()
+
+
+class Readers:
+    """Loads photos in `count` processes; may be called from as many threads at once.
+
+    `progress` is called whenever a process has loaded photos, or has died and is replaced.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        count: int,
+        timeout_s: float,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._load, self._timeout_s, self._progress = load, timeout_s, progress
+        self._idle: queue.SimpleQueue[_Reader | None] = queue.SimpleQueue()  # None: no more
+        self._changing = threading.Lock()
+        self._alive: set[_Reader] = set()
+        self._stopped = False
+        for _ in range(count):
+            self._idle.put(self._start())
+
+    def __call__(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
+        """Load photos, whatever their files do.
+
+        Where a process dies of several, each is tried once more alone: so the one that did it, and
+        no other, meets its second death.
+
+        Raises:
+            BatchcapError: no process can be started.
+            RuntimeError: the readers have been stopped.
+        """
+        reader = self._idle.get()
+        try:
+            reader = self._ready(reader)
+            try:
+                return self._loaded(reader, files)
+            except _DiedError as death:
+                reader = self._replace(reader, f"{death} on one of {[*map(str, files)]!r}")
+            images = []
+            for file in files:
+                reader = self._ready(reader)
+                try:
+                    images += self._loaded(reader, [file])
+                except _DiedError as death:
+                    reader = self._replace(reader, f"{death} on {str(file)!r} alone")
+                    images.append(_quarantined(file, death, self._timeout_s))
+            return images
+        finally:
+            self._idle.put(reader)
+
+    def _loaded(self, reader: _Reader, files: Sequence[ImageFile]) -> list[LoadedImage]:
+        images = reader.load(files)
+        self._progress()
+        return images
+
+    def stop(self) -> None:
+        """End the processes, whatever they are at."""
+        with self._changing:
+            self._stopped = True
+            for started in self._alive:
+                started.kill()
+        self._idle.put(None)
+        with contextlib.suppress(queue.Empty):
+            while (reader := self._idle.get_nowait()) is not None:
+                reader.stop()
+        self._idle.put(None)  # for the next thread that asks; each passes it on
+
+    def _start(self) -> _Reader | None:
+        with self._changing:
+            if self._stopped:
+                return None
+            reader = _Reader(self._load, self._timeout_s)
+            self._alive.add(reader)
+            return reader
+
+    def _ready(self, reader: _Reader | None) -> _Reader:
+        """The reader, or one in its place, that has started well."""
+        for _ in range(STARTS):
+            if reader is None:
+                raise RuntimeError(STOPPED)
+            try:
+                reader.wait_until_ready()
+                return reader
+            except _DiedError as death:
+                how = str(death)
+                reader = self._replace(reader, f"{how} while it started")
+        raise BatchcapError(
+            f"no process can be started to read photos: each {how}; see to the machine's memory "
+            "and process limits, and run again"
+        )
+
+    def _replace(self, reader: _Reader, what_happened: str) -> _Reader | None:
+        if not self._stopped:
+            log.warning("a reader of photos %s; starting another", what_happened)
+        with self._changing:
+            self._alive.discard(reader)
+        reader.stop()
+        self._progress()
+        return self._start()
+
+
+@contextmanager
+def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
+    """`count` processes that load photos as `load`, which must be picklable, does.
+
+    A process that takes longer than `timeout_s` for a photo counts as dead.
+    """
+    started = Readers(load, count, timeout_s)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def _serve(connection: Connection, load: Load) -> None:
+    keep_freed_memory()
+    _be_first_to_go()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the run has ended
+        connection.send(True)
+        while True:
+            connection.send([load(file) for file in connection.recv()])
+
+
+def _be_first_to_go() -> None:
+    """Where memory runs out, Linux is to kill the reader of a huge photo and not the run."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started in the block get none of the signals that end a run.
+
+    Terminals and service managers send them to all processes, but the run decides when to end.
+    """
+    resource_tracker.ensure_running()  # before, since it unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_run() -> None:
+    """A run that is killed closes the connection, which a reader that hangs would not notice."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
+
+
+def _limit_waiting(connection: Connection, timeout_s: float) -> None:
+    """Let each read and write of a connection, a socket on Unix, fail after `timeout_s`."""
+    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def _quarantined(file: ImageFile, death: _DiedError, timeout_s: float) -> LoadedImage:
+    """With size, time and sum, by which later runs know the file and leave it alone."""
+    message = f"The second process to read this file {death}, too; look at it, or remove it."
+    rejection = Rejection(ErrorType.QUARANTINED, message)
+    if isinstance(file, FileAtHand):
+        return LoadedImage(rejection, file.size, file.mtime_ns, file.sha256)
+    if is_url(file):
+        told = _described_soon(file, timeout_s)
+        return LoadedImage(rejection, told and told.size, told and told.mtime_ns)
+    try:
+        status = Path(file).stat()
+    except (OSError, ValueError):
+        return LoadedImage(rejection)
+    return LoadedImage(rejection, status.st_size, int64_or_none(status.st_mtime_ns))
+
+
+def _described_soon(url: str, timeout_s: float) -> RemoteFile | None:
+    """A store's description of a file; None if it gives none in time, as it may be what hung."""
+    answers: queue.SimpleQueue[RemoteFile | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(describe(url))
+        except (OSError, UsageError):
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        return answers.get(timeout=timeout_s)
+    return None
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "closed its connection"
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
+
+
+def core_count() -> int:
+    """A process for each core that this one may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,63 @@
+"""What is told while work goes on: one line an event, as text or as JSON, on stderr."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from batchcap.process.wording import printable_json, printable_lines
+from batchcap.settings import LogFormat
+
+OURS = "batchcap"
+NOISY = ("matplotlib", "PIL", "h5py", "jieba", "tensorflow", "ray")
+FIELDS = "event_fields"
+
+
+def configure_logging(log_format: LogFormat, verbose: bool) -> None:
+    """Tell of our own events, or with `verbose` of everything; other libraries' chatter is none."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if log_format is LogFormat.JSON else TextLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger(OURS).setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def writes_json() -> bool:
+    """Whether what people would watch, such as a bar, is out of place."""
+    return any(isinstance(h.formatter, JsonLines) for h in logging.getLogger().handlers)
+
+
+def log_event(
+    logger: logging.Logger, event: str, text: str, level: int = logging.INFO, **fields: Any
+) -> None:
+    """Log `text`; as JSON with the name of the event and its fields."""
+    logger.log(level, "%s", text, extra={FIELDS: {"event": event, **fields}})
+
+
+class TextLines(logging.Formatter):
+    """A record as its message, which may quote files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines that a terminal only prints."""
+        return printable_lines(super().format(record))
+
+
+class JsonLines(logging.Formatter):
+    """A record as one JSON object: `time` (UTC), `level`, `event`, `message` and fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever the message holds."""
+        fields = getattr(record, FIELDS, {"event": "message"})
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            **fields,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return printable_json(json.dumps(told, ensure_ascii=False, default=str))

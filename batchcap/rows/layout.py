@@ -1,0 +1,397 @@
+"""Where the files of an output are: on this machine, in a store, in shares.
+
+A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
+other file. All other files are beside the folder under hidden names. They are in the folder only
+if it is a mount point or a bucket, or if the folder around it can't be written.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from batchcap.contracts import OtherOutputError, UsageError
+from batchcap.process.environment import cache_folder
+from batchcap.rows.mirror import Mirror, describe_if_there
+from batchcap.rows.parquet import saying_where
+from batchcap.storage.files import followed, is_mounted_apart, replacing, sync
+from batchcap.storage.remote import RemoteFile, list_folder
+
+PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")
+MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
+MARK = ".complete-"
+SHARE = re.compile(r"shard-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an output and what belongs to it lies; of one in a store, the working copy."""
+
+    output: Path
+    mirror: Mirror | None = None
+
+    def __str__(self) -> str:
+        """The output as its user knows it."""
+        if self.mirror is None:
+            return str(self.output)
+        return self.mirror.url + (self.output.name if self.is_file else "")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one Parquet file rather than a folder of parts."""
+        return _is_file(self.output.name)
+
+    @property
+    def parts(self) -> Path:
+        """The folder of parts."""
+        return self.output.with_name(f".{self.output.name}.parts") if self.is_file else self.output
+
+    @property
+    def lock(self) -> Path:
+        """The file that a run locks."""
+        if self.is_file:
+            return self.output.with_name(f".{self.output.name}.lock")
+        return self.output / ".lock"  # not beside: it is the same file wherever a folder is mounted
+
+    @property
+    def manifest(self) -> Path:
+        """The list of a data set's parts; one file has no manifest."""
+        return self._inside_or_beside(MANIFEST)
+
+    @property
+    def summary(self) -> Path:
+        """The summary of the last run."""
+        if self.is_file:
+            return self.output.with_suffix(f".{SUMMARY}")
+        return self._inside_or_beside(SUMMARY)
+
+    def mark(self, digest: str) -> Path:
+        """The empty file that marks a data set as complete, by a digest of its parts.
+
+        It lies in the folder, so that it is moved and copied with the parts.
+        """
+        return self.output / f"{MARK}{digest}"
+
+    def marks(self) -> list[Path]:
+        """The marks of a data set: one, or none while it is not complete."""
+        return list(self.output.glob(f"{MARK}*"))
+
+    def staged(self, part: Path) -> Path:
+        """The path that a part's temporary and damaged files are named after and lie beside."""
+        return part if self.is_file or not self._has_room_beside else self._beside(part.name)
+
+    def row_files(self) -> list[Path]:
+        """The files that hold the rows so far, oldest first."""
+        if self.parts.is_dir():
+            parts = filter(is_part, self.parts.glob("part-*.parquet"))
+            return sorted(parts, key=number_of)
+        return [self.output] if self.is_file and self.output.exists() else []
+
+    def temporaries(self) -> Iterator[tuple[Path, str]]:
+        """Folder and regex of the names of each file that a run may have been killed writing."""
+        if self.is_file:
+            ours = [self.output, self.summary]
+        else:
+            names = (MANIFEST, SUMMARY)
+            ours = [place(name) for place in (self._inside, self._beside) for name in names]
+            beside = self._beside("")
+            yield beside.parent, re.escape(beside.name) + PART.pattern
+        yield from ((path.parent, re.escape(path.name)) for path in ours)
+        yield self.parts, PART.pattern
+
+    def refresh(self) -> None:
+        """Make the working copy what the store has; the caller holds the lock.
+
+        Raises:
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        if self.mirror is None:
+            return
+        with saying_where(self.mirror.url):
+            there = self._stored(self.mirror)
+        here = [self.output] if self.is_file else [*self.row_files(), self.manifest, *self.marks()]
+        changed = self.mirror.pull(there, [*here, self.summary])
+        if self.is_file and self.output.name in changed:  # what the parts went on from is no more
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+    def move_out(self) -> None:
+        """Move what earlier versions left in a data set's folder; the caller holds the lock.
+
+        Raises:
+            OSError: a file can't be moved.
+            OutputError: the store can't be reached, or doesn't allow it.
+        """
+        if self.is_file or not self._has_room_beside:
+            return
+        moves = {self._inside(name): self._beside(name) for name in (MANIFEST, SUMMARY)}
+        damaged = re.compile(rf"\.{PART.pattern}\..*\.damaged")
+        for path in self.output.glob(".part-*.damaged"):
+            if damaged.fullmatch(path.name):
+                moves[path] = self._beside(path.name.removeprefix("."))
+        for inside, beside in moves.items():
+            if inside.exists():
+                inside.replace(beside)
+                sync(beside.parent)
+                self.publish(beside)
+                self.publish(inside)
+
+    def fetch_again(self, path: Path) -> bool:
+        """Replace a damaged file of rows by what the store has of it; False if it has nothing.
+
+        Raises:
+            LockedError: another run has written it meanwhile.
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        if self.mirror is None:
+            return False
+        # The first part of one file is the file itself.
+        copy = self.output if self.is_file and path.name == FIRST_PART else path
+        if not self.mirror.fetch_again(copy):
+            return False
+        if copy != path:
+            with saying_where(path), replacing(path) as temporary:
+                shutil.copyfile(copy, temporary)
+        return True
+
+    def publish(self, path: Path) -> None:
+        """Put a file that was written, or removed, into the store as well, if there is one.
+
+        Raises:
+            LockedError: another run has written it meanwhile.
+            OutputError: the store can't be reached, or doesn't allow it.
+        """
+        if self.mirror is not None:
+            self.mirror.push(path)
+
+    def _inside(self, name: str) -> Path:
+        return self.output / f"_{name}"
+
+    def _beside(self, name: str) -> Path:
+        """The path of a hidden file beside a data set's folder."""
+        if self.mirror is not None:
+            return self.mirror.home / f"{self.mirror.prefix_beside}{name}"
+        folder, data_set = _data_set_of(Path(os.path.realpath(self.output)))
+        return Path(folder) / f".{data_set}.{name}"
+
+    def _inside_or_beside(self, name: str) -> Path:
+        """The path of a data set's file; if it is in both places, the newer one is inside."""
+        inside, beside = self._inside(name), self._beside(name)
+        if inside.exists() or not (beside.exists() or self._has_room_beside):
+            return inside
+        return beside
+
+    @property
+    def _has_room_beside(self) -> bool:
+        """Whether files can be put beside a data set's folder, and moved from there into it."""
+        if self.mirror is not None:
+            return self.mirror.url != self.mirror.url_beside
+        folder = self._beside(MANIFEST).parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return False
+        return not self.output.exists() or not is_mounted_apart(self.output, folder)
+
+    def _stored(self, mirror: Mirror) -> list[RemoteFile]:
+        if self.is_file:
+            return _described(mirror.url + path.name for path in (self.output, self.summary))
+        ours = (f"{MARK}*", self._inside(MANIFEST).name, self._inside(SUMMARY).name)
+        found = []
+        for file in _files_in(mirror.url):
+            name = file.url.removeprefix(mirror.url)
+            if PART.fullmatch(name) or any(fnmatchcase(name, pattern) for pattern in ours):
+                found.append(file)
+        if self._has_room_beside:
+            beside = (self._beside(name).name for name in (MANIFEST, SUMMARY))
+            found += _described(mirror.url_beside + name for name in beside)
+        return found
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is named like a part."""
+    return PART.fullmatch(path.name) is not None
+
+
+def number_of(part: Path) -> int:
+    """The number of a part; names are not in its order from 1,000,000 on."""
+    return int(part.stem.removeprefix("part-"))
+
+
+def part_name(number: int) -> str:
+    """The name of a part, which `is_part`."""
+    return f"part-{number:06}.parquet"
+
+
+FIRST_PART = part_name(0)  # what `OUTPUT.parquet` was before
+
+
+def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
+    """The layout of an output, or of one of its shares (which, of how many); a str is a URL.
+
+    A share of `OUTPUT/` is `OUTPUT/shard-00000-of-00004/`, of `OUTPUT.parquet` it is
+    `OUTPUT-00000-of-00004.parquet`. A symbolic link is followed: all lies where its target does.
+    The working copy of what is in a store lies in the user's cache folder, which is made.
+
+    Raises:
+        UsageError: it is a link named like a file to a folder, or the other way round.
+        OutputError: it is a link that leads in a circle, or the cache folder can't be made.
+    """
+    index, count = share
+    output = _followed(output)
+    if count > 1:
+        output = _followed(_share_of(output, f"{index:05}-of-{count:05}"))
+    return Layout(output) if isinstance(output, Path) else _mirrored(output)
+
+
+def check_shares(output: Path | str, count: int) -> None:
+    """See that an output does not exist in another number of shards than `count`; 1 is unsharded.
+
+    Only `OUTPUT.parquet` may be beside its shards: `merge` puts it there.
+
+    Raises:
+        OtherOutputError: it does, so that every photo would get a second row.
+        OutputError: the store can't be reached.
+    """
+    output = _followed(output)
+    is_file = _is_file(_parted(output)[1])
+    if count == 1 and is_file and _has_rows(output):
+        return
+    names = _names_around(output)
+    shares, rows = _shares_among(names, output), _rows_among(names, output)
+    others = {number for _, number in shares} - {count}
+    if others:
+        raise OtherOutputError(
+            f"{output} is in {max(others)} shards: give --shard I/{max(others)}, or choose "
+            "another OUTPUT"
+        )
+    if count > 1 and rows and not shares:
+        raise OtherOutputError(
+            f"{output} is not in shards: run without --shard, or choose another OUTPUT"
+        )
+    if count > 1 and rows and not is_file:
+        raise OtherOutputError(
+            f"{output} has rows outside of its shards, in {rows[0]}: move the files of these rows "
+            "away, or choose another OUTPUT"
+        )
+
+
+def shares_there(output: Path | str) -> set[tuple[int, int]]:
+    """Which shares of an output are there, finished or not, and of how many.
+
+    Raises:
+        OutputError: the store can't be reached.
+    """
+    output = _followed(output)
+    return _shares_among(_names_around(output), output)
+
+
+def _names_around(output: Path | str) -> list[str]:
+    """The names in the folder that holds the shards of an output."""
+    folder, name = _parted(output)
+    with saying_where(output):
+        return _names_in(folder if _is_file(name) else output)
+
+
+def _shares_among(names: Iterable[str], output: Path | str) -> set[tuple[int, int]]:
+    _, share = _parted(_share_of(output, "NUMBERS"))
+    numbered = re.escape(share).replace("NUMBERS", r"(\d{5})-of-(\d{5})")
+    pattern = re.compile(rf"\.?{numbered}(\.parts)?")
+    matches = map(pattern.fullmatch, names)
+    return {(int(match[1]), int(match[2])) for match in matches if match}
+
+
+def _rows_among(names: Iterable[str], output: Path | str) -> list[str]:
+    """The names of the files or folders with rows that are in no shard."""
+    _, name = _parted(output)
+    if _is_file(name):
+        return [found for found in names if found in (name, f".{name}.parts")]
+    return [found for found in names if PART.fullmatch(found)]
+
+
+def _has_rows(file: Path | str) -> bool:
+    if isinstance(file, Path):
+        return bool(Layout(file).row_files())
+    with saying_where(file):
+        return describe_if_there(file) is not None
+
+
+def _followed(output: Path | str) -> Path | str:
+    if not isinstance(output, Path):
+        return output
+    with saying_where(output):
+        target = followed(output)
+    if _is_file(target.name) != _is_file(output.name):
+        raise UsageError(
+            f"OUTPUT {output} is a link to {target}, but both must end in .parquet, or none: "
+            "name the target"
+        )
+    return target
+
+
+def _data_set_of(output: Path | str) -> tuple[Path | str, str]:
+    """The folder around a data set, and its name in the hidden names there."""
+    folder, name = _parted(output)
+    if SHARE.fullmatch(name):
+        folder, data_set = _parted(folder)
+        name = f"{data_set}.{name}"
+    return folder, name
+
+
+def _share_of(output: Path | str, mark: str) -> Path | str:
+    folder, name = _parted(output)
+    if _is_file(name):
+        return _joined(folder, f"{name.removesuffix('.parquet')}-{mark}.parquet")
+    return _joined(output, f"shard-{mark}")
+
+
+def _mirrored(url: str) -> Layout:
+    folder, name = _parted(url)
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    home = cache_folder("outputs") / digest
+    copy = home / name
+    files, place = (home, folder) if _is_file(name) else (copy, url.rstrip("/"))
+    around, data_set = _data_set_of(url)
+    if str(around).endswith(":/"):  # nothing is beside a bucket
+        around = place
+    with saying_where(files):
+        files.mkdir(parents=True, exist_ok=True)
+        for made in (files, home, home.parent):
+            sync(made.parent)
+    return Layout(copy, Mirror(f"{place}/", files, home, f"{around}/", f".{data_set}."))
+
+
+def _parted(output: Path | str) -> tuple[Path | str, str]:
+    """The folder that an output is in, and its name there."""
+    if isinstance(output, Path):
+        return output.parent, output.name
+    folder, _, name = output.rstrip("/").rpartition("/")
+    return folder, name
+
+
+def _joined(folder: Path | str, name: str) -> Path | str:
+    return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".parquet")
+
+
+def _names_in(folder: Path | str) -> list[str]:
+    if isinstance(folder, Path):
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    url = f"{folder.rstrip('/')}/"
+    return [file.url.removeprefix(url).rstrip("/") for file in _files_in(url)]
+
+
+def _files_in(url: str) -> list[RemoteFile]:
+    try:
+        return list_folder(url)
+    except FileNotFoundError:  # stores have folders only where there are files in them
+        return []
+
+
+def _described(urls: Iterable[str]) -> list[RemoteFile]:
+    return [file for file in map(describe_if_there, urls) if file is not None]

@@ -1,0 +1,266 @@
+"""Verb: join the shares of an output, or the many parts of one, to one file or few parts."""
+
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchcap.contracts import SCHEMA_VERSION, InputError, OtherOutputError, OutputError
+from batchcap.process.wording import counted, printable, saying_which
+from batchcap.rows.id_hashes import IdSet, hashes_of
+from batchcap.rows.layout import Layout, check_shares, layout_of, part_name, shares_there
+from batchcap.rows.parquet import (
+    DamagedError,
+    count_rows,
+    read_file_metadata,
+    saying_where,
+    schema_of,
+    with_columns_of,
+    write_rows,
+)
+from batchcap.rows.writer import (
+    IDENTITY,
+    RowFile,
+    Upgrades,
+    digest_of,
+    is_whole,
+    manifest_text,
+    regrouped,
+    verified,
+)
+from batchcap.settings import DECODE_DEFAULTS, MergeSettings
+from batchcap.storage.files import remove_temporaries, replace_text, sync
+from batchcap.storage.locking import locked
+
+UPGRADES = Upgrades(DECODE_DEFAULTS)
+REDO = "run again what wrote it, which redoes damaged rows"
+ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
+
+
+def merge_captions(settings: MergeSettings) -> str:
+    """Write the rows of all shares to a new output; returns what to tell the user.
+
+    The output appears under its final name when it is whole. In a store a data set grows part by
+    part; its mark and its manifest come last. A few row groups are in memory at a time, and 8 bytes
+    an image.
+
+    Raises:
+        UsageError: there are no captions of this name.
+        InputError: there are no rows, a share is missing or unfinished, or two rows are of one id.
+        OtherOutputError: shares are of different models or settings, or there are rows outside.
+        LockedError: a run is writing a share, or a run or another merge is writing the output.
+        OutputError: the output exists, or can't be written; or a share can't be read.
+    """
+    shares, target = _shares(settings.captions), layout_of(settings.output)
+    metadata = _common_metadata(shares)
+    if not metadata:
+        raise InputError(f"{settings.captions} has no rows: name an output of batchcap run")
+    with _building(target, settings.output) as place:
+        schema = _common_schema(shares)
+        tables = regrouped(
+            with_columns_of(schema, table) for table in _distinct_rows(shares, metadata)
+        )
+        if target.is_file:
+            rows = write_rows(target.output, tables, metadata, schema=schema)
+            target.publish(target.output)
+        else:
+            rows = _write_parts(place, target, tables, metadata, schema)
+    return f"{printable(str(target))}: {rows} rows of {counted(len(shares), 'output')}"
+
+
+def _shares(captions: Path | str) -> list[Layout]:
+    there = shares_there(captions)
+    if not there:
+        if isinstance(captions, Path):
+            with saying_which(captions):
+                captions.stat()
+        return [layout_of(captions)]
+    count = max(number for _, number in there)
+    if any(number != count for _, number in there):
+        raise InputError(
+            f"{captions} is there in different numbers of shares, {count} for one: remove those "
+            "that are out of use"
+        )
+    missing = [index for index in range(count) if (index, count) not in there]
+    if missing:
+        raise InputError(
+            f"{captions} lacks {counted(len(missing), 'share')} of {count}: run --shard "
+            f"{missing[0]}/{count} first"
+        )
+    check_shares(captions, count)
+    return [layout_of(captions, (index, count)) for index in range(count)]
+
+
+def _common_metadata(shares: list[Layout]) -> dict[str, str]:
+    """What the files of all shares say of themselves."""
+    metadata: dict[str, str] = {}
+    for share in shares:
+        with locked(share.lock):
+            share.refresh()
+            for path in _whole_files(share):
+                found = read_file_metadata(path)
+                metadata = metadata or found
+                _check_same(found, metadata, share)
+    return metadata | {"batchcap.schema": str(SCHEMA_VERSION)} if metadata else {}
+
+
+def _common_schema(shares: list[Layout]) -> pa.Schema:
+    """The columns of all shares, with those that other programs have added."""
+    try:
+        return schema_of(path for share in shares for path in share.row_files())
+    except DamagedError as error:
+        raise InputError(f"{error}; {REDO}") from error
+
+
+def _check_same(found: Mapping[str, str], metadata: Mapping[str, str], share: Layout) -> None:
+    there, first = UPGRADES.comparable(found), UPGRADES.comparable(metadata)
+    for key, name in IDENTITY.items():
+        if there[key] != first[key]:
+            raise OtherOutputError(
+                f"{share} has rows of another {name} than those before them: run it again, with "
+                "--on-existing overwrite and the settings of the others"
+            )
+
+
+def _whole_files(share: Layout) -> list[Path]:
+    try:
+        files = [RowFile(path, count_rows(path)) for path in share.row_files()]
+    except DamagedError as error:
+        raise InputError(f"{error}; {REDO}") from error
+    if not is_whole(share, files):
+        raise InputError(f"{share} is not finished: run it to its end, and merge then")
+    return [file.path for file in files]
+
+
+def _distinct_rows(shares: list[Layout], metadata: Mapping[str, str]) -> Iterator[pa.Table]:
+    met = IdSet()
+    for share in shares:
+        with locked(share.lock):
+            files = _whole_files(share)  # a run may have gone on since the metadata was read
+            for path in files:
+                _check_same(read_file_metadata(path), metadata, share)
+            for table in (table for path in files for table in verified(path)):
+                image_ids = table["image_id"].to_pylist()
+                is_new = met.add(hashes_of(image_ids))
+                if not is_new.all():
+                    doubled = printable(image_ids[int(np.argmin(is_new))])
+                    raise InputError(
+                        f"{share} has a second row of {doubled}: run the shares on one INPUT, "
+                        "each with its own --shard"
+                    )
+                yield table
+
+
+@contextmanager
+def _building(target: Layout, output: Path | str) -> Iterator[Layout]:
+    """Where to write an output that does not exist yet, locked; a failure leaves no rows there.
+
+    It is the output itself. Only a data set on this machine is written under a hidden name, which
+    has a lock of its own, and is renamed at the end.
+
+    Raises:
+        LockedError: a run or another merge is writing there.
+        OutputError: the output exists, or can't be written.
+    """
+    place = target
+    if not target.is_file and target.mirror is None:
+        if target.lock.exists():
+            with locked(target.lock):  # a run that is writing there is the first thing to report
+                pass
+        place = Layout(target.output.with_name(f".{target.output.name}.new"))
+        with saying_where(target):
+            place.output.mkdir(exist_ok=True)
+    try:
+        with locked(place.lock):
+            with saying_where(target):
+                for folder, names in place.temporaries():
+                    remove_temporaries(folder, names)
+            place.refresh()
+            _check_absent(target, output)
+            if place is not target:
+                _remove_rows(place)  # of a merge that was killed
+            try:
+                yield place
+            except BaseException:
+                if not target.is_file:
+                    _remove_rows(place)
+                raise
+    finally:
+        if place is not target:
+            with suppress(OSError):  # renamed
+                place.output.rmdir()
+
+
+def _check_absent(target: Layout, output: Path | str) -> None:
+    if target.is_file or target.mirror is None:
+        exists = target.output.exists() or target.parts.exists()
+    else:  # the working copy's folder always does
+        exists = bool(target.row_files() or shares_there(output))
+    if exists:
+        raise OutputError(f"{target} exists: choose another OUTPUT, or remove it")
+
+
+def _remove_rows(place: Layout) -> None:
+    for path in (*place.marks(), *place.row_files()):
+        path.unlink()
+
+
+def _write_parts(
+    place: Layout,
+    target: Layout,
+    tables: Iterator[pa.Table],
+    metadata: Mapping[str, str],
+    schema: pa.Schema,
+) -> int:
+    """Write a data set to `place` and put it where it belongs; returns its rows."""
+    files = [
+        RowFile(path, write_rows(path, part, metadata, schema=schema))
+        for path, part in _in_parts(place.output, tables)
+    ]
+    with saying_where(target):
+        place.mark(digest_of(files)).touch()
+        if target.mirror is None:
+            _put_in_place(place, target, manifest_text(True, metadata, files))
+        else:
+            # The first part is named like a run's, so that only one of the two gets there.
+            for path in (*place.row_files(), *place.marks()):
+                target.publish(path)
+            replace_text(target.manifest, manifest_text(True, metadata, files))
+            target.publish(target.manifest)
+    return sum(file.rows for file in files)
+
+
+def _in_parts(
+    folder: Path, tables: Iterator[pa.Table]
+) -> Iterator[tuple[Path, Iterable[pa.Table]]]:
+    rows = 0
+
+    def number_of(table: pa.Table) -> int:
+        nonlocal rows
+        rows += len(table)
+        return 1 + (rows - 1) // ROWS_PER_PART
+
+    for number, part in groupby(tables, number_of):
+        yield folder / part_name(number), part
+
+
+def _put_in_place(place: Layout, target: Layout, manifest: str) -> None:
+    """Rename a data set, with the lock in it: runs are kept out until its manifest is written."""
+    sync(place.output)
+    try:
+        place.output.rename(target.output)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OutputError(
+                f"{target} was made by another run meanwhile: merge to another OUTPUT"
+            ) from error
+        raise
+    try:
+        sync(target.output.parent)
+        replace_text(target.manifest, manifest)
+    finally:
+        target.lock.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""A folder of a store and its working copy here: pulled at first, pushed file by file.
+
+The hidden files that belong to the folder and are beside it are copied too.
+
+A file appears in the store whole, under its final name, or not at all. There is no lock that a
+store would free when a run dies. Instead each file that is pushed must be, in the store, what this
+run left or found there: of two runs that write at once, the one that comes second is refused.
+Knows nothing of what the files hold.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from batchcap.contracts import LockedError
+from batchcap.rows.parquet import saying_where
+from batchcap.storage.files import replace_text, replacing
+from batchcap.storage.remote import RemoteFile, describe, download, holds_same, remove, upload
+
+RECORD = ".remote.json"
+
+
+class Copy(NamedTuple):
+    """Of which version in the store a file here is the copy, and what it was when it became so."""
+
+    version: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class Mirror:
+    """The files right in `url`, which ends in a slash, and those right in `folder`.
+
+    Those whose names begin with `prefix_beside` are right in `url_beside` and in `home`, where the
+    record of what was copied lies too. One process at a time may use it.
+    """
+
+    url: str
+    folder: Path
+    home: Path
+    url_beside: str
+    prefix_beside: str
+    _copies: dict[str, Copy] = field(default_factory=dict)
+
+    def pull(self, there: Iterable[RemoteFile], here: Iterable[Path]) -> set[str]:
+        """Make the files here equal to those in the store, `there`, and remove all others.
+
+        `here` are files that may exist here without having reached the store. Returns the names of
+        the files that somebody else has changed since the last run here.
+
+        Raises:
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        stored = {file.url.rpartition("/")[2]: file for file in there}
+        with saying_where(self.url):
+            self._copies = self._read_record()
+            names = stored.keys() | self._copies.keys() | {path.name for path in here}
+            changed = {name for name in names if self._version(name) != _version(stored.get(name))}
+            for name in names:
+                if name in changed or self._copies.get(name) != self._copy_of(name):
+                    self._copies.pop(name, None)
+                    self._path(name).unlink(missing_ok=True)
+            for name in stored.keys() - self._copies.keys():
+                self._fetch(name, stored[name])
+            self._write_record()
+        return changed
+
+    def push(self, path: Path) -> None:
+        """Make a file in the store equal to the one here, or remove it if this one is gone.
+
+        Files that are neither in the folder nor belong to it are ignored.
+
+        Raises:
+            LockedError: somebody else has written it meanwhile.
+            OutputError: the store can't be reached, or doesn't allow it.
+        """
+        if path != self._path(path.name):
+            return
+        url, before = self._url(path.name), self._version(path.name)
+        with saying_where(url):
+            if before and _version(describe_if_there(url)) != before:
+                raise _overtaken(url)
+            if not path.exists():
+                if before:
+                    remove(url)
+                self._copies.pop(path.name, None)
+            else:
+                self._note(path.name, _uploaded(path, url, before))
+            self._write_record()
+
+    def fetch_again(self, path: Path) -> bool:
+        """Replace a file here by the store's; False if it is not there or not of this folder.
+
+        Raises:
+            LockedError: somebody else has written it since `pull`.
+            OutputError: the store can't be reached, or the disk is full.
+        """
+        if path != self._path(path.name):
+            return False
+        url = self._url(path.name)
+        with saying_where(url):
+            stored = describe_if_there(url)
+            if _version(stored) != self._version(path.name):
+                raise _overtaken(url)
+            if stored is None:
+                return False
+            self._fetch(path.name, stored)
+            self._write_record()
+        return True
+
+    def _path(self, name: str) -> Path:
+        return (self.home if name.startswith(self.prefix_beside) else self.folder) / name
+
+    def _url(self, name: str) -> str:
+        return (self.url_beside if name.startswith(self.prefix_beside) else self.url) + name
+
+    def _fetch(self, name: str, file: RemoteFile) -> None:
+        with replacing(self._path(name)) as temporary:
+            download(file.url, temporary)
+        self._note(name, file)
+
+    def _note(self, name: str, file: RemoteFile) -> None:
+        status = self._path(name).stat()
+        self._copies[name] = Copy(file.version, status.st_size, status.st_mtime_ns)
+
+    def _version(self, name: str) -> str:
+        return self._copies[name].version if name in self._copies else ""
+
+    def _copy_of(self, name: str) -> Copy | None:
+        """What the record says of a file here if it is untouched."""
+        try:
+            status = self._path(name).stat()
+        except FileNotFoundError:
+            return None
+        return Copy(self._version(name), status.st_size, status.st_mtime_ns)
+
+    def _read_record(self) -> dict[str, Copy]:
+        try:
+            told = json.loads((self.home / RECORD).read_text(encoding="utf-8"))
+            return {name: Copy(*copy) for name, copy in told.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _write_record(self) -> None:
+        replace_text(self.home / RECORD, json.dumps(self._copies))
+
+
+def _uploaded(path: Path, url: str, before: str) -> RemoteFile:
+    """Upload a file in the place of the version `before`, empty for none; returns what is there.
+
+    A client repeats requests whose answers were lost, and is refused by what it has written itself.
+
+    Raises:
+        LockedError: somebody else has written the file meanwhile.
+        OSError: it can't be written or reached.
+    """
+    try:
+        upload(path, url, before)
+    except (FileExistsError, FileNotFoundError) as error:
+        if not holds_same(url, path):
+            if before or isinstance(error, FileExistsError):
+                raise _overtaken(url) from error
+            raise
+    stored = describe(url)
+    if stored.size not in (None, path.stat().st_size):
+        raise _overtaken(url)
+    return stored
+
+
+def _version(file: RemoteFile | None) -> str:
+    return file.version if file is not None else ""
+
+
+def describe_if_there(url: str) -> RemoteFile | None:
+    """Describe a file of a store; None if it does not exist."""
+    try:
+        return describe(url)
+    except FileNotFoundError:
+        return None
+
+
+def _overtaken(url: str) -> LockedError:
+    return LockedError(
+        f"another run is writing this output: {url} is not as this run left it; let one run end, "
+        "and run again"
+    )

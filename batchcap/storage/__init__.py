@@ -1,0 +1,1 @@
+"""Whole files, locks and object stores. Knows no formats."""

@@ -1,0 +1,1 @@
+"""Annotated photos to a model directory."""

@@ -1,0 +1,345 @@
+"""Verb: fit a captioner to annotated photos, and write it as a model directory."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.evaluation.metrics import METRICS, score_captions, signature
+from batchcap.evaluation.tokenisation import profile_of
+from batchcap.model.backbones import (
+    build_backbone,
+    choose_input_range,
+    computing_in,
+    extract_features,
+    place_of,
+    train_after,
+    weights_digest,
+)
+from batchcap.model.captioner import Captioner, load_captioner, round_weights, save_captioner
+from batchcap.model.config import (
+    CARD_FILE,
+    FORMAT_VERSION,
+    METRICS_FILE,
+    BackboneConfig,
+    DecoderConfig,
+    ModelConfig,
+)
+from batchcap.model.network import build_decoder, log_frequencies
+from batchcap.model.runtime import precision_of, start_tensorflow
+from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
+from batchcap.rows.parquet import saying_where
+from batchcap.settings import Monitor, Objective, TokenKind, TrainSettings
+from batchcap.storage.files import followed
+from batchcap.training.augmentation import View, training_views
+from batchcap.training.data import (
+    AugmentedPhotos,
+    CachedFeatures,
+    Example,
+    Sight,
+    Tokens,
+    TrainingBatches,
+    check_each_set,
+    data_set_names,
+    extract_all,
+    load_examples,
+    load_pixels,
+    numbers_of_sets,
+    styles_of,
+    token_table,
+)
+from batchcap.training.history import CURVES_FILE, HISTORY_FILE
+from batchcap.training.model_card import write_card
+from batchcap.training.phases import FineTuning, Likelihood, Phase, SelfCritical
+from batchcap.training.replicas import training_strategy
+from batchcap.training.trainer import Record, Trainer
+from batchcap.training.validation import Features, Judge
+
+FEW_VALIDATION_PHOTOS = 20
+RESULTS = ("val_loss", "val_accuracy", *METRICS)
+
+log = logging.getLogger(__name__)
+
+
+# A phase, with what it learns from and what it is judged by.
+Stage = tuple[Phase, TrainingBatches, Judge]
+
+
+def train_captioner(settings: TrainSettings) -> Path:
+    """Train, or go on training, and write the model directory `settings.out`.
+
+    Raises:
+        UsageError: the model exists, its unfinished training had other settings or data, or its
+            batches can't be shared by all GPUs.
+        InputError: annotations or photos.
+        ModelError: the backbone or its weights.
+        OutputError: the place of the model can't be written to.
+    """
+    with saying_where(settings.out):
+        settings = replace(settings, out=followed(settings.out))
+    if settings.out.exists():
+        raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
+    score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing
+    keras.utils.set_random_seed(settings.seed)
+    training, validation = load_examples(settings)
+    _check_validation(settings, validation)
+    work_folder = _make_work_folder(settings.out)
+    device, strategy = start_tensorflow(), training_strategy()
+    input_range = choose_input_range(settings.backbone, settings.input_range)
+    backbone_config = BackboneConfig(settings.backbone, settings.image_size, input_range)
+    backbone = build_backbone(backbone_config, settings.backbone_weights)
+    round_weights(backbone.weights)  # the features trained on are those the model will see
+    if settings.fine_tune_from:
+        place_of(settings.fine_tune_from, backbone)  # says now that there is no such layer
+    _, training = extract_all(training, backbone, backbone_config, _views(settings))
+    _, validation = extract_all(validation, backbone, backbone_config)
+    check_each_set(settings, training, validation)
+
+    vocabulary = _vocabulary(settings, training)
+    styles = styles_of(training)
+    tokens = token_table(training, vocabulary, settings.max_length, styles)
+    decoder_config = _decoder_config(settings, vocabulary, backbone, styles)
+    config = ModelConfig(FORMAT_VERSION, backbone_config, decoder_config)
+    with strategy.scope(), computing_in(precision_of(settings.precision)):
+        decoder = build_decoder(config.decoder)
+    counts = np.bincount(tokens[:, :, 1:].ravel(), minlength=len(vocabulary))
+    decoder.output_logits.bias.assign(log_frequencies(counts))
+    captioner = Captioner(config, vocabulary, backbone, decoder)
+
+    record = Record(_run_digest(settings, backbone, training, validation))
+    log.info(
+        "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
+        *(
+            f"{strategy.num_replicas_in_sync} x {device}",
+            len(training),
+            sum(len(example.captions) for example in training),
+        ),
+        *(len(validation), len(vocabulary), decoder.count_params() / 1e6),
+    )
+    stages = _stages(settings, captioner, training, validation, tokens, strategy)
+    was_kept: dict[str, bool] = {}
+    for phase, batches, judge in stages:
+        trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
+        record = trainer.run(judge)
+        was_kept[phase.name] = record.best_epoch > record.before
+    return _write_model(settings, captioner, record, was_kept, work_folder, training, validation)
+
+
+def _stages(
+    settings: TrainSettings,
+    captioner: Captioner,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    tokens: Tokens,
+    strategy: Any,
+) -> Iterator[Stage]:
+    """What is trained one after the other; the features of a stage are made when its time comes."""
+    decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
+
+    names, data_sets = data_set_names(settings.annotations), numbers_of_sets(training)
+
+    def batches(sight: Sight) -> TrainingBatches:
+        return TrainingBatches(sight, tokens, data_sets, captioner.vocabulary, settings)
+
+    def frozen() -> tuple[TrainingBatches, Judge]:
+        views = _views(settings)
+        extract_all(training, backbone, config, views)
+        cache, _ = extract_all(validation, backbone, config)
+        judge = Judge(captioner, validation, CachedFeatures(cache, validation).whole, names)
+        return batches(CachedFeatures(cache, training, views)), judge
+
+    yield Likelihood(settings, decoder), *frozen()
+    if settings.fine_tune_from:
+        with strategy.scope():
+            tuned = build_backbone(config, None, precision_of(settings.precision))
+        tuned.set_weights(backbone.get_weights())
+        train_after(settings.fine_tune_from, tuned)
+        sight = AugmentedPhotos(training, config.image_size, settings.flip)
+        judge = Judge(captioner, validation, _features_by(tuned, config, validation), names)
+        yield FineTuning(settings, decoder, tuned, config), batches(sight), judge
+        backbone.set_weights(tuned.get_weights())
+        round_weights(backbone.weights)
+    if settings.objective is Objective.CIDER:
+        yield SelfCritical(settings, decoder, tokens, data_sets), *frozen()
+
+
+def _features_by(
+    backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
+) -> Features:
+    """Features of a backbone that is still changing."""
+    extract = tf.function(
+        partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
+    )
+    return lambda start, stop: extract(load_pixels(examples[start:stop], config.image_size))
+
+
+def _check_validation(settings: TrainSettings, validation: Sequence[Example]) -> None:
+    """See that each data set has photos enough to choose an epoch by CIDEr-D."""
+    if settings.monitor is not Monitor.CIDER_D:
+        return
+    for name, count in zip(
+        data_set_names(settings.annotations), np.bincount(numbers_of_sets(validation)), strict=True
+    ):
+        if count == 1:
+            raise UsageError(
+                f"{name} has one validation photo, and CIDEr-D of a single photo is always 0: hold "
+                "out more photos, or choose the best epoch by --monitor loss"
+            )
+        if count < FEW_VALIDATION_PHOTOS:
+            log.warning(
+                "CIDEr-D of the %d validation photos of %s is uncertain: hold out %d or more, or "
+                "choose the best epoch by --monitor loss",
+                *(count, name, FEW_VALIDATION_PHOTOS),
+            )
+
+
+def _views(settings: TrainSettings) -> tuple[View, ...]:
+    return training_views(settings.flip, settings.crops)
+
+
+def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabulary:
+    captions = [words for example in training for words in example.captions]
+    vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
+    if len(vocabulary) == len(SPECIAL_WORDS):
+        raise InputError(
+            f"no word is {settings.min_count} times in "
+            f"{', '.join(map(str, settings.annotations))}: lower --min-count"
+        )
+    return vocabulary
+
+
+def _make_work_folder(out: Path) -> Path:
+    """The hidden folder beside the model to be, made before hours of work are put into it."""
+    folder = out.with_name(f".{out.name}.training")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make {folder}: {error.strerror}; choose another --out"
+        ) from error
+    return folder
+
+
+def _decoder_config(
+    settings: TrainSettings,
+    vocabulary: Vocabulary,
+    backbone: keras.Model,
+    styles: tuple[str, ...],
+) -> DecoderConfig:
+    rows, columns, channels = backbone.output_shape[1:]
+    return DecoderConfig(
+        vocabulary_size=len(vocabulary),
+        grid_cells=rows * columns,
+        feature_size=channels,
+        max_length=settings.max_length,
+        units=settings.units,
+        layers=settings.layers,
+        heads=settings.heads,
+        key_size=settings.key_size,
+        dropout=settings.dropout,
+        input_dropout=settings.input_dropout,
+        feature_norm=settings.feature_norm,
+        styles=styles,
+    )
+
+
+def _run_digest(
+    settings: TrainSettings,
+    backbone: keras.Model,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> str:
+    """What must be equal for training to go on: settings but places, backbone, all the data."""
+    places = {
+        "annotations",
+        "images",
+        "out",
+        "validation_annotations",
+        "backbone_weights",
+        "data_note",
+    }
+    wishes = {name: value for name, value in asdict(settings).items() if name not in places}
+    digest = hashlib.sha256(json.dumps(wishes, sort_keys=True).encode())
+    digest.update(weights_digest(backbone).encode())
+    for side in (training, validation):
+        digest.update(f"{len(side)} photos\n".encode())
+        for example in side:
+            told = f"{example.captions} {example.styles} {example.data_set}"
+            digest.update(f"{example.sha256} {told}\n".encode())
+    return digest.hexdigest()
+
+
+def _about_set(
+    number: int,
+    name: str,
+    results: dict[str, float],
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> dict[str, Any]:
+    """What `metrics.json` says of one data set; its results where there are several."""
+    told = {
+        "name": name,
+        "training_photos": sum(example.data_set == number for example in training),
+        "validation_photos": sum(example.data_set == number for example in validation),
+    }
+    own = {key: results[f"{name}_{key}"] for key in RESULTS if f"{name}_{key}" in results}
+    return told | ({"validation": own} if own else {})
+
+
+def _write_model(
+    settings: TrainSettings,
+    captioner: Captioner,
+    record: Record,
+    was_kept: dict[str, bool],
+    work_folder: Path,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> Path:
+    """The weights, rounded as they are stored; judged once more as who loads them has them."""
+    unfinished = work_folder / "model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_captioner(captioner, unfinished)
+    stored = load_captioner(unfinished)
+    cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
+    names = data_set_names(settings.annotations)
+    judge = Judge(stored, validation, CachedFeatures(cache, validation).whole, names)
+    results = judge.results()
+    metrics = {
+        "validation": {key: results[key] for key in RESULTS},
+        "data_sets": [
+            _about_set(number, name, results, training, validation)
+            for number, name in enumerate(names)
+        ],
+        "decoding": "greedy",
+        "signature": signature(profile_of(TokenKind.WORDS).described, judge.references),
+        "best_epoch": record.best_epoch,
+        "phases": [name for name, kept in was_kept.items() if kept],
+        "phases_not_kept": [name for name, kept in was_kept.items() if not kept],
+        "epochs": len(record.history),
+        "seconds": sum(row["seconds"] for row in record.history),
+        "seed": settings.seed,
+        "training_photos": len(training),
+        "validation_photos": len(validation),
+    }
+    (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_card(unfinished / CARD_FILE, captioner.config, settings, metrics)
+    for name in (HISTORY_FILE, CURVES_FILE):
+        shutil.copy(work_folder / name, unfinished / name)
+    try:
+        unfinished.rename(settings.out)
+    except OSError as error:
+        raise OutputError(
+            f"cannot move {unfinished} to {settings.out}: {error.strerror}"
+        ) from error
+    shutil.rmtree(work_folder)
+    return settings.out

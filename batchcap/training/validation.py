@@ -1,0 +1,103 @@
+"""How good a captioner is on held-out photos, while it is trained."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from batchcap.evaluation.metrics import score_captions
+from batchcap.model.captioner import Captioner
+from batchcap.model.vocabulary import join_words, segment
+from batchcap.process.wording import printable
+from batchcap.settings import DecodeSettings
+from batchcap.training.data import Example, token_table, trim
+from batchcap.training.loss import loss_function
+
+BATCH = 50
+
+# Features `float32[n, G, D]` of the validation photos from one number to another.
+Features = Callable[[int, int], Any]
+SAMPLE_TEMPERATURES = (0.0, 0.5, 1.0)
+
+
+class Judge:
+    """Validation: loss, accuracy and caption metrics on held-out photos, and sample captions.
+
+    `examples` are of the data sets `names`, one set after the other.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        examples: Sequence[Example],
+        features: Features,
+        names: Sequence[str] = ("",),
+    ) -> None:
+        self.captioner, self.examples, self.features = captioner, examples, features
+        self.names = names
+        limit = captioner.config.decoder.max_length
+        self.tokens = token_table(examples, captioner.vocabulary, limit)
+        self.references = [example.captions for example in examples]
+        loss = loss_function(captioner.decoder, label_smoothing=0.0)
+        self._loss = tf.function(loss, reduce_retracing=True, autograph=False)
+
+    def results(self) -> dict[str, float]:
+        """`val_loss`, `val_accuracy` of known captions, and metrics (times 100) of greedy ones.
+
+        Of several data sets each one's results, as `NAME_cider_d`, after the means of the sets.
+        """
+        numbers = [example.data_set for example in self.examples]
+        ends = [0, *(bisect_right(numbers, number) for number in range(len(self.names)))]
+        by_set = [self._results(*bounds) for bounds in pairwise(ends)]
+        means = {key: float(np.mean([one[key] for one in by_set])) for key in by_set[0]}
+        if len(by_set) == 1:
+            return means
+        return means | {
+            f"{name}_{key}": value
+            for name, results in zip(self.names, by_set, strict=True)
+            for key, value in results.items()
+        }
+
+    def _results(self, first: int, end: int) -> dict[str, float]:
+        """Of the photos from one number to another."""
+        sums = np.zeros(3)
+        hypotheses: list[list[str]] = []
+        for start in range(first, end, BATCH):
+            features = self._features(start, end)
+            tokens = self.tokens[start : min(start + BATCH, end)]
+            rows = len(tokens)
+            tokens = np.pad(trim(tokens), ((0, BATCH - rows), (0, 0), (0, 0)))
+            sums += np.array(self._loss(features, tokens, training=False)[1])
+            hypotheses += self._captions(features, 0.0)[:rows]
+        loss, correct, count = sums
+        scores = score_captions(
+            [segment(join_words(words)) for words in hypotheses], self.references[first:end]
+        )
+        return {"val_loss": loss / count, "val_accuracy": correct / count} | scores.overall
+
+    def samples(self) -> list[str]:
+        """Captions of each data set's first validation photo, at rising temperatures."""
+        numbers = [example.data_set for example in self.examples]
+        return [
+            f"{printable(self.examples[first].image_id)}, temperature {temperature}: "
+            + " ".join(self._captions(self._features(first, first + 1), temperature)[0])
+            for first in (numbers.index(number) for number in range(len(self.names)))
+            for temperature in SAMPLE_TEMPERATURES
+        ]
+
+    def _features(self, start: int, end: int) -> npt.NDArray[np.float32]:
+        features = np.asarray(self.features(start, min(start + BATCH, end)))
+        return np.pad(features, ((0, BATCH - len(features)), (0, 0), (0, 0)))
+
+    def _captions(self, features: npt.NDArray[np.float32], temperature: float) -> list[list[str]]:
+        limit = self.captioner.config.decoder.max_length
+        settings = DecodeSettings(max_length=limit, temperature=temperature)
+        live = np.ones(len(features), np.bool_)
+        keys = [str(row) for row in range(len(features))]
+        decoded = self.captioner.caption_features(features, live, settings, keys)
+        rows = zip(decoded.tokens, decoded.lengths, strict=True)
+        return [self.captioner.vocabulary.decode(ids[:length]) for ids, length in rows]

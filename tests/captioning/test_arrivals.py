@@ -1,0 +1,246 @@
+"""Rows of workers, in any order, against what one machine makes of the same archives."""
+
+import logging
+import tempfile
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.rows import captioned_row, failed_row
+from helpers.shard_files import write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchcap.captioning.arrivals import Arrivals, PieceInventory, Tally
+from batchcap.captioning.inventory import Inventory, list_images_of
+from batchcap.captioning.ray_engine import failures
+from batchcap.captioning.summary import RunSummary
+from batchcap.contracts import BatchcapError, ImageRef, InputError
+from batchcap.photos.archives import Archive
+from batchcap.rows.index import RowIndex, entries_of
+from batchcap.rows.parquet import Row, table_of
+from batchcap.settings import RunSettings
+
+BAD = "z"  # the content of a photo that has no caption
+
+Photos = list[tuple[str, str]]  # id and content
+Sent = tuple[Archive, list[Row], Tally | None]
+
+
+def index_of(rows: list[Row]) -> RowIndex:
+    return RowIndex([entries_of([table_of(rows)] if rows else [])])
+
+
+def inventory_of(rows: list[Row], **asked: Any) -> Inventory:
+    settings = RunSettings(source="*.tar", output=Path("o"), **asked)
+    return Inventory(settings, index_of(rows), RunSummary("", "", ""))
+
+
+def refs_of(photos: Photos) -> list[ImageRef]:
+    return [
+        ImageRef(image_id, f"x.tar: {image_id}", len(content), 0, content.encode())
+        for image_id, content in photos
+    ]
+
+
+def row_of(image_id: str, content: str) -> Row:
+    row = captioned_row(image_id, content, file_size=len(content))
+    if content != BAD:
+        return row
+    return failed_row(image_id, file_size=len(content), sha256=row["sha256"])
+
+
+def archive_of(number: int) -> Archive:
+    return Archive(f"/photos/{number}.tar", f"{number}.tar")
+
+
+def sent_for(number: int, photos: Photos, rows: list[Row], **asked: Any) -> list[Sent]:
+    """What a worker sends for an archive: rows, one by one, and the tally."""
+    there = inventory_of(rows, **asked)
+    inventory = PieceInventory(there.settings, there.index)
+    refs = inventory.unfinished(refs_of(photos))
+    made = [row_of(ref.image_id, bytes(ref.data).decode()) for ref in refs]
+    archive = archive_of(number)
+    return [
+        *((archive, [row], None) for row in made),
+        (archive, [], inventory.tally(failures(made))),
+    ]
+
+
+class Output:
+    """What an output has, and how it came to it."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = {row["image_id"]: row for row in rows}
+        self.of_this_run: set[str] = set()
+        self.taken = 0
+
+    def append(self, rows: list[Row], again: bool) -> None:
+        for row in rows:
+            assert (row["image_id"] in self.of_this_run) == again
+            self.of_this_run.add(row["image_id"])
+            self.rows[row["image_id"]] = row
+        self.taken += len(rows)
+
+
+def count_rows(summary: RunSummary, rows: list[Row]) -> None:
+    summary.captioned += sum(row["status"] == "ok" for row in rows)
+    summary.failed += Counter(row["error_type"] for row in rows if row["status"] == "failed")
+
+
+def of_one_machine(
+    archives: list[Photos], rows: list[Row], **asked: Any
+) -> tuple[Output, Inventory]:
+    inventory, output = inventory_of(rows, **asked), Output(rows)
+    for ref in inventory.unfinished(chain.from_iterable(map(refs_of, archives))):
+        made = [row_of(ref.image_id, bytes(ref.data).decode())]
+        output.append(made, again=False)
+        count_rows(inventory.summary, made)
+    return output, inventory
+
+
+def of_workers(
+    sent: list[Sent], archives: int, rows: list[Row], **asked: Any
+) -> tuple[Output, Inventory, Arrivals]:
+    inventory, output = inventory_of(rows, **asked), Output(rows)
+    arrivals = Arrivals(inventory, [archive_of(number) for number in range(archives)])
+    for one in sent:
+        for admitted in arrivals.take(*one):
+            output.append(admitted.rows, admitted.again)
+            count_rows(inventory.summary, admitted.rows)
+    return output, inventory, arrivals
+
+
+def counts_of(inventory: Inventory) -> dict[str, Any]:
+    names = ("taken", "doubled", "is_empty", "vanished")
+    inventory.complete = True
+    return {name: getattr(inventory, name) for name in names} | vars(inventory.summary)
+
+
+PHOTOS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(f"xy{BAD}")), max_size=4)
+
+
+@given(
+    st.lists(PHOTOS, min_size=1, max_size=4),
+    st.dictionaries(st.sampled_from("abcd"), st.sampled_from(f"xy{BAD}")),
+    st.booleans(),
+    st.data(),
+)
+def test_workers_in_any_order_make_the_rows_and_counts_of_one_machine(
+    archives: list[Photos], there: dict[str, str], retry_failed: bool, data: st.DataObject
+) -> None:
+    rows = [row_of(*photo) for photo in there.items()]
+    asked = {"retry_failed": retry_failed, "rows_per_part": 2}
+    sent = [iter(sent_for(n, photos, rows, **asked)) for n, photos in enumerate(archives)]
+    turns = [n for n, photos in enumerate(archives) for _ in range(len(photos) + 1)]
+    order = data.draw(st.permutations(turns))
+    came = [one for number in order for one in islice(sent[number], 1)]
+    expected, there_counted = of_one_machine(archives, rows, **asked)
+    output, counted, arrivals = of_workers(came, len(archives), rows, **asked)
+    assert output.rows == expected.rows
+    assert counts_of(counted) == counts_of(there_counted)
+    assert arrivals.untallied == 0
+    assert [*arrivals.rest()] == []
+
+
+def test_a_row_of_a_new_photo_is_taken_at_once() -> None:
+    arrivals = Arrivals(inventory_of([]), [archive_of(0), archive_of(1)])
+    row = row_of("a", "y")
+    assert [*arrivals.take(archive_of(1), [row], None)] == [([row], False)]
+
+
+def test_a_row_that_replaces_another_waits_for_the_archives_before_its_own() -> None:
+    rows = [row_of("a", "x"), row_of("b", "x")]
+    first = sent_for(0, [("a", "x")], rows)
+    second = sent_for(1, [("a", "y"), ("b", "y")], rows)
+    output, counted, _ = of_workers(second, 2, rows)
+    assert output.of_this_run == set()
+    output, counted, _ = of_workers([*second, *first], 2, rows)
+    assert output.of_this_run == {"b"}
+    assert (counted.doubled, counted.taken, counted.summary.changed) == (1, 1, 1)
+
+
+def test_a_run_that_is_stopped_takes_the_rows_that_wait_once_each() -> None:
+    rows = [row_of(image_id, "x") for image_id in "abc"]
+    first = sent_for(0, [("c", "y"), ("d", "y")], rows)[:2]  # without its tally
+    second = sent_for(1, [("a", "x"), ("d", "x")], rows)
+    third = sent_for(2, [("a", "y"), ("b", "y"), ("c", "x")], rows)
+    fourth = sent_for(3, [("b", "w"), ("c", "w")], rows)[:2]
+    output, _, arrivals = of_workers([*fourth, *third, *second, *first], 4, rows)
+    assert output.of_this_run == {"c", "d"}
+    for admitted in arrivals.rest():
+        output.append(admitted.rows, admitted.again)
+    contents = {row["image_id"]: row["tokens"][1] for row in output.rows.values()}
+    assert contents == {"a": "x", "b": "y", "c": "y", "d": "x"}
+
+
+@pytest.mark.parametrize("archives", [[[("a", "x"), ("a", "y")]], [[("a", "x")], [("a", "x")]]])
+def test_a_second_photo_of_an_id_is_warned_of(
+    archives: list[Photos], caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = [one for number, photos in enumerate(archives) for one in sent_for(number, photos, [])]
+    with caplog.at_level(logging.WARNING):
+        _, counted, _ = of_workers(sent, len(archives), [])
+    (warning,) = caplog.messages
+    assert "has the id of a photo before it; such photos are left out" in warning
+    assert warning.startswith(("x.tar: a", "a photo of /photos/1.tar"))
+    with pytest.raises(InputError, match=r"1 photo of .* had ids that came before"):
+        counted.check_whole()
+
+
+def test_rows_that_wait_lie_on_disk_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchcap.captioning.arrivals.BYTES_IN_MEMORY", 1)
+    rows = [row_of(image_id, "x") for image_id in "abcd"]
+    first = sent_for(0, [("a", "y"), ("b", "x")], rows)
+    second = sent_for(1, [("c", "y")], rows)
+    third = sent_for(2, [("b", "y"), ("d", "y")], rows)
+    output, _, _ = of_workers([*third, *second, *first], 3, rows)
+    assert output.of_this_run == {"a", "c", "d"}
+
+
+def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of("a", "x")]
+    sent = sent_for(1, [("a", "y")], rows)
+    with Path("/dev/full").open("w+b", 0) as full:
+        monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda _size: full)
+        with pytest.raises(BatchcapError, match=r"no room in .*No space left.*TMPDIR"):
+            of_workers(sent, 2, rows)
+
+
+def test_what_a_worker_reports_of_an_archive_is_passed_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [
+        ("done.jpg", b"x"),
+        ("lost+found/a.jpg", b"x"),
+        ("changed.jpg", b"y"),
+        ("new.jpg", b"z"),
+    ]
+    tar = write_tar(tmp_path / "x.tar", members)
+    tar.write_bytes(tar.read_bytes()[: 512 * 6 + 100])  # cut in the header of new.jpg
+    rows = [row_of(name, "x") for name in ("done.jpg", "changed.jpg", "gone.jpg")]
+    found = inventory_of(rows)
+    found.settings = RunSettings(source=str(tar), output=Path("o"))
+    piece = PieceInventory(found.settings, found.index)
+    refs = list_images_of(
+        piece.settings, piece.note_unlisted, Archive(str(tar), "x.tar"), piece.note_left_out
+    )
+    with caplog.at_level(logging.INFO):
+        taken = [ref.image_id for ref in piece.unfinished(refs)]
+    assert taken == ["changed.jpg"]
+    assert caplog.messages == []
+    arrivals = Arrivals(found, [Archive(str(tar), "x.tar")])
+    assert [*arrivals.take(Archive(str(tar), "x.tar"), [], piece.tally({}))] == [([], False)]
+    assert (found.summary.changed, found.summary.already_done, found.taken) == (1, 1, 1)
+    assert (found.unlisted, found.is_empty, found.left_out) == (1, False, "lost+found/a.jpg")
+    assert "skipping its remaining photos" in caplog.text
+
+
+def test_nothing_is_kept_where_ids_cannot_come_twice() -> None:
+    rows = [row_of("a", "x")]
+    arrivals = Arrivals(inventory_of(rows), [archive_of(0)])
+    for one in sent_for(0, [("a", "y"), ("b", "y")], rows):
+        assert [*arrivals.take(*one)] == [(one[1], False)]
+    assert arrivals._arrived._runs == arrivals._settled._runs == []

@@ -1,0 +1,203 @@
+"""The account of a run, as people, scripts and Prometheus read it."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from batchcap.captioning.summary import (
+    RunSummary,
+    metrics_text,
+    read_rate,
+    write_metrics,
+    write_summary,
+)
+from batchcap.contracts import OutputError
+
+
+def summary_of(**fields: Any) -> RunSummary:
+    return RunSummary("/data/out/captions.parquet", "run-1", "2024-05-17T12:00:00+00:00", **fields)
+
+
+@pytest.fixture
+def summary() -> RunSummary:
+    told = summary_of(
+        captioned=80,
+        reused=10,
+        failed=Counter(empty=6, corrupt=4),
+        already_done=900,
+        failed_before=3,
+        new=95,
+        changed=4,
+        retried=1,
+        vanished=7,
+        pruned=5,
+        seconds=20.0,
+        last_rate=1.0,
+        stage_seconds={"load": 12.5, "backbone": 1e-05},
+        metadata={"batchcap.model": "abc"},
+        versions={"batchcap": "1"},
+        ended_at="2024-05-17T12:30:00+00:00",
+    )
+    told.finish(max_failures=None)
+    return told
+
+
+METRICS = """\
+# HELP batchcap_run_images Images of the last run, by what became of them.
+# TYPE batchcap_run_images gauge
+batchcap_run_images{state="found"} 1000
+batchcap_run_images{state="captioned"} 80
+batchcap_run_images{state="reused"} 10
+batchcap_run_images{state="already_done"} 900
+batchcap_run_images{state="failed_before"} 3
+batchcap_run_images{state="vanished"} 7
+batchcap_run_images{state="failed"} 10
+# HELP batchcap_run_failures Images that failed in the last run, by reason.
+# TYPE batchcap_run_failures gauge
+batchcap_run_failures{reason="corrupt"} 4
+batchcap_run_failures{reason="empty"} 6
+# HELP batchcap_run_stage_seconds Seconds of work of the last run, by stage.
+# TYPE batchcap_run_stage_seconds gauge
+batchcap_run_stage_seconds{stage="backbone"} 1e-05
+batchcap_run_stage_seconds{stage="load"} 12.5
+# HELP batchcap_run_seconds How long the last run captioned.
+# TYPE batchcap_run_seconds gauge
+batchcap_run_seconds 20.0
+# HELP batchcap_run_images_per_second Rate of the last run.
+# TYPE batchcap_run_images_per_second gauge
+batchcap_run_images_per_second 5.0
+# HELP batchcap_run_exit_code Exit code of the last run.
+# TYPE batchcap_run_exit_code gauge
+batchcap_run_exit_code 0
+# HELP batchcap_run_end_timestamp_seconds When the last run ended, in Unix time.
+# TYPE batchcap_run_end_timestamp_seconds gauge
+batchcap_run_end_timestamp_seconds 1715949000.0
+"""
+
+
+def test_metrics_are_these(summary, tmp_path):
+    write_metrics(tmp_path / "batchcap.prom", summary)
+    assert (tmp_path / "batchcap.prom").read_text() == METRICS
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_prometheus_reads_the_metrics(summary, empty):
+    families = [*text_string_to_metric_families(metrics_text(summary_of() if empty else summary))]
+    assert len(families) == 7
+    for family in families:
+        assert family.name.startswith("batchcap_run_")
+        assert family.type == "gauge"
+        assert family.documentation
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert values["batchcap_run_images", "found"] == (0 if empty else 1000)
+    assert values["batchcap_run_exit_code",] == (1 if empty else 0)
+    assert len(values) == (11 if empty else 15)
+
+
+def test_summary_is_this(summary, tmp_path):
+    """With a photo that had failed it could not be written: `asdict` makes another Counter of a
+    Counter's items.
+    """
+    write_summary(tmp_path / "out.summary.json", summary)
+    told = json.loads((tmp_path / "out.summary.json").read_text())
+    assert told == {
+        "output": "captions.parquet",
+        "outcome": "done",
+        "found": 1000,
+        "run_id": "run-1",
+        "started_at": "2024-05-17T12:00:00+00:00",
+        "captioned": 80,
+        "reused": 10,
+        "failed": {"empty": 6, "corrupt": 4},
+        "already_done": 900,
+        "failed_before": 3,
+        "new": 95,
+        "changed": 4,
+        "retried": 1,
+        "vanished": 7,
+        "pruned": 5,
+        "seconds": 20.0,
+        "stage_seconds": {"load": 12.5, "backbone": 1e-05},
+        "metadata": {"batchcap.model": "abc"},
+        "versions": {"batchcap": "1"},
+        "exit_code": 0,
+        "ended_at": "2024-05-17T12:30:00+00:00",
+        "images_per_second": 5.0,
+    }
+    assert read_rate(tmp_path / "out.summary.json") == 5.0
+
+
+def test_people_read_this(summary):
+    assert str(summary) == (
+        "/data/out/captions.parquet: 1000 found, 80 captioned, 10 reused, "
+        "10 failed (6 empty, 4 corrupt), 900 already done, 7 vanished (5 dropped); "
+        "20.0 s, 5.0 images/s"
+    )
+    assert str(summary_of()) == "/data/out/captions.parquet: 0 found, 0 captioned, 0 failed"
+
+
+@pytest.mark.parametrize(("allowed", "exit_code"), [(None, 0), (13, 0), (12, 3), (0, 3)], ids=str)
+def test_failures_of_before_count_too(summary, allowed, exit_code):
+    summary.finish(allowed)
+    assert (summary.outcome, summary.exit_code) == ("done", exit_code)
+
+
+def test_a_run_that_did_not_come_to_its_end_has_failed():
+    assert summary_of().as_json().items() >= {"outcome": "failed", "exit_code": 1}.items()
+
+
+def test_the_rate_of_a_run_with_nothing_to_do_is_that_of_before():
+    assert summary_of(already_done=9, seconds=1.0, last_rate=4.0).images_per_second == 4.0
+    assert summary_of(captioned=9).images_per_second is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"7", b'"text"', b"null", b"{}", b"\xff\xfe", b"[" * 100_000),
+        *(
+            b'{"images_per_second": %s}' % rate
+            for rate in (b"null", b'"5"', b"true", b"0.0", b"-1.5", b"NaN", b"Infinity", b"[]")
+        ),
+        b'{"images_per_second": 1%s}' % (b"0" * 400),
+    ],
+)
+def test_a_summary_that_says_no_rate_has_none(tmp_path, content):
+    """It is from another run, and may be damaged: that is no reason for this one to fail."""
+    (tmp_path / "a.json").write_bytes(content)
+    assert read_rate(tmp_path / "a.json") is None
+
+
+def test_no_summary_has_no_rate(tmp_path):
+    assert read_rate(tmp_path / "a.json") is None
+    assert read_rate(tmp_path) is None
+    (tmp_path / "a.json").write_text('{"images_per_second": 5}')
+    assert read_rate(tmp_path / "a.json") == 5.0
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_damaged_summary_is_read_or_not_and_nothing_else(tmp_path, data):
+    whole = json.dumps(summary_of(captioned=3, seconds=2.0).as_json()).encode()
+    damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for position in data.draw(st.lists(st.integers(0, max(0, len(damaged) - 1)), max_size=3)):
+        if damaged:
+            damaged[position] = data.draw(st.integers(0, 255))
+    (tmp_path / "a.json").write_bytes(damaged)
+    rate = read_rate(tmp_path / "a.json")
+    assert rate is None or rate > 0
+
+
+def test_a_place_that_cannot_be_written_is_named(summary, tmp_path):
+    for write in (write_summary, write_metrics):
+        with pytest.raises(OutputError, match="missing/a"):
+            write(tmp_path / "missing" / "a", summary)

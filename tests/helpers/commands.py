@@ -1,0 +1,89 @@
+"""`batchcap` in the process of the tests, where TensorFlow runs and models are loaded once."""
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchcap import cli
+from batchcap.process.clock import StageClock
+from batchcap.process.signals import SIGNALS
+from batchcap.settings import DEFAULT_MODEL
+
+
+@contextlib.contextmanager
+def sharing_the_model() -> Iterator[None]:
+    """In the block, whoever loads the shipped model gets the same networks and compiled functions.
+
+    Runs in this process do not tell its C library to keep freed memory.
+    """
+    import batchcap.captioning.bench
+    import batchcap.captioning.caption
+    import batchcap.captioning.worker
+    import batchcap.model.captioner as module
+
+    load_anew = module.load_captioner
+    load_shipped = functools.cache(functools.partial(load_anew, DEFAULT_MODEL))
+
+    def load(directory: Path, execution: Any = None, compiled: bool = True) -> Any:
+        if directory != DEFAULT_MODEL:
+            return load_anew(directory, execution, compiled)
+        shared = load_shipped(execution or module.Execution())
+        if compiled:
+            captioner = copy.copy(shared)
+            captioner.clock = StageClock()
+            return captioner
+        parts = (shared.config, shared.vocabulary, shared.backbone, shared.decoder, shared.extract)
+        return module.Captioner(*parts, compiled=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (module, batchcap.captioning.caption, batchcap.captioning.bench):
+            patch.setattr(user, "load_captioner", load)
+        patch.setattr(batchcap.captioning.worker, "keep_freed_memory", lambda: None)
+        yield
+
+
+def batchcap_here(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """What `batchcap` with these arguments prints, and its exit code."""
+    given = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
+    with (
+        _log_and_signals_restored(),
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryFile("w+") as output,
+        tempfile.TemporaryFile("w+") as errors,
+    ):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(given))
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                cli.main([*map(str, arguments)])
+            except SystemExit as end:
+                code = int(str(end.code))
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
+
+
+@contextlib.contextmanager
+def _log_and_signals_restored() -> Iterator[None]:
+    """Undo what `main` sets for its whole process."""
+    loggers = [logging.getLogger(name) for name in ("", *logging.root.manager.loggerDict)]
+    levels, handlers = [logger.level for logger in loggers], logging.root.handlers[:]
+    signals = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for number, handler in signals.items():
+            signal.signal(number, handler)

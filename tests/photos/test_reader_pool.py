@@ -1,0 +1,331 @@
+"""Readers are real processes here, and die real deaths."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.stores import answer, web_server
+
+from batchcap.contracts import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection
+from batchcap.photos.reader_pool import Readers, readers
+from batchcap.storage.remote import describe
+
+SLOW_S = 1.0
+PIXELS = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+
+
+def load(path: ImageFile) -> LoadedImage:
+    """Does to its process what the file's name says."""
+    name = Path(str(path)).name
+    if name.startswith("once"):
+        try:
+            Path(str(path)).touch(exist_ok=False)
+        except FileExistsError:
+            return LoadedImage(PIXELS, sha256=name)
+    if name.startswith(("kill", "once-kill")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("exit"):
+        os._exit(7)
+    if name.startswith("raise"):
+        raise ZeroDivisionError
+    if name.startswith(("hang", "once-hang")):
+        time.sleep(600)
+    if name.startswith("slow"):
+        time.sleep(SLOW_S)
+    if name.startswith("pid"):
+        return LoadedImage(PIXELS, file_size=os.getpid())
+    return LoadedImage(PIXELS, sha256=name)
+
+
+def one(read: Readers, path: str) -> LoadedImage:
+    (image,) = read([path])
+    return image
+
+
+class LoadThatIsSlowToStart:
+    def __reduce__(self) -> object:
+        return load_slowly_made, ()
+
+
+def load_slowly_made() -> object:
+    time.sleep(1.5)
+    return load
+
+
+def names_of_rejected(images: dict[str, LoadedImage]) -> set[str]:
+    return {name for name, image in images.items() if isinstance(image.pixels, Rejection)}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, "processes stay"
+        time.sleep(0.02)
+
+
+def test_a_photo_comes_as_it_was_loaded():
+    with readers(load, 1, 60) as read:
+        image = one(read, "a.jpg")
+        assert one(read, "b\udcff.jpg").sha256 == "b\udcff.jpg"
+    np.testing.assert_array_equal(image.pixels, PIXELS)
+    assert image.sha256 == "a.jpg"
+
+
+def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
+    """Modules that a reader needs were looked for in the working directory first."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("array", "pickle", "struct", "types"):
+        (tmp_path / f"{module}.py").write_text("open('executed', 'w'); raise ImportError")
+    with readers(load, 1, 60) as read:
+        assert one(read, "a.jpg").sha256 == "a.jpg"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
+    names = [f"{kind}{n}" for n in range(3) for kind in ("good", "fine", "kill", "well")]
+    names += ["exit", "raise"]
+    groups = [names[start : start + 5] for start in range(0, len(names), 5)]
+    with readers(load, 2, 60) as read, ThreadPoolExecutor(4) as pool:
+        loaded = [image for images in pool.map(read, groups) for image in images]
+    images = dict(zip(names, loaded, strict=True))
+    assert names_of_rejected(images) == {"kill0", "kill1", "kill2", "exit", "raise"}
+    assert images["kill0"].pixels == Rejection(
+        ErrorType.QUARANTINED,
+        "The second process to read this file was killed by SIGKILL, too; "
+        "look at it, or remove it.",
+    )
+    assert "ended with exit code 7, too;" in images["exit"].pixels.message
+    assert "ended with exit code 1, too;" in images["raise"].pixels.message
+    assert [image.sha256 for name, image in images.items() if name[0] in "gfw"] == [
+        name for name in names if name[0] in "gfw"
+    ]
+    assert "was killed by SIGKILL on 'kill0' alone; starting another" in " ".join(caplog.messages)
+
+
+@pytest.mark.parametrize(("name", "timeout_s"), [("once-kill", 60), ("once-hang", 1)])
+def test_a_file_is_tried_again(tmp_path, name, timeout_s):
+    with readers(load, 1, timeout_s) as read:
+        assert one(read, str(tmp_path / name)).sha256 == name
+
+
+def test_the_time_to_start_a_process_is_not_the_files():
+    """On a busy machine with a short --stall-timeout good photos were given up."""
+    with readers(LoadThatIsSlowToStart(), 1, 1) as read:
+        assert one(read, "good").sha256 == "good"
+
+
+def test_a_reader_that_takes_no_bytes_is_replaced():
+    """Sending to it had no timeout: the run stalled, and no file was given up."""
+    with readers(load, 1, 1) as read:
+        os.kill(one(read, "pid").file_size, signal.SIGSTOP)
+        (image,) = read([FileAtHand("good", bytes(1 << 24))])
+    assert image.sha256 == "good"
+
+
+def test_each_answer_and_each_death_is_progress():
+    """Slow photos, each within its time, or given up one after the other, were taken for a stall.
+
+    As many come in one request, it times out; then each is read alone.
+    """
+    moves: list[int] = []
+    read = Readers(load, 1, 3 * SLOW_S, lambda: moves.append(1))
+    try:
+        images = read([f"slow{number}" for number in range(5)])
+        assert not any(isinstance(image.pixels, Rejection) for image in images)
+        assert len(moves) == 1 + 5
+        moves.clear()
+        assert isinstance(one(read, "kill").pixels, Rejection)
+        assert len(moves) == 2
+    finally:
+        read.stop()
+
+
+def test_a_file_that_hangs_its_readers_is_given_up_in_time():
+    started = time.monotonic()
+    with readers(load, 1, 1) as read:
+        image = one(read, "hang")
+        assert one(read, "good").sha256 == "good"
+    assert time.monotonic() - started < 20
+    assert isinstance(image.pixels, Rejection)
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert "did not come to an end in 1 s" in image.pixels.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_a_reader_do_nothing(number, caplog):
+    """Terminals and service managers send them to all processes; when to end is the run's to say.
+
+    Those that came while a reader was starting killed it.
+    """
+    with readers(load, 1, 60) as read:
+        (reader,) = multiprocessing.active_children()
+        for _ in range(20):
+            os.kill(reader.pid, number)
+            time.sleep(0.01)
+        assert one(read, "pid").file_size == reader.pid
+        os.kill(reader.pid, number)
+        assert one(read, "pid").file_size == reader.pid
+    assert not caplog.messages
+
+
+def test_signals_that_come_meanwhile_reach_this_process():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with readers(load, 2, 60):
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_no_process_is_left():
+    with readers(load, 3, 60) as read:
+        pids = [child.pid for child in multiprocessing.active_children()]
+        assert len(pids) == 3
+        one(read, "a.jpg")
+    wait_until_gone(pids)
+
+
+def test_readers_end_whatever_they_are_at():
+    """A reader that hung was not ended with the others. It ignored what Python sends to processes
+    at its exit, for which it waits: a run that was to stop at once did not end at all. Nor did
+    threads whose turn to read came after the end.
+    """
+    results = []
+
+    def read_on(name: str) -> None:
+        try:
+            results.append(one(read, name))
+        except RuntimeError as error:
+            results.append(error)
+
+    with readers(load, 1, 600) as read:
+        one(read, "good")
+        pids = [child.pid for child in multiprocessing.active_children()]
+        threads = [threading.Thread(target=read_on, args=("hang",), daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert time.monotonic() - started < 10
+    assert [str(result) for result in results] == ["the readers of photos have been stopped"] * 3
+    wait_until_gone(pids)
+    assert multiprocessing.active_children() == []
+
+
+SUSPENDED = """
+import test_reader_pool
+from batchcap.photos.reader_pool import readers
+if __name__ == "__main__":
+    with readers(test_reader_pool.load, 1, 10 * test_reader_pool.SLOW_S) as read:
+        read(["good"])
+        print("ready", flush=True)
+        print(read(["slow"])[0].sha256)
+"""
+
+
+def test_readers_of_a_suspended_run_are_not_replaced(tmp_path):
+    """When it was resumed, the time of the photo in flight had run out."""
+    script = tmp_path / "script.py"
+    script.write_text(SUSPENDED)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
+    ) as run:
+        assert run.stdout.readline() == "ready\n"
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(12 * SLOW_S)
+        os.killpg(run.pid, signal.SIGCONT)
+        told, errors = run.communicate(timeout=60)
+    assert (run.returncode, told, errors) == (0, "slow\n", "")
+
+
+RUN = """
+import sys, threading, multiprocessing
+import test_reader_pool
+from batchcap.photos.reader_pool import Readers, readers
+if __name__ == "__main__":
+    with readers(test_reader_pool.load, 2, 600) as read:
+        print(*{read(["pid"])[0].file_size for _ in range(2)}, flush=True)
+        for name in sys.argv[1:]:
+            threading.Thread(target=read, args=([name],), daemon=True).start()
+        threading.Event().wait(0.3)
+        print("reading", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("names", [[], ["hang", "hang"]], ids=["idle", "busy"])
+def test_readers_end_when_their_run_is_killed(tmp_path, names):
+    """One that hung over a file stayed, for good if need be."""
+    script = tmp_path / "script.py"
+    script.write_text(RUN)
+    pipe, path = subprocess.PIPE, os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, script, *names]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as run:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 2
+        assert run.stdout.readline() == "reading\n"
+        assert all(map(is_alive, pids))
+        run.kill()
+    wait_until_gone(pids)
+
+
+def test_readers_are_the_first_to_go_where_memory_runs_out():
+    with readers(load, 1, 60) as read:
+        pid = one(read, "pid").file_size
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_a_load_function_may_be_a_partial():
+    with readers(partial(load), 1, 60) as read:
+        assert one(read, "a.jpg").sha256 == "a.jpg"
+
+
+def test_a_file_that_is_given_up_is_known_again_by_its_size_and_time(tmp_path):
+    path = tmp_path / "kill"
+    path.write_bytes(b"12345")
+    with readers(load, 1, 60) as read:
+        image = one(read, str(path))
+    assert (image.file_size, image.mtime_ns) == (5, path.stat().st_mtime_ns)
+
+
+def test_a_file_at_a_url_that_is_given_up_is_known_again_too():
+    """It killed two readers in every run."""
+    headers = "Content-Length: 5", "Last-Modified: Fri, 17 May 2024 12:30:00 GMT"
+    with web_server({"/kill.jpg": answer(b"12345", *headers)}) as server:
+        with readers(load, 1, 60) as read:
+            image = one(read, f"{server}/kill.jpg")
+        file = describe(f"{server}/kill.jpg")
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert (image.file_size, image.mtime_ns) == (file.size, file.mtime_ns)
+    assert image.file_size == 5
+
+
+def test_a_server_that_hangs_readers_does_not_hang_the_run():
+    with socket.create_server(("127.0.0.1", 0)) as silent, readers(load, 1, 1) as read:
+        image = one(read, f"http://127.0.0.1:{silent.getsockname()[1]}/kill.jpg")
+    assert image.pixels.error_type is ErrorType.QUARANTINED
+    assert (image.file_size, image.mtime_ns) == (None, None)

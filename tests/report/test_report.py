@@ -1,0 +1,948 @@
+"""The page of `batchcap report`: what it is made of, and what it does in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.commands import batchcap_here
+from helpers.places import ROOT
+from helpers.rows import LOOK, METADATA, captioned_row, failed_row
+from helpers.shard_files import write_tar
+from helpers.stores import environment, s3_server
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from batchcap.contracts import InputError, UsageError
+from batchcap.evaluation.per_image import write_evaluation
+from batchcap.report.cards import SHOWN_FAILURES, digest_rows, grid_of
+from batchcap.report.report import histogram, json_for_html, last_run, made_with, write_report
+from batchcap.rows.parquet import Row, table_of, write_rows
+from batchcap.settings import ReportSettings
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+
+def hostile(text: str) -> str:
+    """What would run, or break the page, if it were anything but a text."""
+    return (
+        f"{text}</script><script>window.harm=1</script><img src=x onerror=harm=1>'\"`"
+        "<!--{{7*7}}${window.harm=1}&lt;\u2028\u2029\u202e\u0000]]>\\"
+    )
+
+
+def make_photo(path: Path, colour: str = "red", size: tuple[int, int] = (320, 240)) -> str:
+    """Write a photo; returns its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, "PNG")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def confident(image_id: str, probability: float, **columns: Any) -> Row:
+    return captioned_row(image_id, mean_logprob=math.log(probability), **columns)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows and their report; returns the page's path."""
+
+    def write_page(rows: list[Row], metadata: dict[str, str] = METADATA, **asked: Any) -> Path:
+        captions = asked.pop("captions", tmp_path / "captions.parquet")
+        if not captions.exists():
+            write_rows(captions, [table_of(rows)], metadata)
+        if "images" in asked:
+            asked["images"] = str(asked["images"])
+        out = tmp_path / "page.html"
+        write_report(ReportSettings(captions=captions, out=out, **asked))
+        return out
+
+    return write_page
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def cards_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {card["id"]: card for card in data_of(path)["cards"]}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from("<>&\u2028\u2029"),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_json_in_the_page_means_the_same_and_ends_no_element(value: Any) -> None:
+    text = json_for_html(value)
+    assert json.loads(text) == value
+    assert not set(text) & set("<>&\u2028\u2029")
+
+
+def drawn(groups: list[int], most: int, seed: int) -> list[str]:
+    ids = iter(range(sum(groups)))
+    tables = [table_of([captioned_row(next(ids)) for _ in range(size)]) for size in groups]
+    return [shown.card["id"] for shown in digest_rows(iter(tables), most, seed, {}).shown]
+
+
+def test_a_sample_is_the_same_however_rows_are_grouped_and_another_by_another_seed() -> None:
+    sample = drawn([50], most=20, seed=1)
+    assert len(set(sample)) == 20
+    assert sample == sorted(sample, key=int)
+    assert drawn([7, 0, 30, 13], most=20, seed=1) == sample
+    assert drawn([50], most=20, seed=2) != sample
+
+
+def test_all_rows_are_shown_where_there_are_no_more_than_asked_for() -> None:
+    assert drawn([3, 2], most=5, seed=0) == [*"01234"]
+
+
+def test_each_row_is_as_likely_to_be_drawn_as_any_other() -> None:
+    counts = dict.fromkeys([*"0123456789"], 0)
+    for seed in range(300):
+        for image_id in drawn([4, 6], most=5, seed=seed):
+            counts[image_id] += 1
+    assert min(counts.values()) > 150 - 45  # five standard deviations
+    assert max(counts.values()) < 150 + 45
+
+
+def test_counts_and_histogram_are_of_all_rows_though_a_sample_is_shown(
+    write: Callable[..., Path],
+) -> None:
+    rows = [captioned_row(n) for n in range(30)] + [failed_row(n) for n in range(30, 35)]
+    page = write(rows, sample=3)
+    text = page.read_text(encoding="utf-8")
+    assert len(data_of(page)["cards"]) == 3
+    assert "A sample: 3 of 35 photos, drawn at random with seed 0." in text
+    assert "<dt>photos</dt><dd>35</dd>" in text
+    assert "<dt>failed</dt><dd>5</dd>" in text
+    assert "75 to 80 %: 30." in text
+
+
+def test_a_folder_of_parts_is_read_like_a_file(tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    for n in range(2):
+        write_rows(folder / f"part-00000{n}.parquet", [table_of([captioned_row(n)])], METADATA)
+    assert [*cards_of(write([], captions=folder))] == ["0", "1"]
+
+
+def test_an_output_without_rows_gives_a_page_without_photos(write: Callable[..., Path]) -> None:
+    assert cards_of(write([])) == {}
+
+
+@pytest.mark.parametrize("name", ["a.png", "folder/猫.png", "\udcff.png", "back\\slash.png"])
+def test_photos_are_found_by_their_id(
+    tmp_path: Path, write: Callable[..., Path], name: str
+) -> None:
+    sha256 = make_photo(tmp_path / "photos" / name)
+    image_id = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
+    image_id = image_id.decode("utf-8", "backslashreplace")
+    page = write([captioned_row(image_id, sha256=sha256)], images=tmp_path / "photos")
+    card = cards_of(page)[image_id]
+    assert base64.b64decode(card["photo"])[8:12] == b"WEBP"
+    assert card["size"] == [200, 150]
+
+
+def test_photos_of_a_list_lie_below_its_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
+    sums = [make_photo(tmp_path / name) for name in ("lists/a.png", "b.png")]
+    (tmp_path / "lists" / "list.txt").write_text("a.png\n../b.png\n")
+    ids = ["a.png", "../b.png", str(tmp_path / "b.png")]
+    rows = [captioned_row(*row) for row in zip(ids, [*"abc"], strict=True)]
+    for row, sha256 in zip(rows, [*sums, sums[1]], strict=True):
+        row["sha256"] = sha256
+    cards = cards_of(write(rows, images=tmp_path / "lists" / "list.txt"))
+    assert all("photo" in card for card in cards.values())
+
+
+PHOTOS = {name: ("red", "green", "blue")[i] for i, name in enumerate(("a.png", "b/c.png", "d.png"))}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> dict[str, bytes]:
+    """Photos by name, which lie in the folder `photos` too."""
+    for name, colour in PHOTOS.items():
+        make_photo(tmp_path / "photos" / name, colour)
+    return {name: (tmp_path / "photos" / name).read_bytes() for name in PHOTOS}
+
+
+def rows_of(photos: dict[str, bytes]) -> list[Row]:
+    """A row for each photo."""
+    return [
+        captioned_row(name, sha256=hashlib.sha256(data).hexdigest())
+        for name, data in photos.items()
+    ]
+
+
+def assert_shows(page: Path, photos: Iterable[str]) -> None:
+    """Each card of these has its photo, in its colour."""
+    cards = cards_of(page)
+    for name, colour in zip(photos, PHOTOS.values(), strict=False):
+        with Image.open(io.BytesIO(base64.b64decode(cards[name]["photo"]))) as shown:
+            pixel = np.array(shown.convert("RGB"))[5, 5].astype(int)
+        assert np.abs(pixel - ImageColor.getrgb(colour)).max() < 20
+
+
+def tars_of(folder: Path, photos: dict[str, bytes], *names: str) -> None:
+    """The photos, in turn, in as many tars, each with a film that nobody captioned."""
+    for number, name in enumerate(names):
+        members = list(photos.items())[number :: len(names)]
+        write_tar(folder / name, [*members, (f"film-{number}.mp4", b"film")])
+
+
+@pytest.mark.parametrize("source", ["x-0.tar", "x-*.tar", "x-{0..1}.tar", "x-0.tar.gz"])
+def test_photos_are_found_in_tars(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes], source: str
+) -> None:
+    if source.endswith(".gz"):
+        write_tar(tmp_path / source, photos.items(), "w:gz")
+    else:
+        tars_of(tmp_path, photos, *(["x-0.tar"] if source == "x-0.tar" else ["x-0.tar", "x-1.tar"]))
+    assert_shows(write(rows_of(photos), images=tmp_path / source), photos)
+
+
+def test_photos_are_found_in_parquet_files_by_the_columns_that_are_named(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    table = pa.table({"bytes": list(photos.values()), "key": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "p-0.parquet")
+    by_key = dict(zip("xyz", photos.values(), strict=True))
+    source = {"images": tmp_path / "p-*.parquet", "image_column": "bytes"}
+    assert_shows(write(rows_of(by_key), **source, id_column="key"), by_key)
+    (tmp_path / "captions.parquet").unlink()
+    by_row = {f"p-0.parquet:{n:07}": data for n, data in enumerate(photos.values())}
+    assert_shows(write(rows_of(by_row), **source), by_row)
+    with pytest.raises(UsageError, match=r"has no column 'image'.*--image-column"):
+        write(rows_of(by_row), images=tmp_path / "p-0.parquet")
+
+
+def test_of_two_photos_with_one_id_the_first_is_shown(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    write_tar(tmp_path / "0.tar", [("a.png", photos["a.png"])])
+    write_tar(tmp_path / "1.tar", [("a.png", photos["d.png"]), ("b/c.png", photos["b/c.png"])])
+    page = write(rows_of(photos), images=tmp_path / "*.tar")
+    assert_shows(page, ["a.png", "b/c.png"])
+    assert cards_of(page)["d.png"]["problem"] == "The photo is not there any more."
+
+
+def test_photos_in_an_archive_that_has_changed_are_not_shown(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", photos["d.png"]), ("b/c.png", b"no photo")])
+    cards = cards_of(write(rows_of(photos), images=tmp_path / "x.tar"))
+    assert not any("photo" in card for card in cards.values())
+    assert cards["a.png"]["problem"] == "The photo has changed since it was captioned."
+
+
+def test_photos_of_any_run_are_those_of_its_own_input(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
+    """What `run` was given is what `report` is given."""
+    tars_of(tmp_path, photos, "x-0.tar", "x-1.tar")
+    (tmp_path / "list.txt").write_text("photos/a.png\nphotos/d.png\n")
+    for number, source in enumerate(("photos", "list.txt", "x-{0..1}.tar")):
+        captions, page = tmp_path / f"{number}.parquet", tmp_path / f"{number}.html"
+        given = str(tmp_path / source)
+        assert batchcap_here("run", given, captions).returncode == 0
+        done = batchcap_here("report", captions, page, "--images", given)
+        assert done.returncode == 0, done.stderr
+        cards = cards_of(page).values()
+        assert cards
+        assert all("photo" in card for card in cards)
+
+
+def test_photos_are_found_behind_urls(
+    tmp_path: Path, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = tmp_path / "captions.parquet"
+    write_rows(captions, [table_of(rows_of(photos))], METADATA)
+    tars_of(tmp_path, photos, "x-0.tar", "x-1.tar")
+    with s3_server() as port:
+        for name, value in environment(port).items():
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3")
+        store.mkdir("bucket")
+        store.put(str(tmp_path / "photos"), "bucket/photos", recursive=True)
+        for number in (0, 1):
+            store.put(str(tmp_path / f"x-{number}.tar"), f"bucket/x-{number}.tar")
+        store.pipe("bucket/odd//a.png", photos["a.png"])
+        store.pipe("bucket/list.txt", "".join(f"photos/{name}\n" for name in photos).encode())
+        listed = tmp_path / "listed.parquet"
+        names = {f"photos/{name}": data for name, data in photos.items()}
+        write_rows(listed, [table_of(rows_of(names))], METADATA)
+        odd = tmp_path / "odd.parquet"
+        write_rows(odd, [table_of(rows_of({"/a.png": photos["a.png"]}))], METADATA)
+        for source, rows, ids in (
+            ("s3://bucket/odd", odd, ["/a.png"]),
+            ("s3://bucket/photos", captions, photos),
+            ("s3://bucket/photos/", captions, photos),
+            ("s3://bucket/x-*.tar", captions, photos),
+            ("s3://bucket/list.txt", listed, names),
+        ):
+            page = tmp_path / "page.html"
+            write_report(ReportSettings(captions=rows, out=page, images=source))
+            assert_shows(page, ids)
+
+
+def test_an_id_that_is_a_url_is_asked_for_in_lists_only(
+    tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
+) -> None:
+    """Captions of a stranger make the report ask no server."""
+    asked: list[str] = []
+
+    class Asked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        row = captioned_row(f"http://127.0.0.1:{server.server_port}/a.png")
+        assert not any("photo" in card for card in cards_of(write([row], images=tmp_path)).values())
+        assert not asked
+        (tmp_path / "list.txt").touch()
+        write([row], images=tmp_path / "list.txt")
+        assert asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere", "nowhere.txt", "nowhere.tar", "x-{0..9}.tar", "no*.tar", "x.zip"]
+)
+def test_an_input_that_is_not_there_is_a_wrong_use(
+    tmp_path: Path, write: Callable[..., Path], source: str
+) -> None:
+    with pytest.raises((UsageError, InputError), match=r"check the path|is not read"):
+        write([captioned_row(0)], images=tmp_path / source)
+
+
+def test_a_photo_that_is_missing_changed_or_none_is_not_shown_and_the_card_says_why(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    make_photo(tmp_path / "changed.png")
+    (tmp_path / "text.png").write_text("secret")
+    secret = hashlib.sha256(b"secret").hexdigest()
+    rows = [captioned_row("missing.png"), captioned_row("changed.png")]
+    cards = cards_of(write([*rows, captioned_row("text.png", sha256=secret)], images=tmp_path))
+    assert not any("photo" in card for card in cards.values())
+    assert cards["missing.png"]["problem"] == "The photo is not there any more."
+    assert cards["changed.png"]["problem"] == "The photo has changed since it was captioned."
+    assert "no image format known" in cards["text.png"]["problem"]
+
+
+def test_what_is_printed_names_the_page_the_photos_and_how_to_show_them(tmp_path: Path) -> None:
+    captions = tmp_path / "captions.parquet"
+    write_rows(captions, [table_of([captioned_row(0), captioned_row(1)])], METADATA)
+    asked = {"captions": captions, "out": tmp_path / "page.html"}
+    line = r".*page\.html: 2 of 2 photos, 0\.0 MiB; --images INPUT would show the photos too"
+    assert re.fullmatch(line, write_report(ReportSettings(**asked)))
+    assert write_report(ReportSettings(**asked, images=str(tmp_path))).endswith("MiB; 2 missing")
+
+
+def test_the_page_may_not_replace_what_it_is_made_of(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    page = write([captioned_row(0)])
+    page.unlink()
+    os.link(tmp_path / "captions.parquet", page)
+    with pytest.raises(UsageError, match="written over"):
+        write([])
+
+
+def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[..., Path]) -> None:
+    page = write([captioned_row(0)])
+    page.rename(tmp_path / "other.html")
+    page.symlink_to("other.html")
+    before = (tmp_path / "other.html").stat().st_ino
+    write([captioned_row(0)])
+    assert page.is_symlink()
+    assert (tmp_path / "other.html").stat().st_ino != before
+    page.unlink()
+    page.mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        write([])
+
+
+def test_a_page_is_no_file_of_a_run_s_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="the folder of a run"):
+        write([], captions=tmp_path)
+
+
+def test_a_page_that_cannot_be_made_leaves_the_old_one(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    page = write([captioned_row(0)])
+    before = page.read_bytes()
+    (tmp_path / "captions.parquet").write_bytes(b"PAR1damaged")
+    with pytest.raises(InputError):
+        write([])
+    assert page.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"captions.parquet", "page.html"}
+
+
+def test_a_report_starts_no_tensorflow(tmp_path: Path) -> None:
+    write_rows(tmp_path / "c.parquet", [table_of([captioned_row(0)])], METADATA)
+    code = (
+        "import sys; from batchcap.cli import batchcap; "
+        "batchcap(['report', 'c.parquet', 'p.html', '--images', '.'], standalone_mode=False); "
+        "assert not {'tensorflow', 'keras'} & sys.modules.keys()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "p.html").exists()
+
+
+def test_no_path_of_the_machine_is_in_the_page(tmp_path: Path, write: Callable[..., Path]) -> None:
+    sha256 = make_photo(tmp_path / "a.png")
+    page = write([captioned_row("a.png", sha256=sha256), failed_row("b.png")], images=tmp_path)
+    assert str(tmp_path) not in page.read_text(encoding="utf-8")
+
+
+def test_the_policy_names_the_style_and_the_script_that_are_there(
+    write: Callable[..., Path],
+) -> None:
+    text = write([captioned_row(0)]).read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
+    assert policy
+    assert "unsafe" not in policy[1]
+    for kind in ("style", "script"):
+        block = re.search(f'<{kind}(?: type="module")?>(.*?)</{kind}>', text, re.DOTALL)
+        assert block
+        digest = base64.b64encode(hashlib.sha256(block[1].encode()).digest()).decode()
+        named = re.search(f"{kind}-src '([^']+)'", policy[1].replace("&#39;", "'"))
+        assert named
+        assert named[1] == f"sha256-{digest}"
+
+
+def test_only_the_first_failures_of_a_reason_are_named(write: Callable[..., Path]) -> None:
+    rows = [failed_row(f"photo {n:03}", error_message="bad") for n in range(SHOWN_FAILURES + 5)]
+    text = write(rows).read_text(encoding="utf-8")
+    assert "<bdi>photo 199</bdi>" in text
+    assert "<bdi>photo 200</bdi>" not in text
+    assert "and 5 more" in text
+
+
+def test_what_made_the_captions_is_told() -> None:
+    decode = '{"max_length": 20, "beam_size": 5, "length_penalty": 1.0}'
+    told = made_with({**METADATA, "batchcap.model": "ab" * 32, "batchcap.decode": decode})
+    assert told["Model"] == "ab" * 6
+    assert told["Words"] == "beam of 5, at most 20 words, length penalty 1.0"
+    assert made_with({"batchcap.decode": "[]"}) == {"Words": "[]"}
+    assert made_with({}) == {}
+
+
+def test_the_last_run_is_told_where_its_summary_lies_beside(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    summary = {
+        "outcome": "done",
+        "images_per_second": 12.34,
+        "stage_seconds": {"load": 1, "write": 0.5},
+    }
+    (tmp_path / "captions.summary.json").write_text(json.dumps(summary))
+    text = write([captioned_row(0)]).read_text(encoding="utf-8")
+    assert "12.3 photos a second" in text
+    assert "<dt>All threads</dt><dd><bdi>load 1.0 s, write 0.5 s</bdi></dd>" in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"stage_seconds": 3, "outcome": "\\ud800"}'])
+def test_a_damaged_summary_is_left_out(
+    tmp_path: Path, write: Callable[..., Path], text: str
+) -> None:
+    (tmp_path / "captions.summary.json").write_text(text)
+    assert cards_of(write([captioned_row(0)]))
+
+
+def test_an_old_summary_says_what_it_can() -> None:
+    assert last_run({"seconds": None, "started_at": "2026-01-02T03:04:05+00:00"}) == {
+        "Started": "2026-01-02 03:04:05 UTC"
+    }
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    bars = histogram(np.array([0.01, 0.02, 0.5, 1.0]))["bars"]
+    assert bars[0] == (0, 2, 1.0)
+    assert bars[10] == (50, 1, 0.5)
+    assert bars[19] == (95, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("told", "grid"),
+    [("4x6", (4, 6)), ("7x7", (7, 7)), ("", (7, 7)), ("0x3", (7, 7)), ("9" * 5000 + "x3", (7, 7))],
+)
+def test_the_grid_is_the_file_s_or_that_of_the_shipped_model(
+    told: str, grid: tuple[int, int]
+) -> None:
+    assert grid_of({"batchcap.grid": told}) == grid
+
+
+def test_attention_is_kept_relative_to_the_strongest_cell(write: Callable[..., Path]) -> None:
+    maps = [[0.1] * 5 + [0.5], [0.0] * 6]
+    row = captioned_row("a", attention_map=maps)
+    card = cards_of(write([row], {**METADATA, "batchcap.grid": "2x3"}))["a"]
+    assert [*base64.b64decode(card["maps"])] == [51] * 5 + [255] + [0] * 6
+    assert card["looks"] == []  # whose strongest cell is in the third row
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"attention_map": [[0.5, 0.5]] * 2, "attention": None},
+        {"attention_map": [[math.nan] * 49] * 2, "attention": [{**LOOK, "peak_row": 9}] * 2},
+        {"attention_map": [None, None], "attention": [None, LOOK]},
+        {"token_logprobs": [math.nan, math.inf], "mean_logprob": math.nan},
+        {"tokens": None, "token_logprobs": None, "finished": None},
+        {"caption": "", "tokens": [], "token_logprobs": [], "attention": [], "attention_map": []},
+    ],
+)
+def test_rows_that_do_not_fit_make_a_card_all_the_same(
+    write: Callable[..., Path], columns: dict[str, Any]
+) -> None:
+    card = cards_of(write([captioned_row("a", **columns)]))["a"]
+    assert card["looks"] == [] or "attention" not in columns
+
+
+def evaluation(path: Path, ids: list[str], captions: list[str], cider: list[float]) -> Path:
+    columns = {
+        "image_id": ids,
+        "caption": captions,
+        "references": [[f"人写的{n}"] for n in ids],
+        "cider_d": cider,
+        "bleu_4": cider,
+    }
+    write_evaluation(path, columns, "signature|of|all", {"cider_d": 81.27, "bleu_4": 20.0})
+    return path
+
+
+def test_scores_and_references_stand_with_the_captions_that_they_are_of(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    captions = ["一只photo", "另一句"]
+    scored = evaluation(tmp_path / "scores.parquet", ["a", "b"], captions, [50.04, 10.0])
+    page = write([captioned_row(n) for n in "abc"], evaluation=scored)
+    cards = cards_of(page)
+    assert cards["a"]["scores"]["cider_d"] == 50.0
+    assert cards["a"]["scores"]["meteor"] is None
+    assert cards["a"]["references"] == ["人写的a"]
+    assert not any("scores" in cards[n] for n in "bc")
+    text = page.read_text(encoding="utf-8")
+    assert "<dt>CIDEr-D</dt><dd>81.3</dd>" in text
+    assert "Scores of 1 caption: <bdi>signature|of|all</bdi>" in text
+
+
+def test_an_evaluation_of_other_captions_is_refused(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    scored = evaluation(tmp_path / "scores.parquet", ["x"], ["一只photo"], [50.0])
+    with pytest.raises(InputError, match="scores of none of these captions"):
+        write([captioned_row("a")], evaluation=scored)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("install Chromium to see what the page does")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def look_at(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens a page; at the end, only the file was asked for, and nothing was complained of."""
+    complaints: list[str] = []
+    opened: list[Page] = []
+
+    def open_page(path: Path, **options: Any) -> Page:
+        page = browser.new_context(**options).new_page()
+        page.add_init_script(
+            "window.violations = [];"
+            "addEventListener('securitypolicyviolation', (e) => violations.push(e.blockedURI))"
+        )
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked_for(request.url, path))
+        page.goto(path.as_uri())
+        opened.append(page)
+        return page
+
+    def asked_for(url: str, path: Path) -> None:
+        if url != path.as_uri() and not url.startswith("data:"):
+            complaints.append(url)
+
+    yield open_page
+    for page in opened:
+        complaints += page.evaluate("violations")
+        assert page.evaluate("window.harm") is None
+        page.context.close()
+    assert complaints == []
+
+
+def names(page: Page) -> list[str]:
+    return page.locator(".card .name").all_text_contents()
+
+
+def announced(page: Page) -> str:
+    return page.locator("[aria-live=polite]").inner_text()
+
+
+def test_cards_are_sorted_by_confidence_name_and_score(
+    tmp_path: Path, write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    rows = [confident("b", 0.5), failed_row("d"), confident("a", 0.2), confident("c", 0.9)]
+    scored = evaluation(tmp_path / "s.parquet", [*"abc"], ["一只photo"] * 3, [5.0, 9.0, 7.0])
+    page = look_at(write(rows, evaluation=scored))
+    orders = {}
+    for option in page.locator("#order option").all():
+        page.select_option("#order", option.get_attribute("value"))
+        orders[option.inner_text()] = "".join(names(page))
+    assert orders == {
+        "as in the file": "bdac",
+        "by file name": "abcd",
+        "least sure first": "abcd",
+        "most sure first": "cbad",
+        "lowest CIDEr-D first": "acbd",
+        "highest CIDEr-D first": "bcad",
+    }
+
+
+def test_scores_and_references_are_on_the_card(
+    tmp_path: Path, write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    scored = evaluation(tmp_path / "s.parquet", ["a"], ["一只photo"], [5.0])
+    page = look_at(write([captioned_row("a")], evaluation=scored))
+    assert page.locator(".scores").inner_text().split("\n") == ["BLEU-4 5.0", "CIDEr-D 5.0"]
+    page.locator("summary", has_text="1 reference").click()
+    assert page.locator(".references li").inner_text() == "人写的a"
+
+
+def test_orders_by_score_are_there_with_scores_only(
+    write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    page = look_at(write([captioned_row("a")]))
+    assert not page.locator("#order option", has_text="CIDEr").count()
+
+
+def test_cards_are_found_by_name_caption_and_error_and_their_number_is_announced(
+    write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    failed = failed_row("c.jpg", error_type="truncated", error_message="The file ends early.")
+    noted = captioned_row("d.jpg", error_type="truncated", error_message="What there is of it.")
+    rows = [captioned_row("Boat.JPG", "船"), captioned_row("b.jpg", "狗"), failed, noted]
+    page = look_at(write(rows))
+    assert announced(page) == "4 of 4 photos"
+    for text, expected in {
+        "boat": ["Boat.JPG"],
+        "一只狗": ["b.jpg"],
+        "ends early": ["c.jpg"],
+        " TRUNC ": ["c.jpg", "d.jpg"],
+        ".*": [],
+        "": ["Boat.JPG", "b.jpg", "c.jpg", "d.jpg"],
+    }.items():
+        page.fill("#find", text)
+        assert names(page) == expected, text
+        assert announced(page) == f"{len(expected)} of 4 photos"
+    for status, expected in {
+        "captioned": ["Boat.JPG", "b.jpg", "d.jpg"],
+        "failed": ["c.jpg"],
+        "noted": ["d.jpg"],
+    }.items():
+        page.select_option("#status", status)
+        assert names(page) == expected, status
+    page.fill("#find", "boat")
+    assert announced(page) == "0 of 4 photos"
+
+
+@pytest.fixture
+def looked(tmp_path: Path, write: Callable[..., Path]) -> Path:
+    """A page of photos with attention: whole grids, summaries alone, and none."""
+    sums = {name: make_photo(tmp_path / "photos" / name) for name in ("full", "summary", "none")}
+    maps = [[0.0] * 49, [0.0] * 49]
+    maps[0][16] = maps[1][48] = 0.5
+    look = [{**LOOK, "peak_row": 2, "peak_col": 2}, {**LOOK, "peak_row": 6, "peak_col": 6}]
+    rows = [
+        captioned_row("full", "船", attention_map=maps, attention=look),
+        captioned_row("summary", "狗", attention=look, attention_map=None),
+        captioned_row("none", "猫", attention=None, attention_map=None),
+    ]
+    for row in rows:
+        row["sha256"] = sums[row["image_id"]]
+    return write(rows, images=tmp_path / "photos")
+
+
+def word(page: Page, text: str) -> Locator:
+    return page.locator(".word", has_text=text).and_(page.locator(".card .word"))
+
+
+def overlay(page: Page) -> list[str]:
+    parts = page.locator(".photo > :not(img)").all()
+    return [str(part.get_attribute("class")) for part in parts]
+
+
+VEIL = """() => {
+  const map = document.querySelector("canvas.map");
+  const pixels = map.getContext("2d").getImageData(0, 0, map.width, map.height).data;
+  return [map.width, map.height, pixels.filter((_, at) => at % 4 === 3).indexOf(0)];
+}"""
+
+
+def test_pointing_at_a_word_shows_where_the_model_looked(
+    looked: Path, look_at: Callable[..., Page]
+) -> None:
+    page = look_at(looked)
+    assert overlay(page) == []
+    word(page, "船").hover()
+    assert overlay(page) == ["map", "peak"]
+    assert page.evaluate(VEIL) == [7, 7, 48]
+    said = page.locator(".card", has_text="full").locator(".said")
+    assert said.inner_text() == "船 probability 78 %; looked most at row 7, column 7 (25 %)"
+    photo, peak = (page.locator(name).first.bounding_box() for name in (".photo", ".peak"))
+    assert photo is not None
+    assert peak is not None
+    assert (peak["x"] - photo["x"]) / photo["width"] == pytest.approx(6 / 7, abs=0.01)
+    word(page, "狗").hover()
+    assert overlay(page) == ["peak", "centre"]
+    assert "78 % a word" in said.inner_text()
+    word(page, "猫").hover()
+    assert overlay(page) == []
+    page.locator("h1").hover()
+    assert page.locator(".word.shown").count() == 0
+
+
+def test_the_overlay_covers_the_photo_exactly(looked: Path, look_at: Callable[..., Page]) -> None:
+    page = look_at(looked)
+    word(page, "船").hover()
+    image, veil = (page.locator(name).first.bounding_box() for name in (".photo img", ".map"))
+    assert image == veil
+
+
+def test_arrow_keys_go_from_word_to_word_and_escape_ends_it(
+    looked: Path, look_at: Callable[..., Page]
+) -> None:
+    page = look_at(looked)
+    page.locator("#find").focus()
+    page.keyboard.press("Tab")
+    shown = page.locator(".word.shown")
+    assert shown.inner_text() == "一只"
+    assert page.evaluate(VEIL)[2] == 16
+    page.keyboard.press("ArrowRight")
+    assert shown.inner_text() == "船"
+    assert shown.get_attribute("aria-pressed") == "true"
+    page.keyboard.press("ArrowRight")  # there is no next one
+    assert shown.inner_text() == "船"
+    page.keyboard.press("ArrowLeft")
+    assert shown.inner_text() == "一只"
+    page.keyboard.press("Escape")
+    assert overlay(page) == []
+    page.keyboard.press("Enter")
+    assert overlay(page) == ["map", "peak"]
+    page.keyboard.press("Tab")  # to the next caption, not the next word
+    assert overlay(page) == ["peak", "centre"]
+
+
+def test_a_tap_shows_and_a_tap_elsewhere_ends_it(
+    looked: Path, look_at: Callable[..., Page]
+) -> None:
+    page = look_at(looked, has_touch=True, is_mobile=True, viewport={"width": 390, "height": 800})
+    word(page, "船").tap()
+    assert overlay(page) == ["map", "peak"]
+    page.locator("h2", has_text="Photos").tap()
+    assert overlay(page) == []
+
+
+def test_a_word_tells_its_probability_without_colour_and_pointer(
+    looked: Path, look_at: Callable[..., Page]
+) -> None:
+    first = look_at(looked).locator(".card .word").first
+    told = "probability 61 %; looked most at row 3, column 3 (25 %)"
+    assert first.get_attribute("title") == told
+    assert first.get_attribute("aria-label") == f"一只: {told}"
+    assert first.evaluate("word => word.closest('[lang]').lang") == "zh-Hans"
+
+
+def test_improbable_words_differ_in_their_line_too(
+    write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    page = look_at(
+        write(
+            [
+                captioned_row(n, n, token_logprobs=[math.log(p)] * 3)
+                for n, p in enumerate([0.9, 0.4, 0.2, 0.05])
+            ]
+        )
+    )
+    lines = [
+        page.locator(".card")
+        .nth(n)
+        .locator(".word")
+        .first.evaluate("word => getComputedStyle(word).borderBottom")
+        for n in range(4)
+    ]
+    assert len(set(lines)) == 4
+
+
+def test_cards_and_photos_are_made_as_they_come_near(
+    tmp_path: Path, write: Callable[..., Path], look_at: Callable[..., Page]
+) -> None:
+    sha256 = make_photo(tmp_path / "a.png")
+    link = [f"{n:03}.png" for n in range(400)]
+    for name in link:
+        (tmp_path / name).symlink_to("a.png")
+    rows = [captioned_row(name, sha256=sha256) for name in link]
+    page = look_at(write(rows, images=tmp_path), viewport={"width": 390, "height": 700})
+    photos = page.locator(".photo img")
+    expect(photos.first).to_have_attribute("src", re.compile("^data:"))
+    cards = page.locator(".card").count()
+    assert cards < 200
+    assert page.locator(".photo img[src]").count() < cards
+    for _ in range(40):
+        page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+        page.wait_for_timeout(50)
+    assert page.locator(".card").count() == 400
+    expect(photos.last).to_have_attribute("src", re.compile("^data:"))
+
+
+CONTRASTS = """(selectors) => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = numbers(colour).map((c) => (c /= 255) <= 0.04045 ? c / 12.92
+      : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
+  };
+  return Object.fromEntries(selectors.map((selector) => {
+    const node = document.querySelector(selector);
+    const style = getComputedStyle(node);
+    const ink = node instanceof SVGElement ? style.fill : style.color;
+    const ground = node instanceof SVGElement ? node.closest("section") : node;
+    const [one, other] = [light(ink), light(behind(ground))].sort((a, b) => b - a);
+    return [selector, (one + 0.05) / (other + 0.05)];
+  }));
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_contrast_by_day_and_by_night(
+    looked: Path, look_at: Callable[..., Page], scheme: str
+) -> None:
+    page = look_at(looked, color_scheme=scheme)
+    texts = ["h1", "h2", ".figures dt", ".facts dt", ".note", "select", "input", "svg text"]
+    words = [f".legend .level{n}" for n in range(4)]
+    contrasts = page.evaluate(
+        CONTRASTS, [*texts, *words, "#controls label", ".said", ".name", "#count"]
+    )
+    assert min(contrasts.values()) >= 4.5, contrasts
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 21, 23)"
+    assert dark == (scheme == "dark")
+
+
+@pytest.fixture
+def attacked(tmp_path: Path, write: Callable[..., Path]) -> Path:
+    """A page of names, captions, messages, references, metadata that would all do harm."""
+    name = "<img src=x onerror=harm=1>.jpg"
+    sha256 = make_photo(tmp_path / "photos" / name)
+    long = "长" * 5000 + "x" * 5000
+    texts = [hostile("船"), long, "\u202e反了", "{{7*7}}", "line\nbreak\ttab"]
+    rows = [
+        captioned_row(name if n == 0 else f"{hostile('名')}{n}", caption=text, tokens=[text, ""])
+        for n, text in enumerate(texts)
+    ]
+    rows[0]["sha256"] = sha256
+    rows.append(failed_row(hostile("坏"), error_type=hostile("类"), error_message=hostile("话")))
+    rows.append(failed_row(long, error_type=long, error_message=long))
+    ids = [row["image_id"] for row in rows[:5]]
+    columns = {"image_id": ids, "caption": texts, "references": [[hostile("参"), long]] * 5}
+    scores = {hostile("分"): 1.0}
+    write_evaluation(tmp_path / "s.parquet", columns, hostile("签"), scores)
+    metadata = {key: hostile(value) for key, value in METADATA.items()}
+    (tmp_path / "captions.summary.json").write_text(json.dumps({"outcome": hostile("果")}))
+    asked = {"images": tmp_path / "photos", "evaluation": tmp_path / "s.parquet"}
+    return write(rows, metadata, **asked)
+
+
+def test_hostile_texts_are_shown_as_they_are_and_nothing_runs(
+    attacked: Path, look_at: Callable[..., Page]
+) -> None:
+    page = look_at(attacked)
+    shown = page.locator(".caption").first.evaluate("node => node.textContent")
+    assert shown == hostile("船")
+    assert page.locator(".name").first.text_content() == "<img src=x onerror=harm=1>.jpg"
+    assert page.locator("script").count() == 2
+    assert page.locator("img").count() == 1
+    assert page.locator(".caption").nth(3).text_content() == "{{7*7}}"
+    for details in page.locator("details").all():
+        details.evaluate("node => { node.open = true; }")
+    for text in page.locator(".card .word").all():
+        text.focus()
+    page.select_option("#order", "worst")
+    page.fill("#find", "<script>window.harm")
+    assert announced(page) == "6 of 7 photos"
+
+
+def test_texts_that_turn_the_direction_turn_only_themselves(
+    attacked: Path, look_at: Callable[..., Page]
+) -> None:
+    page = look_at(attacked)
+    for place in (
+        ".name > *",
+        ".caption > *",
+        ".remark > bdi",
+        ".references li > *",
+        ".failure td > *",
+    ):
+        isolation = page.locator(place).first.evaluate("node => getComputedStyle(node).unicodeBidi")
+        assert isolation == "isolate", place
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_nothing_is_wider_than_the_window(
+    attacked: Path, look_at: Callable[..., Page], width: int
+) -> None:
+    page = look_at(attacked, viewport={"width": width, "height": 800})
+    for details in page.locator("details").all():
+        details.evaluate("node => { node.open = true; }")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_without_scripts_the_page_says_so(write: Callable[..., Path], browser: Browser) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(write([captioned_row(0), failed_row(1)]).as_uri())
+    assert "scripts are switched off here" in page.locator("main").inner_text()
+    assert page.locator("#controls").is_hidden()
+    assert "corrupt" in page.locator("main").inner_text()
+    page.context.close()

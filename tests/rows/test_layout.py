@@ -1,0 +1,130 @@
+"""Where the files of outputs are: parts in the order of their numbers, with shards or without."""
+
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from helpers.rows import METADATA, captioned_row
+
+from batchcap.contracts import OtherOutputError
+from batchcap.rows.layout import check_shares, layout_of
+from batchcap.rows.merge import merge_captions
+from batchcap.rows.writer import open_captions
+from batchcap.settings import MergeSettings, OnExisting
+
+OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
+
+
+def write(output: Path, *image_ids: object, share: tuple[int, int] = (0, 1), ends: bool = True):
+    """What a run leaves that commits each row as a part."""
+    layout = layout_of(output, share)
+    layout.output.parent.mkdir(exist_ok=True)
+    with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
+        for image_id in image_ids:
+            folder.append([captioned_row(image_id)])
+            folder.commit()
+        if ends:
+            folder.finish()
+    return layout
+
+
+def ids_in(files: list[Path]) -> list[str]:
+    return [image_id for file in files for image_id in pq.read_table(file)["image_id"].to_pylist()]
+
+
+@OUTPUTS
+def test_parts_above_999999_are_found_in_their_order(name, tmp_path):
+    layout = write(tmp_path / name, "a", ends=False)
+    (layout.parts / "part-000001.parquet").rename(layout.parts / "part-999998.parquet")
+    write(tmp_path / name, "b", "c", ends=False)
+    write(tmp_path / name, "d", ends=False)
+    numbers = [int(file.stem.removeprefix("part-")) for file in layout.row_files()]
+    assert numbers == [999_998, 999_999, 1_000_000, 1_000_001]
+    assert ids_in(layout.row_files()) == ["a", "b", "c", "d"]
+    write(tmp_path / name)
+    assert sorted(ids_in(layout.row_files())) == ["a", "b", "c", "d"]
+
+
+@OUTPUTS
+def test_temporary_files_of_parts_above_999999_are_removed(name, tmp_path):
+    layout = write(tmp_path / name, "a", ends=False)
+    left = layout.staged(layout.parts / "part-1000000.parquet")
+    left = left.with_name(f".{left.name}.0123abcd.tmp")
+    own = left.with_name(left.name.replace("1000000", "1000000-mine"))
+    for path in (left, own):
+        path.touch()
+    write(tmp_path / name, ends=False)
+    assert (left.exists(), own.exists()) == (False, True)
+
+
+def test_damaged_parts_above_999999_are_moved_out(tmp_path):
+    layout = write(tmp_path / "captions", "a")
+    (layout.output / ".part-1000000.parquet.17.damaged").touch()
+    write(tmp_path / "captions")
+    assert (tmp_path / ".captions.part-1000000.parquet.17.damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "other", ["part-0000001.parquet", "part-000001-old.parquet", "part-1.parquet"]
+)
+def test_other_names_are_no_parts(other, tmp_path):
+    layout = write(tmp_path / "captions", "a")
+    (layout.output / other).touch()
+    assert [file.name for file in layout.row_files()] == ["part-000001.parquet"]
+
+
+@OUTPUTS
+def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
+    write(tmp_path / name, "a", share=(1, 4))
+    with pytest.raises(OtherOutputError, match="is in 4 shards: give --shard I/4") as refusal:
+        check_shares(tmp_path / name, 1)
+    assert refusal.value.exit_code == 4
+
+
+@OUTPUTS
+@pytest.mark.parametrize("ends", [True, False])
+def test_one_output_is_not_written_in_shards(name, ends, tmp_path):
+    write(tmp_path / name, "a", ends=ends)
+    check_shares(tmp_path / name, 1)
+    with pytest.raises(OtherOutputError, match="is not in shards: run without --shard"):
+        check_shares(tmp_path / name, 4)
+
+
+def test_a_data_set_with_rows_in_and_outside_of_shards_is_refused(tmp_path):
+    """As versions before this check left them."""
+    write(tmp_path / "captions", "a")
+    write(tmp_path / "captions", "a", share=(0, 1_000))
+    with pytest.raises(OtherOutputError, match="is in 1000 shards"):
+        check_shares(tmp_path / "captions", 1)
+    with pytest.raises(OtherOutputError, match=r"outside of its shards, in part-000001\.parquet"):
+        check_shares(tmp_path / "captions", 1_000)
+
+
+def test_shards_go_on_beside_the_file_that_they_were_merged_to(tmp_path):
+    output = tmp_path / "captions.parquet"
+    for index in range(2):
+        write(output, index, share=(index, 2))
+    merge_captions(MergeSettings(captions=output, output=output))
+    for count in (1, 2):
+        check_shares(output, count)
+    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+        check_shares(output, 4)
+
+
+def test_new_folders_are_synced(tmp_path, monkeypatch):
+    """Without it, a power failure takes a folder away with all that was committed to it."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr("batchcap.rows.layout.cache_folder", lambda name: tmp_path / "cache" / name)
+    layout = layout_of("memory://bucket/captions")
+    made = [layout.output, layout.output.parent]
+    assert {str(path.parent) for path in made} <= set(synced)
+    with open_captions(layout_of(tmp_path / "captions"), METADATA, OnExisting.RESUME):
+        assert synced[-1] == str(tmp_path)
