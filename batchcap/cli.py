@@ -21,7 +21,7 @@ import click
 
 from batchcap import __version__
 from batchcap.caption_files.records import read_bytes
-from batchcap.contracts import BatchcapError
+from batchcap.errors import BatchcapError
 from batchcap.model.runtime import start_tensorflow
 from batchcap.process.logs import configure_logging, log_event, writes_json
 from batchcap.process.signals import Stopped, stop_on_signals

@@ -9,8 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import MAX_PIXELS, MAX_WORDS, Precision, Runtime, UsageError
+from batchcap.errors import UsageError
 
+MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
+MAX_WORDS = 1_000_000  # of a vocabulary
 MAX_SHARES = 99_999  # of five digits in names
 MAX_STEPS = 10**9  # of training, or epochs
 MAX_PIXEL_VALUE = 1000.0  # for a backbone
@@ -21,6 +23,23 @@ DEFAULT_MODEL = Path(__file__).parent / "default_model"
 CAPTIONS_THEMSELVES = Path("-")
 # Folders of operating systems and storage devices, as patterns of `--exclude`.
 SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*", "__MACOSX")
+
+
+class Runtime(StrEnum):
+    """What runs the backbone. `auto` is OpenVINO where it is installed and there is no GPU."""
+
+    AUTO = "auto"
+    TENSORFLOW = "tensorflow"
+    OPENVINO = "openvino"
+
+
+class Precision(StrEnum):
+    """What the backbone computes in; its weights and features are float32."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class AttentionDetail(StrEnum):

@@ -17,9 +17,8 @@ from helpers.places import PHOTOS, data_set
 from PIL import Image
 
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import Precision, Runtime
 from batchcap.model.config import read_config
-from batchcap.settings import DEFAULT_MODEL, RunSettings
+from batchcap.settings import DEFAULT_MODEL, Precision, RunSettings, Runtime
 
 if TYPE_CHECKING:  # the process that hands out the tests needs no TensorFlow
     from batchcap.model.captioner import Captioner

@@ -28,7 +28,7 @@ from helpers.simulated_kills import Death, Machine
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
-from batchcap.contracts import BatchcapError, InputError, UsageError
+from batchcap.errors import BatchcapError, InputError, UsageError
 from batchcap.rows import layout as layouts
 from batchcap.rows.id_hashes import hashes_of, in_share
 from batchcap.rows.index import Known, newest_rows

@@ -12,7 +12,7 @@ PACKAGE = Path(batchcap.__file__).parent
 
 # Rooms of one level do not import each other.
 LEVELS = [
-    {"contracts"},
+    {"errors", "schema"},
     {"settings", "storage"},
     {"process"},
     {"model", "rows"},
@@ -36,7 +36,7 @@ HOMES = {  # rooms or files
     "openvino": set(),  # by `import_openvino`
     "matplotlib": set(),  # by `import_matplotlib`
     "pyarrow": {
-        "contracts",
+        "schema",
         "rows",
         "photos.archives",
         "caption_files",

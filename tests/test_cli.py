@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from batchcap import __version__
 from batchcap.cli import batchcap, main
-from batchcap.contracts import ModelError
+from batchcap.errors import ModelError
 from batchcap.model.vocabulary import Vocabulary
 from batchcap.settings import (
     DEFAULT_MODEL,

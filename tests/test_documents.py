@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from helpers.places import ROOT
 
 from batchcap.cli import batchcap
-from batchcap.contracts import ARROW_SCHEMA, ErrorType
+from batchcap.schema import ARROW_SCHEMA, ErrorType
 from batchcap.settings import Decay, Monitor, TrainSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

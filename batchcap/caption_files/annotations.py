@@ -20,7 +20,7 @@ from batchcap.caption_files.records import (
     read_records,
     text_lines,
 )
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.model.config import STYLE_NAME
 from batchcap.photos.listing import has_image_extension
 from batchcap.process.wording import counted, printable, shown

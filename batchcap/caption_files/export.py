@@ -32,7 +32,7 @@ from batchcap.caption_files.predictions import (
     read_captions,
     read_rows,
 )
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.process.wording import counted, printable
 from batchcap.rows.parquet import saying_where
 from batchcap.settings import CAPTIONS_THEMSELVES, ExportFormat, ExportSettings

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.process.wording import counted, printable
 from batchcap.settings import MatchBy
 

@@ -20,7 +20,7 @@ from batchcap.caption_files.records import (
     read_bytes,
     read_records,
 )
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.process.wording import saying_which, shown
 from batchcap.rows.index import newest_rows
 from batchcap.rows.layout import Layout

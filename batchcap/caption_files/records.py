@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.process.wording import counted, printable, saying_which
 
 GZIP = b"\x1f\x8b"

@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from batchcap.captioning.inventory import Inventory, State
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import BatchcapError, ImageRef
+from batchcap.errors import BatchcapError
 from batchcap.photos.archives import Archive
 from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of
 from batchcap.rows.index import RowIndex
 from batchcap.rows.parquet import Row
+from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
 
 BYTES_IN_MEMORY = 1 << 26  # of rows that wait; more are on disk

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import InputError, OutputError
+from batchcap.errors import InputError, OutputError
 from batchcap.process.environment import import_matplotlib
 from batchcap.storage.files import replacing
 

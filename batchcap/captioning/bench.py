@@ -26,7 +26,7 @@ from batchcap.captioning.local_engine import (
     run_locally,
 )
 from batchcap.captioning.options import decode_settings_of
-from batchcap.contracts import ImageRef, InputError
+from batchcap.errors import InputError
 from batchcap.model.captioner import load_captioner
 from batchcap.model.config import read_config
 from batchcap.model.runtime import choose_execution
@@ -37,6 +37,7 @@ from batchcap.process.memory import keep_freed_memory, peak_memory_bytes
 from batchcap.rows.layout import Layout
 from batchcap.rows.parquet import Row
 from batchcap.rows.writer import IDENTITY, open_captions
+from batchcap.schema import ImageRef
 from batchcap.settings import BenchSettings, OnExisting
 
 Result = TypeVar("Result")

@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 from batchcap.captioning.attention_figure import draw_attention
 from batchcap.captioning.options import decode_settings_of
-from batchcap.contracts import Rejection
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import read_config
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.process.wording import printable
+from batchcap.schema import Rejection
 from batchcap.settings import CaptionSettings, DecodeSettings
 from batchcap.storage.remote import without_file_scheme
 

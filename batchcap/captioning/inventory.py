@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import ImageRef, InputError, UsageError, int64_or_none
+from batchcap.errors import InputError, UsageError
 from batchcap.photos.archives import PARQUET_SUFFIX, Archive, Columns, Unread
 from batchcap.photos.file_lists import likely_fault
 from batchcap.photos.listing import (
@@ -29,6 +29,7 @@ from batchcap.photos.listing import (
 from batchcap.process.wording import counted, printable
 from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of, in_share
 from batchcap.rows.index import UNKNOWN, Known, RowIndex
+from batchcap.schema import ImageRef, int64_or_none
 from batchcap.settings import SYSTEM_FOLDERS, RunSettings
 from batchcap.storage.remote import describe, is_url
 

@@ -15,14 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import (
-    CaptionSource,
-    ImageFile,
-    ImageRef,
-    LoadedImage,
-    ModelError,
-    Rejection,
-)
+from batchcap.errors import ModelError
 from batchcap.model.attention import summarise_attention
 from batchcap.model.captioner import Captioner
 from batchcap.model.decoding import Decoded
@@ -30,6 +23,7 @@ from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.photos.reader_pool import core_count
 from batchcap.rows.parquet import Row
+from batchcap.schema import CaptionSource, ImageFile, ImageRef, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail, DecodeSettings
 
 Item = TypeVar("Item")

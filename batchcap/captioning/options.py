@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.errors import UsageError
 from batchcap.model.config import ModelConfig, read_config
 from batchcap.photos.images import LoadSettings
-from batchcap.settings import AttentionDetail, DecodeSettings, ModelOptions, RunSettings, Truncated
+from batchcap.settings import (
+    AttentionDetail,
+    DecodeSettings,
+    ModelOptions,
+    Precision,
+    RunSettings,
+    Runtime,
+    Truncated,
+)
 
 READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
 

@@ -30,7 +30,7 @@ from batchcap.captioning.arrivals import Piece, PieceInventory, Tally
 from batchcap.captioning.inventory import columns_of, list_images_of
 from batchcap.captioning.options import WorkerSettings
 from batchcap.captioning.worker import CaptionWorker
-from batchcap.contracts import BatchcapError, ImageRef, UsageError, first_line
+from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.model.runtime import start_tensorflow
 from batchcap.photos.archives import Archive, Unread
 from batchcap.photos.listing import archives_in
@@ -40,6 +40,7 @@ from batchcap.process.stderr import DID_NOT_START, kept_back, stderr_to
 from batchcap.rows.id_hashes import IdSet, hashes_of
 from batchcap.rows.index import RowIndex
 from batchcap.rows.parquet import Row
+from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
 from batchcap.storage.remote import is_url
 

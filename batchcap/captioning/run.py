@@ -23,14 +23,7 @@ from batchcap.captioning.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.captioning.summary import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.captioning.watchdog import Watchdog, watching
 from batchcap.captioning.worker import CaptionWorker
-from batchcap.contracts import (
-    SCHEMA_VERSION,
-    BatchcapError,
-    ImageRef,
-    LockedError,
-    OutputError,
-    Precision,
-)
+from batchcap.errors import BatchcapError, LockedError, OutputError
 from batchcap.model.config import fingerprint, read_config
 from batchcap.model.runtime import precision_of
 from batchcap.photos.listing import can_be_listed_twice
@@ -50,12 +43,14 @@ from batchcap.rows.writer import (
     index_of,
     open_captions,
 )
+from batchcap.schema import SCHEMA_VERSION, ImageRef
 from batchcap.settings import (
     DECODE_DEFAULTS,
     DEFAULT_MODEL,
     AttentionDetail,
     DecodeSettings,
     Engine,
+    Precision,
     RunSettings,
 )
 from batchcap.storage.files import make_folder

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import TOO_MANY_FAILED
+from batchcap.errors import TOO_MANY_FAILED
 from batchcap.process.wording import printable
 from batchcap.rows.parquet import saying_where
 from batchcap.storage.files import replace_text

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from batchcap.contracts import ImageRef
 from batchcap.process.wording import printable
+from batchcap.schema import ImageRef
 
 EXIT_CODE = 1
 GRACE_S = 10.0  # for the last words; and after which another process ends this one

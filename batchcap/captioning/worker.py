@@ -5,12 +5,12 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from batchcap.captioning.options import WorkerSettings
-from batchcap.contracts import ImageRef
 from batchcap.model.runtime import choose_execution
 from batchcap.photos.images import load_image
 from batchcap.photos.reader_pool import Readers
 from batchcap.process.memory import keep_freed_memory
 from batchcap.rows.parquet import Row
+from batchcap.schema import ImageRef
 
 if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
     from batchcap.model.captioner import Captioner

@@ -9,7 +9,7 @@ import numpy as np
 from batchcap.caption_files.annotations import AnnotatedImage, read_annotations
 from batchcap.caption_files.matching import match
 from batchcap.caption_files.predictions import GeneratedCaption, check_out, read_captions
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.evaluation.bootstrap import interval, p_value, resampled
 from batchcap.evaluation.meteor import SIGNATURE as METEOR_SIGNATURE
 from batchcap.evaluation.meteor import with_meteor

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from batchcap.contracts import BatchcapError, UsageError
+from batchcap.errors import BatchcapError, UsageError
 from batchcap.evaluation.metrics import Scores, Words
 
 SIGNATURE = "meteor=1.5,en,norm"

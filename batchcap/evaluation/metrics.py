@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import UsageError
+from batchcap.errors import UsageError
 
 Word = TypeVar("Word")
 Words = Sequence[str]

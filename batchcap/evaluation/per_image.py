@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.process.wording import saying_which
 from batchcap.rows.parquet import saying_where
 from batchcap.storage.files import replacing

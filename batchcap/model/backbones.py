@@ -12,10 +12,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from batchcap.contracts import ModelError, Precision
+from batchcap.errors import ModelError
 from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import WIDTH_AND_DEPTH, build_efficientnet_lite
 from batchcap.process.wording import shown
+from batchcap.settings import Precision
 
 Shape = tuple[int, int, int]
 Range = tuple[float, float]

@@ -15,7 +15,7 @@ import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from batchcap.contracts import ModelError, Precision, Runtime
+from batchcap.errors import ModelError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.config import (
     CONFIG_FILE,
@@ -46,7 +46,7 @@ from batchcap.model.runtime import Execution
 from batchcap.model.vocabulary import Vocabulary, start_ids
 from batchcap.process.clock import StageClock
 from batchcap.process.wording import excerpt
-from batchcap.settings import DecodeSettings
+from batchcap.settings import DecodeSettings, Precision, Runtime
 
 Weights = dict[str, npt.NDArray[Any]]
 

@@ -19,8 +19,9 @@ from pydantic import (
     ValidationError,
 )
 
-from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.errors import ModelError
 from batchcap.process.wording import excerpt
+from batchcap.settings import MAX_WORDS
 
 CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.txt"

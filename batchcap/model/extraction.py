@@ -21,12 +21,12 @@ import numpy.typing as npt
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from batchcap.contracts import Precision
 from batchcap.model import backbones, efficientnet_lite
 from batchcap.model.backbones import extract_features, feature_grid
 from batchcap.model.config import BackboneConfig
 from batchcap.model.runtime import import_openvino
 from batchcap.process.environment import cache_folder, code_version
+from batchcap.settings import Precision
 from batchcap.storage.files import replacing
 
 # uint8[B, S, S, 3] -> float32[B, G, D], an array or a tensor

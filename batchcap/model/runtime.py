@@ -6,9 +6,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from batchcap.contracts import BatchcapError, Precision, Runtime, UsageError, first_line
+from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.process.environment import settle_caches
 from batchcap.process.stderr import kept_back
+from batchcap.settings import Precision, Runtime
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.errors import ModelError
 from batchcap.process.environment import cache_folder
 from batchcap.process.wording import excerpt, shown
+from batchcap.settings import MAX_WORDS
 
 PADDING_ID = 0
 UNKNOWN_ID = 1

@@ -17,7 +17,8 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchcap.contracts import ErrorType, Rejection, UsageError, first_line
+from batchcap.errors import UsageError, first_line
+from batchcap.schema import ErrorType, Rejection
 from batchcap.storage.remote import is_url, matching, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

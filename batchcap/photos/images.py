@@ -34,16 +34,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from batchcap.contracts import (
-    MAX_PIXELS,
-    ErrorType,
-    FileAtHand,
-    LoadedImage,
-    Rejection,
-    UsageError,
-    int64_or_none,
-    sha256_of,
-)
+from batchcap.errors import UsageError
 from batchcap.photos import jpeg, png, webp
 from batchcap.photos.formats import (
     BOXED_FORMATS,
@@ -67,6 +58,8 @@ from batchcap.photos.rejections import (
     one_line,
     truncated,
 )
+from batchcap.schema import ErrorType, FileAtHand, LoadedImage, Rejection, int64_or_none, sha256_of
+from batchcap.settings import MAX_PIXELS
 from batchcap.storage.remote import describe, is_url, read_file
 
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from batchcap.contracts import ImageRef, InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.photos.archives import (
     PARQUET_SUFFIX,
     TAR_SUFFIXES,
@@ -32,6 +32,7 @@ from batchcap.photos.file_lists import names_in
 from batchcap.photos.tars import read_tar
 from batchcap.photos.tiff import RAW_EXTENSIONS
 from batchcap.process.wording import printable, saying_which
+from batchcap.schema import ImageRef
 from batchcap.settings import SYSTEM_FOLDERS
 from batchcap.storage.remote import is_url, list_folder, open_file, without_file_scheme
 

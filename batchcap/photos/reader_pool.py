@@ -21,18 +21,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import (
-    BatchcapError,
-    ErrorType,
-    FileAtHand,
-    ImageFile,
-    LoadedImage,
-    Rejection,
-    UsageError,
-    int64_or_none,
-)
+from batchcap.errors import BatchcapError, UsageError
 from batchcap.process.memory import keep_freed_memory
 from batchcap.process.signals import SIGNALS
+from batchcap.schema import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection, int64_or_none
 from batchcap.storage.remote import RemoteFile, describe, is_url
 
 Load = Callable[[Any], LoadedImage]  # of an ImageFile

@@ -2,7 +2,7 @@
 
 import io
 
-from batchcap.contracts import ErrorType, Rejection
+from batchcap.schema import ErrorType, Rejection
 
 # Chunks, segments and blocks, which Pillow walks one by one and of which it keeps most: without a
 # limit, 5 MB of the shortest take 2 s and 220 MB, and MAX_FILE_BYTES 200 times as much. A PNG of

@@ -11,7 +11,6 @@ from decimal import Decimal
 from functools import partial
 from typing import IO, Self
 
-from batchcap.contracts import ErrorType, Rejection, int64_or_none
 from batchcap.photos.archives import (
     BUFFER_BYTES,
     MAX_PHOTO_BYTES,
@@ -21,6 +20,7 @@ from batchcap.photos.archives import (
     open_archive,
     reporting,
 )
+from batchcap.schema import ErrorType, Rejection, int64_or_none
 
 MAX_HEADER_BYTES = 1 << 20  # of a pax header, or a long name
 MAX_EXTENTS = 4096  # of a sparse file

@@ -5,8 +5,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from batchcap.contracts import ErrorType
 from batchcap.photos.rejections import MAX_PARTS, RejectionError, too_many_parts, truncated
+from batchcap.schema import ErrorType
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 STRIP_OFFSETS, STRIP_BYTES, TILE_WIDTH, TILE_HEIGHT = 273, 279, 322, 323

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 
 LONGEST_EXCERPT = 100
 

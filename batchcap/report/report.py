@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from batchcap.caption_files.predictions import check_out, read_rows
 from batchcap.captioning.summary import read_summary
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.per_image import read_evaluation
 from batchcap.photos.archives import Columns

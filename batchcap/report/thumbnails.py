@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from batchcap.contracts import ErrorType, ImageRef, LoadedImage, Rejection, UsageError
+from batchcap.errors import UsageError
 from batchcap.photos.archives import Columns
 from batchcap.photos.images import LoadSettings, encode_webp, load_thumbnail
 from batchcap.photos.listing import (
@@ -25,6 +25,7 @@ from batchcap.photos.listing import (
 )
 from batchcap.photos.reader_pool import core_count, readers
 from batchcap.process.progress import progress
+from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection
 from batchcap.storage.remote import is_url, without_file_scheme
 
 Item = TypeVar("Item")

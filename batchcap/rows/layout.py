@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from batchcap.contracts import OtherOutputError, UsageError
+from batchcap.errors import OtherOutputError, UsageError
 from batchcap.process.environment import cache_folder
 from batchcap.rows.mirror import Mirror, describe_if_there
 from batchcap.rows.parquet import saying_where

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batchcap.contracts import SCHEMA_VERSION, InputError, OtherOutputError, OutputError
+from batchcap.errors import InputError, OtherOutputError, OutputError
 from batchcap.process.wording import counted, printable, saying_which
 from batchcap.rows.id_hashes import IdSet, hashes_of
 from batchcap.rows.layout import Layout, check_shares, layout_of, part_name, shares_there
@@ -32,6 +32,7 @@ from batchcap.rows.writer import (
     regrouped,
     verified,
 )
+from batchcap.schema import SCHEMA_VERSION
 from batchcap.settings import DECODE_DEFAULTS, MergeSettings
 from batchcap.storage.files import remove_temporaries, replace_text, sync
 from batchcap.storage.locking import locked

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from batchcap.contracts import LockedError
+from batchcap.errors import LockedError
 from batchcap.rows.parquet import saying_where
 from batchcap.storage.files import replace_text, replacing
 from batchcap.storage.remote import RemoteFile, describe, download, holds_same, remove, upload

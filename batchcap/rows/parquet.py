@@ -16,13 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcap.contracts import (
-    ARROW_SCHEMA,
-    SINCE_SCHEMA_2,
-    CaptionSource,
-    OutputError,
-    first_line,
-)
+from batchcap.errors import OutputError, first_line
+from batchcap.schema import ARROW_SCHEMA, SINCE_SCHEMA_2, CaptionSource
 from batchcap.storage.files import replacing
 
 Row = dict[str, Any]

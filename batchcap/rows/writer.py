@@ -28,14 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcap.contracts import (
-    ARROW_SCHEMA,
-    READABLE_SCHEMAS,
-    SCHEMA_VERSION,
-    OtherOutputError,
-    OutputError,
-    Precision,
-)
+from batchcap.errors import OtherOutputError, OutputError
 from batchcap.rows.id_hashes import Hashes, hashes_of
 from batchcap.rows.index import Place, RowIndex, entries_of, without
 from batchcap.rows.layout import FIRST_PART, Layout, number_of, part_name
@@ -53,7 +46,8 @@ from batchcap.rows.parquet import (
     with_columns_of,
     write_rows,
 )
-from batchcap.settings import OnExisting
+from batchcap.schema import ARROW_SCHEMA, READABLE_SCHEMAS, SCHEMA_VERSION
+from batchcap.settings import OnExisting, Precision
 from batchcap.storage.files import (
     check_replaceable,
     make_folder,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from batchcap.contracts import LockedError, OutputError
+from batchcap.errors import LockedError, OutputError
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
 
-from batchcap.contracts import UsageError, first_line, int64_or_none
+from batchcap.errors import UsageError, first_line
+from batchcap.schema import int64_or_none
 
 PACKAGES = {  # by scheme
     "s3": "batchcap[s3]",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.caption_files.annotations import AnnotatedImage, read_annotations
-from batchcap.contracts import InputError, Rejection, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.model import backbones, efficientnet_lite, extraction
 from batchcap.model.backbones import weights_digest
 from batchcap.model.config import BackboneConfig
@@ -37,6 +37,7 @@ from batchcap.photos.images import LoadSettings, load_image
 from batchcap.process.environment import cache_folder, code_version
 from batchcap.process.progress import progress
 from batchcap.process.wording import counted, printable
+from batchcap.schema import Rejection
 from batchcap.settings import TrainSettings
 from batchcap.training import augmentation as view_code
 from batchcap.training.augmentation import PLAIN, View, augmented, seen

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import OutputError
+from batchcap.errors import OutputError
 
 INDEX_FILE = "index.txt"
 FEATURES_FILE = "features.f16"

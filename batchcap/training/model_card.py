@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batchcap.contracts import ModelError
+from batchcap.errors import ModelError
 from batchcap.evaluation.metrics import METRIC_NAMES, METRICS
 from batchcap.model.config import (
     CARD_FILE,

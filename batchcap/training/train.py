@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.errors import InputError, OutputError, UsageError
 from batchcap.evaluation.metrics import METRICS, score_captions, signature
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.model.backbones import (

@@ -18,7 +18,7 @@ import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.model.captioner import Weights
 from batchcap.process.progress import progress
 from batchcap.settings import Monitor, TrainSettings

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from batchcap.captioning.local_engine import Job, run_locally
-from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.errors import UsageError
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.runtime import Execution, choose_execution
 from batchcap.photos.listing import ImageRef, list_images
-from batchcap.settings import DEFAULT_MODEL, AttentionDetail, DecodeSettings
+from batchcap.settings import DEFAULT_MODEL, AttentionDetail, DecodeSettings, Precision, Runtime
 
 SCALES = (4.0, 5.0, 8.0)
 ENLARGED = 300

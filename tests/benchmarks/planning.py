@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from batchcap.captioning.inventory import Inventory
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import ImageRef
 from batchcap.rows.index import Entries, RowIndex, entries_of
+from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
 
 ROWS_PER_PART = 100_000

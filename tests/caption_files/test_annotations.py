@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchcap.caption_files.annotations import AnnotatedImage, clean, read_annotations
 from batchcap.caption_files.export import export_captions
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.rows.parquet import table_of, write_rows
 from batchcap.settings import ExportFormat, ExportSettings
 

@@ -27,7 +27,7 @@ from batchcap.caption_files.export import EXPORTERS, export_captions
 from batchcap.caption_files.matching import LEAST_HASH, coco_number, hashed_number, match, stem
 from batchcap.caption_files.predictions import read_captions
 from batchcap.cli import batchcap
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.errors import InputError, OutputError, UsageError
 from batchcap.evaluation.evaluate import evaluate_captions
 from batchcap.photos.listing import image_id_of
 from batchcap.rows.parquet import Row, table_of, write_rows

@@ -16,7 +16,7 @@ from batchcap.caption_files.matching import (
     match,
     stem,
 )
-from batchcap.contracts import InputError
+from batchcap.errors import InputError
 from batchcap.settings import MatchBy
 
 NAMES = ("captions.json", "references.json")

@@ -11,7 +11,7 @@ from batchcap.caption_files.predictions import (
     read_captions,
     read_rows,
 )
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.rows.parquet import table_of, write_rows
 
 

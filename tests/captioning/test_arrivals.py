@@ -17,10 +17,11 @@ from batchcap.captioning.arrivals import Arrivals, PieceInventory, Tally
 from batchcap.captioning.inventory import Inventory, list_images_of
 from batchcap.captioning.ray_engine import failures
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import BatchcapError, ImageRef, InputError
+from batchcap.errors import BatchcapError, InputError
 from batchcap.photos.archives import Archive
 from batchcap.rows.index import RowIndex, entries_of
 from batchcap.rows.parquet import Row, table_of
+from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
 
 BAD = "z"  # the content of a photo that has no caption

@@ -13,7 +13,7 @@ from helpers.crashes import BATCHCAP
 from PIL import Image
 
 from batchcap.captioning import attention_figure
-from batchcap.contracts import InputError, OutputError, UsageError
+from batchcap.errors import InputError, OutputError, UsageError
 from batchcap.process.environment import cache_folder
 from batchcap.settings import CaptionSettings
 

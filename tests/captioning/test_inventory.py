@@ -15,10 +15,11 @@ from helpers.stores import answer, status, web_server
 from batchcap.captioning import inventory as inventories
 from batchcap.captioning.inventory import Inventory, chunks, list_images_of
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import ImageRef, InputError, Rejection, int64_or_none
+from batchcap.errors import InputError
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.rows.index import RowIndex, entries_of
 from batchcap.rows.parquet import Row, table_of
+from batchcap.schema import ImageRef, Rejection, int64_or_none
 from batchcap.settings import RunSettings
 
 

@@ -25,10 +25,11 @@ from batchcap.captioning.local_engine import (
     load_photos,
     run_locally,
 )
-from batchcap.contracts import ErrorType, LoadedImage, ModelError, Rejection
+from batchcap.errors import ModelError
 from batchcap.model.captioner import Captioner
 from batchcap.photos.listing import ImageRef
 from batchcap.process.clock import StageClock
+from batchcap.schema import ErrorType, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail, DecodeSettings
 
 

@@ -31,7 +31,7 @@ from helpers.shard_files import write_tar
 from PIL import Image
 
 from batchcap.captioning.ray_engine import Workers, pieces_of, workers_on
-from batchcap.contracts import UsageError
+from batchcap.errors import UsageError
 from batchcap.photos.archives import Archive
 from batchcap.settings import DEFAULT_MODEL, Engine, RunSettings
 

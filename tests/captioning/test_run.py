@@ -22,11 +22,11 @@ from PIL import Image
 from batchcap.captioning.inventory import Inventory
 from batchcap.captioning.run import _Captioning
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import ARROW_SCHEMA
 from batchcap.model.config import fingerprint
 from batchcap.process.signals import StopRequest
 from batchcap.rows.layout import Layout
 from batchcap.rows.writer import open_captions
+from batchcap.schema import ARROW_SCHEMA
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings, OnExisting, RunSettings
 
 Rows = list[dict[str, Any]]

@@ -16,7 +16,7 @@ from helpers.shard_files import MTIME, photos_of, tar_of, write_parquet, write_t
 
 from batchcap.captioning.run import plan_run, run_captioning
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import InputError, OtherOutputError, UsageError
+from batchcap.errors import InputError, OtherOutputError, UsageError
 from batchcap.rows.merge import merge_captions
 from batchcap.settings import Engine, MergeSettings, RunSettings
 

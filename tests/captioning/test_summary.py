@@ -16,7 +16,7 @@ from batchcap.captioning.summary import (
     write_metrics,
     write_summary,
 )
-from batchcap.contracts import OutputError
+from batchcap.errors import OutputError
 
 
 def summary_of(**fields: Any) -> RunSummary:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from helpers.rows import METADATA, captioned_row, failed_row
 
 from batchcap.cli import batchcap
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.evaluation.evaluate import evaluate_captions
 from batchcap.evaluation.per_image import METRICS, SCHEMA, read_evaluation
 from batchcap.rows.parquet import table_of, write_rows

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from pycocoevalcap.meteor.meteor import Meteor
 
-from batchcap.contracts import BatchcapError, UsageError
+from batchcap.errors import BatchcapError, UsageError
 from batchcap.evaluation.meteor import with_meteor
 from batchcap.evaluation.metrics import Scores, score_captions
 

@@ -15,9 +15,9 @@ from helpers.rows import captioned_row
 
 from batchcap import cli
 from batchcap.captioning import run
-from batchcap.contracts import ImageRef
 from batchcap.process.clock import StageClock
 from batchcap.rows.parquet import Row
+from batchcap.schema import ImageRef
 
 BATCHCAP = (sys.executable, __file__)
 

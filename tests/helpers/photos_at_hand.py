@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.contracts import FileAtHand, LoadedImage, Rejection
 from batchcap.photos.images import LoadSettings, load_image
+from batchcap.schema import FileAtHand, LoadedImage, Rejection
 
 
 def load(data: bytes, size: int = 32, name: str = "photo.jpg", **options: int) -> LoadedImage:

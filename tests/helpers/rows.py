@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from batchcap.contracts import ARROW_SCHEMA
 from batchcap.rows.parquet import Row
+from batchcap.schema import ARROW_SCHEMA
 
 METADATA = {
     "batchcap.schema": "2",

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcap.contracts import ErrorType, ImageRef, Rejection
 from batchcap.photos.archives import USUAL_COLUMNS, Columns
 from batchcap.photos.listing import list_images
+from batchcap.schema import ErrorType, ImageRef, Rejection
 
 MTIME = 1_600_000_000  # seconds, of every member
 

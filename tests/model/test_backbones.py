@@ -10,7 +10,7 @@ import pytest
 from helpers.places import PHOTOS
 from keras.src.applications import efficientnet
 
-from batchcap.contracts import ModelError
+from batchcap.errors import ModelError
 from batchcap.model.backbones import (
     BACKBONES,
     IMAGENET_MEAN,

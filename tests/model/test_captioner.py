@@ -19,7 +19,7 @@ import tensorflow as tf
 from helpers.plain_beam import plain_beam_search
 from safetensors.numpy import load_file, save_file
 
-from batchcap.contracts import ModelError
+from batchcap.errors import ModelError
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone, extract_features
 from batchcap.model.captioner import (
     Captioner,

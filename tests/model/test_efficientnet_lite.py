@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from batchcap.contracts import ModelError
+from batchcap.errors import ModelError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.config import BackboneConfig
 from batchcap.model.efficientnet_lite import build_efficientnet_lite

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from helpers.small_model import small_captioner
 
-from batchcap.contracts import Precision, Runtime, UsageError
+from batchcap.errors import UsageError
 from batchcap.model import runtime as runtime_module
 from batchcap.model.backbones import extract_features
 from batchcap.model.captioner import Captioner
 from batchcap.model.extraction import locked_cache, openvino_extractor, tensorflow_extractor
 from batchcap.model.runtime import choose_execution
+from batchcap.settings import Precision, Runtime
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchcap.caption_files.annotations import clean
-from batchcap.contracts import MAX_WORDS, ModelError
+from batchcap.errors import ModelError
 from batchcap.model.vocabulary import (
     END_ID,
     LONGEST_WORD,
@@ -24,6 +24,7 @@ from batchcap.model.vocabulary import (
     mirrored_ids,
     segment,
 )
+from batchcap.settings import MAX_WORDS
 
 FLICKR8K = data_set("BATCHCAP_FLICKR8K", "flickr8k-cn")
 

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from helpers.shard_files import failures, ids, listed, write_parquet
 
-from batchcap.contracts import ErrorType, ImageRef, UsageError
+from batchcap.errors import UsageError
 from batchcap.photos.archives import Columns, archives_of
 from batchcap.photos.listing import archives_in, list_images
+from batchcap.schema import ErrorType, ImageRef
 
 
 def paths_of(source: object) -> list[str]:

@@ -26,9 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection
 from batchcap.photos import formats, images
 from batchcap.photos.images import LoadSettings, encode_webp, load_image, load_thumbnail
+from batchcap.schema import ErrorType, LoadedImage, Rejection
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `images` does
 

@@ -16,7 +16,7 @@ from helpers.shard_files import write_parquet, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.photos import listing
 from batchcap.photos.listing import (
     ImageRef,

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from helpers.stores import answer, web_server
 
-from batchcap.contracts import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection
 from batchcap.photos.reader_pool import Readers, readers
+from batchcap.schema import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection
 from batchcap.storage.remote import describe
 
 SLOW_S = 1.0

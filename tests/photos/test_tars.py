@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from helpers.shard_files import MTIME, failures, ids, listed, tar_of, write_tar
 
-from batchcap.contracts import ErrorType, ImageRef
 from batchcap.photos import tars
 from batchcap.photos.listing import list_images
+from batchcap.schema import ErrorType, ImageRef
 
 
 def test_members_are_photos_whose_ids_are_their_paths(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from batchcap.contracts import BatchcapError
+from batchcap.errors import BatchcapError
 from batchcap.model.runtime import start_tensorflow
 from batchcap.process.stderr import kept_back
 

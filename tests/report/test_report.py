@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.evaluation.per_image import write_evaluation
 from batchcap.report.cards import SHOWN_FAILURES, digest_rows, grid_of
 from batchcap.report.report import histogram, json_for_html, last_run, made_with, write_report

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.rows import METADATA, captioned_row
 
-from batchcap.contracts import OtherOutputError
+from batchcap.errors import OtherOutputError
 from batchcap.rows.layout import check_shares, layout_of
 from batchcap.rows.merge import merge_captions
 from batchcap.rows.writer import open_captions

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.rows import METADATA, captioned_row
 
-from batchcap.contracts import InputError, LockedError, OtherOutputError, OutputError, UsageError
+from batchcap.errors import InputError, LockedError, OtherOutputError, OutputError, UsageError
 from batchcap.rows import merge
 from batchcap.rows.layout import check_shares, layout_of, shares_there
 from batchcap.rows.merge import merge_captions

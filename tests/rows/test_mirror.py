@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from helpers.rows import METADATA, captioned_row
 
-from batchcap.contracts import LockedError, OtherOutputError, OutputError
+from batchcap.errors import LockedError, OtherOutputError, OutputError
 from batchcap.rows import layout as layouts
 from batchcap.rows import merge
 from batchcap.rows.layout import Layout, check_shares, layout_of, shares_there

@@ -14,7 +14,7 @@ from helpers.rows import METADATA, captioned_row, failed_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchcap.contracts import ARROW_SCHEMA, OutputError
+from batchcap.errors import OutputError
 from batchcap.rows.index import entries_of
 from batchcap.rows.parquet import (
     DamagedError,
@@ -25,6 +25,7 @@ from batchcap.rows.parquet import (
     table_of,
     write_rows,
 )
+from batchcap.schema import ARROW_SCHEMA
 
 
 def write(path: Path, *rows: Row) -> int:

@@ -9,20 +9,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import small_model  # noqa: F401 - the golden models have its backbone
 from golden.make_outputs import NEW_PHOTO, bucket, copy_photos
+from helpers import small_model  # noqa: F401 - the golden models have its backbone
 from helpers.places import GOLDEN
 
 from batchcap.caption_files.predictions import read_captions, read_rows
 from batchcap.captioning.run import plan_run, run_captioning
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import ARROW_SCHEMA, OtherOutputError, Precision
+from batchcap.errors import OtherOutputError
 from batchcap.rows import layout as layouts
 from batchcap.rows.index import newest_rows
 from batchcap.rows.layout import layout_of
 from batchcap.rows.merge import merge_captions
 from batchcap.rows.writer import Upgrades, check_identity
-from batchcap.settings import DEFAULT_MODEL, MergeSettings, RunSettings
+from batchcap.schema import ARROW_SCHEMA
+from batchcap.settings import DEFAULT_MODEL, MergeSettings, Precision, RunSettings
 
 OUTPUTS = GOLDEN / "outputs"
 VERSIONS = sorted(path.name for path in OUTPUTS.iterdir())

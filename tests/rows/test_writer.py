@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from batchcap.captioning.summary import RunSummary, read_rate, write_summary
-from batchcap.contracts import LockedError, OtherOutputError, OutputError, UsageError
+from batchcap.errors import LockedError, OtherOutputError, OutputError, UsageError
 from batchcap.rows.index import newest_rows
 from batchcap.rows.layout import Layout, layout_of
 from batchcap.rows.parquet import Row, table_of, write_rows
@@ -374,7 +374,7 @@ def test_lack_of_memory_or_threads_is_no_damage(layout, monkeypatch, tmp_path, s
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
-from batchcap.contracts import OutputError
+from batchcap.errors import OutputError
 from batchcap.rows.layout import Layout
 from batchcap.rows.writer import open_captions
 from batchcap.settings import OnExisting

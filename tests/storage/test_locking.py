@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcap.contracts import LockedError, OutputError
+from batchcap.errors import LockedError, OutputError
 from batchcap.storage.locking import locked
 
 HOLDER = """
@@ -25,7 +25,7 @@ with locked(Path(sys.argv[1])):
 RACER = """
 import sys, time
 from pathlib import Path
-from batchcap.contracts import LockedError
+from batchcap.errors import LockedError
 from batchcap.storage.locking import locked
 lock, held, end = Path(sys.argv[1]), Path(sys.argv[2]), time.monotonic() + 1.0
 times = 0

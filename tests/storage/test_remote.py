@@ -10,9 +10,10 @@ import fsspec
 import pytest
 from helpers.stores import answer, status, web_server
 
-from batchcap.contracts import ErrorType, LoadedImage, Rejection, UsageError
+from batchcap.errors import UsageError
 from batchcap.photos import listing
 from batchcap.photos.images import LoadSettings, load_image
+from batchcap.schema import ErrorType, LoadedImage, Rejection
 from batchcap.storage import remote
 
 

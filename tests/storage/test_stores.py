@@ -23,7 +23,7 @@ from helpers.stores import JammedWay, environment, s3_server
 
 from batchcap.captioning.run import plan_run, run_captioning
 from batchcap.captioning.summary import RunSummary
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.photos.listing import list_images
 from batchcap.rows import layout as layouts
 from batchcap.rows.layout import layout_of

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from batchcap.contracts import InputError, UsageError
+from batchcap.errors import InputError, UsageError
 from batchcap.model.backbones import build_backbone, extract_features
 from batchcap.model.config import BackboneConfig
 from batchcap.model.vocabulary import (

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from batchcap.contracts import OutputError
+from batchcap.errors import OutputError
 from batchcap.training.feature_cache import FEATURES_FILE, INDEX_FILE, FeatureCache
 
 ROW_SHAPE = (1, 2)

@@ -36,13 +36,13 @@ from helpers.small_model import (
 from PIL import Image
 
 from batchcap.cli import batchcap
-from batchcap.contracts import InputError, ModelError, OutputError, Precision, UsageError
+from batchcap.errors import InputError, ModelError, OutputError, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.captioner import Captioner, load_captioner, round_weights
 from batchcap.model.config import BackboneConfig
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
 from batchcap.photos.images import LoadSettings, load_image
-from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, TrainSettings
+from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, Precision, TrainSettings
 from batchcap.training.loss import loss_function
 from batchcap.training.phases import Likelihood
 from batchcap.training.train import train_captioner

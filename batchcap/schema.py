@@ -1,7 +1,4 @@
-"""What others rely on: the Parquet schema, why a photo is rejected, exceptions with exit codes.
-
-The lowest floor: imports nothing of batchcap, and knows neither files nor models.
-"""
+"""What others rely on: the row, its Parquet schema, and what photos and rows share."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -14,8 +11,6 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 2
 READABLE_SCHEMAS = {"1", str(SCHEMA_VERSION)}  # read as the newest
-MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
-MAX_WORDS = 1_000_000  # of a vocabulary
 
 ATTENTION_TYPE = pa.struct(
     [
@@ -61,23 +56,6 @@ ARROW_SCHEMA = pa.schema(
 )
 
 
-class Runtime(StrEnum):
-    """What runs the backbone. `auto` is OpenVINO where it is installed and there is no GPU."""
-
-    AUTO = "auto"
-    TENSORFLOW = "tensorflow"
-    OPENVINO = "openvino"
-
-
-class Precision(StrEnum):
-    """What the backbone computes in; its weights and features are float32."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 class CaptionSource(StrEnum):
     """Who wrote a caption: the values of the column `caption_source`."""
 
@@ -111,11 +89,6 @@ class Rejection:
 def int64_or_none(value: float | None) -> int | None:
     """The value as a column of 64 bits holds it; None where it does not fit, or is not finite."""
     return int(value) if value is not None and -(2**63) <= value < 2**63 else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type where it has no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def sha256_of(data: bytes) -> str:
@@ -191,50 +164,3 @@ class LoadedImage:
     width: int | None = None
     height: int | None = None
     note: Rejection | None = None
-
-
-class BatchcapError(Exception):
-    """A failure of the whole job, worded for the user.
-
-    BatchcapError         1
-    ├── UsageError        2   what was asked for cannot be
-    ├── InputError        1   photos or annotations
-    ├── ModelError        1   a model directory
-    ├── StalledError      1   nothing moves any more
-    └── OutputError       1   the place to write to
-        ├── OtherOutputError  4   it belongs to another model or other settings
-        └── LockedError       5   another run holds it
-    """
-
-    exit_code = 1
-
-
-class UsageError(BatchcapError):
-    exit_code = 2
-
-
-class InputError(BatchcapError):
-    pass
-
-
-class ModelError(BatchcapError):
-    pass
-
-
-class StalledError(BatchcapError):
-    pass
-
-
-class OutputError(BatchcapError):
-    pass
-
-
-class OtherOutputError(OutputError):
-    exit_code = 4
-
-
-class LockedError(OutputError):
-    exit_code = 5
-
-
-TOO_MANY_FAILED = 3  # the exit code of a run that finished with more failures than were allowed

@@ -1,6 +1,6 @@
 import pytest
 
-from batchcap.contracts import int64_or_none
+from batchcap.schema import int64_or_none
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**63 - 1, -(2**63), None])
