@@ -22,6 +22,7 @@ LEVELS = [
     {"captioning", "training"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 
 HOMES = {  # rooms or files

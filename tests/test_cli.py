@@ -49,6 +49,13 @@ def test_help_shows_a_verb_and_loads_no_tensorflow(verb: str) -> None:
     assert done.stdout.startswith(f"Usage: batchcap {verb}")
 
 
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "batchcap", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"batchcap, version {__version__}\n")
+
+
 def test_files_never_get_the_number_of_a_closed_stream() -> None:
     """Else what libraries print on stderr would go into the output."""
     program = (
