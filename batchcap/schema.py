@@ -1,7 +1,7 @@
 """What others rely on: the row, its Parquet schema, and what photos and rows share."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -96,37 +96,14 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@dataclass(frozen=True)
-class FileAtHand:
-    """A file out of a shard: its bytes, or why there are none, and what the shard says of it.
-
-    `name` is for people. `size` is in bytes; it and `mtime_ns` are None where they are not known.
-    """
-
-    name: str
-    data: bytes | Rejection = field(repr=False)
-    size: int | None = None
-    mtime_ns: int | None = None
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the bytes; None where there are none."""
-        return None if isinstance(self.data, Rejection) else sha256_of(self.data)
-
-
-# What readers of photos take; a str is a path or a URL.
-ImageFile = str | FileAtHand
-
-
 class ImageRef(NamedTuple):
-    """One photo to caption: its id, and where its bytes are.
+    """One photo, from the listing to its row: its id, and where its bytes are.
 
-    path: what opens it, a path (surrogateescape str) or a URL; out of a shard, where it was there.
-    size, mtime_ns: what a store's listing or a shard says of it; None where it has to be asked.
-    data: of a photo out of a shard, its bytes, or why there are none.
+    image_id: empty for a photo that gets no row.
+    path: what opens the photo, a path (surrogateescape str) or a URL; for a photo of an archive,
+        the archive and the name in it.
+    size, mtime_ns: from a store's listing or an archive; None where unknown.
+    data: the bytes of a photo of an archive, or why there are none.
     """
 
     image_id: str
@@ -136,16 +113,9 @@ class ImageRef(NamedTuple):
     data: bytes | Rejection | None = None
 
     @property
-    def file(self) -> ImageFile:
-        """What a reader of photos takes."""
-        if self.data is None:
-            return self.path
-        return FileAtHand(self.path, self.data, self.size, self.mtime_ns)
-
-    @property
     def sha256(self) -> str | None:
-        """Of the bytes; None where they are not at hand."""
-        return None if isinstance(self.file, str) else self.file.sha256
+        """Of `data`; None without bytes."""
+        return sha256_of(self.data) if isinstance(self.data, bytes) else None
 
 
 @dataclass(frozen=True)

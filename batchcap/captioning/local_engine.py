@@ -23,7 +23,7 @@ from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.photos.reader_pool import core_count
 from batchcap.rows.parquet import Row
-from batchcap.schema import CaptionSource, ImageFile, ImageRef, LoadedImage, Rejection
+from batchcap.schema import CaptionSource, ImageRef, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail, DecodeSettings
 
 Item = TypeVar("Item")
@@ -54,7 +54,7 @@ class Job:
     batch_size: int
     attention: AttentionDetail = AttentionDetail.SUMMARY
     run_id: str = ""
-    read: Callable[[Sequence[ImageFile]], list[LoadedImage]] | None = None
+    read: Callable[[Sequence[ImageRef]], list[LoadedImage]] | None = None
     reusable: Callable[[str], Row | None] = lambda _sha256: None
     is_over: Callable[[], bool] = lambda: False
 
@@ -94,11 +94,11 @@ def run_locally(refs: Iterable[ImageRef], job: Job) -> Iterator[list[Row]]:
 def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Photo]:
     """Read and decode photos on all cores, in order, about `ahead` before they are taken."""
     settings = LoadSettings(job.captioner.config.backbone.image_size)
-    read = job.read or (lambda files: [load_image(file, settings) for file in files])
+    read = job.read or (lambda refs: [load_image(ref, settings) for ref in refs])
 
     def load(group: list[ImageRef]) -> list[Photo]:
         with job.captioner.clock.stage("load"):
-            images = read([ref.file for ref in group])
+            images = read(group)
         return [
             # Without the bytes, which need not wait for the caption.
             Photo(ref._replace(data=None), image)

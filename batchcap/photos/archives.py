@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcap.errors import UsageError, first_line
-from batchcap.schema import ErrorType, Rejection
+from batchcap.schema import ErrorType, ImageRef, Rejection
 from batchcap.storage.remote import is_url, matching, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -48,21 +48,6 @@ class Archive(NamedTuple):
 
     path: str
     name: str
-
-
-class Item(NamedTuple):
-    """One photo of an archive.
-
-    name: in a tar its path, without `./`; in Parquet the value of the id column or the path or,
-        where that is null or empty, file and row: `photos-00000.parquet:0000012`.
-    data: its bytes, or why there are none; None where `path` leads to them.
-    """
-
-    name: str
-    path: str = ""
-    data: bytes | Rejection | None = None
-    size: int | None = None
-    mtime_ns: int | None = None
 
 
 class Columns(NamedTuple):
@@ -135,20 +120,24 @@ def check_columns(archive: Archive, columns: Columns) -> None:
             raise UsageError(f"{archive.path} {problem}")
 
 
-def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator[Item]:
-    """The photos of a Parquet file, in its order."""
+def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator[ImageRef]:
+    """Yield the photos of a Parquet file, in its order.
+
+    `image_id` is not escaped yet: the value of the id column or the path or, where that is null or
+    empty, file and row: `photos-00000.parquet:0000012`. Only a photo without `data` has a path.
+    """
     with reporting(archive.path, unread), _opened_parquet(archive) as file:
         if problem := _problem(file.schema_arrow, columns):
             raise ValueError(f"it {problem}")
         wanted = [name for name in columns if name is not None]
         rows = count()
         for batch in file.iter_batches(ROWS_READ, columns=wanted):
-            items = [_item(photo) for photo in batch.column(columns.image).to_pylist()]
-            names = [item.name for item in items]
+            photos = [_photo(value) for value in batch.column(columns.image).to_pylist()]
+            names = [photo.image_id for photo in photos]
             if columns.image_id is not None:
                 names = _ids_in(batch.column(columns.image_id))
-            for item, name, row in zip(items, names, rows, strict=False):
-                yield item._replace(name=name or f"{archive.name}:{row:07}")
+            for photo, name, row in zip(photos, names, rows, strict=False):
+                yield photo._replace(image_id=name or f"{archive.name}:{row:07}")
 
 
 def open_archive(path: str) -> IO[bytes]:
@@ -182,18 +171,18 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
-def _item(photo: Any) -> Item:
+def _photo(value: Any) -> ImageRef:
     """A photo given as bytes, a path, or Hugging Face's struct of both; a path is its name."""
-    if isinstance(photo, dict):
-        item = _item(photo["bytes"])
-        path = photo.get("path") or ""
-        return Item(path, path) if item.data is NO_BYTES and path else item._replace(name=path)
-    if isinstance(photo, str):
-        return Item(photo, photo)
-    if photo is None:
-        return Item("", data=NO_BYTES)
-    too_large = len(photo) > MAX_PHOTO_BYTES
-    return Item("", data=TOO_LARGE if too_large else photo, size=len(photo))
+    if isinstance(value, dict):
+        photo = _photo(value["bytes"])
+        path = value.get("path") or ""
+        return _photo(path) if photo.data is NO_BYTES and path else photo._replace(image_id=path)
+    if isinstance(value, str):
+        return ImageRef(value, value)
+    if value is None:
+        return ImageRef("", "", data=NO_BYTES)
+    too_large = len(value) > MAX_PHOTO_BYTES
+    return ImageRef("", "", size=len(value), data=TOO_LARGE if too_large else value)
 
 
 def _problem(schema: pa.Schema, columns: Columns) -> str | None:

@@ -58,7 +58,7 @@ from batchcap.photos.rejections import (
     one_line,
     truncated,
 )
-from batchcap.schema import ErrorType, FileAtHand, LoadedImage, Rejection, int64_or_none, sha256_of
+from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection, int64_or_none, sha256_of
 from batchcap.settings import MAX_PIXELS
 from batchcap.storage.remote import describe, is_url, read_file
 
@@ -101,8 +101,8 @@ FRAMES_LOOKED_AT = 100
 Resize = Callable[[Image.Image, int], Image.Image]
 # `uint8[H, W, 3]`, the photo's upright (width, height), and a note if it is not whole.
 Decoded = tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]
-# A path, a URL (a str), or a file that was read already.
-Source = str | os.PathLike[str] | FileAtHand
+# A str is a path or a URL.
+Source = ImageRef | str | os.PathLike[str]
 
 FILE_KINDS = {
     stat.S_IFDIR: "folder",
@@ -171,29 +171,25 @@ def encode_webp(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
 
 
 def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage:
-    if isinstance(source, FileAtHand) and isinstance(source.data, Rejection):
-        return LoadedImage(source.data, source.size, source.mtime_ns)
+    photo = source if isinstance(source, ImageRef) else ImageRef("", os.fspath(source))
+    if isinstance(photo.data, Rejection):
+        return LoadedImage(photo.data, photo.size, photo.mtime_ns)
     try:
-        data, mtime_ns = _read(source)
+        data, mtime_ns = (photo.data, photo.mtime_ns) if photo.data is not None else _read(photo)
     except RejectionError as error:
         return LoadedImage(error.rejection, error.file_size, int64_or_none(error.mtime_ns))
     sha256 = sha256_of(data)
     try:
-        format_name = _supported_format(data, _extension(source))
+        format_name = _supported_format(data, _extension(photo.path))
         pixels, (width, height), note = _decode(data, format_name, settings, resize)
     except RejectionError as error:
         return LoadedImage(error.rejection, len(data), mtime_ns, sha256)
     return LoadedImage(pixels, len(data), mtime_ns, sha256, width, height, note)
 
 
-def _read(source: Source) -> tuple[bytes, int | None]:
-    """A photo's bytes, and their time where there is one."""
-    if isinstance(source, FileAtHand):
-        assert isinstance(source.data, bytes)
-        return source.data, source.mtime_ns
-    if isinstance(source, str) and is_url(source):
-        return _read_url(source)
-    return _read_file(Path(source))
+def _read(photo: ImageRef) -> tuple[bytes, int | None]:
+    """Return a photo's bytes and modification time, where there is one."""
+    return _read_url(photo.path) if is_url(photo.path) else _read_file(Path(photo.path))
 
 
 def _read_url(url: str) -> tuple[bytes, int | None]:
@@ -298,9 +294,9 @@ def _missing_message(path: Path) -> str:
     return MISSING_FILE
 
 
-def _extension(source: Source) -> str:
+def _extension(path: str) -> str:
     """The extension of a file's name, lower case, without its dot."""
-    return os.path.splitext(str(source))[1].removeprefix(".").lower()  # noqa: PTH122
+    return os.path.splitext(path)[1].removeprefix(".").lower()  # noqa: PTH122
 
 
 def _decode(data: bytes, format_name: str, settings: LoadSettings, resize: Resize) -> Decoded:

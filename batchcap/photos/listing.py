@@ -21,7 +21,6 @@ from batchcap.photos.archives import (
     USUAL_COLUMNS,
     Archive,
     Columns,
-    Item,
     Unread,
     archives_of,
     check_columns,
@@ -396,27 +395,26 @@ def _tar_refs(archive: str, selection: Selection, unlisted: Unread) -> Iterator[
     def is_wanted(name: str) -> bool:
         return selection.is_photo(name) and not _is_hidden(name) and not selection.is_excluded(name)
 
-    for item in read_tar(archive, is_wanted, unlisted, selection.progress):
-        yield _ref_in(archive, item)
+    for photo in read_tar(archive, is_wanted, unlisted, selection.progress):
+        yield _named_in(archive, photo, photo.image_id)
 
 
 def _parquet_refs(
     archive: Archive, selection: Selection, unlisted: Unread, columns: Columns
 ) -> Iterator[ImageRef]:
-    for item in read_parquet(archive, columns, unlisted):
-        name = _normalised(item.name)
+    for photo in read_parquet(archive, columns, unlisted):
+        name = _normalised(photo.image_id)
         if not selection.keeps(name):
             continue
-        if item.data is None:
-            path = _located(posixpath.dirname(archive.path) or ".", _normalised(item.path))
+        if photo.data is None:
+            path = _located(posixpath.dirname(archive.path) or ".", _normalised(photo.path))
             yield ImageRef(image_id_of(name), path)
         else:
-            yield _ref_in(archive.path, item._replace(name=name))
+            yield _named_in(archive.path, photo, name)
 
 
-def _ref_in(archive: str, item: Item) -> ImageRef:
-    path = f"{archive}: {item.name}"
-    return ImageRef(image_id_of(item.name), path, item.size, item.mtime_ns, item.data)
+def _named_in(archive: str, photo: ImageRef, name: str) -> ImageRef:
+    return photo._replace(image_id=image_id_of(name), path=f"{archive}: {name}")
 
 
 def _read_list(

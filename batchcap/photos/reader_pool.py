@@ -24,10 +24,10 @@ from typing import Any
 from batchcap.errors import BatchcapError, UsageError
 from batchcap.process.memory import keep_freed_memory
 from batchcap.process.signals import SIGNALS
-from batchcap.schema import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection, int64_or_none
+from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection, int64_or_none
 from batchcap.storage.remote import RemoteFile, describe, is_url
 
-Load = Callable[[Any], LoadedImage]  # of an ImageFile
+Load = Callable[[ImageRef], LoadedImage]
 
 STARTS = 3
 START_S = 60.0  # for a new process, on a machine that is busy
@@ -61,9 +61,9 @@ class _Reader:
         if not self._ready:
             self._ready = self._receive(START_S)
 
-    def load(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
+    def load(self, photos: Sequence[ImageRef]) -> list[LoadedImage]:
         with self._noticing_death():
-            self._connection.send(files)
+            self._connection.send(photos)
         return self._receive(self._timeout_s)
 
     def _receive(self, timeout_s: float) -> Any:
@@ -114,7 +114,7 @@ class Readers:
         for _ in range(count):
             self._idle.put(self._start())
 
-    def __call__(self, files: Sequence[ImageFile]) -> list[LoadedImage]:
+    def __call__(self, photos: Sequence[ImageRef]) -> list[LoadedImage]:
         """Load photos, whatever their files do.
 
         Where a process dies of several, each is tried once more alone: so the one that did it, and
@@ -128,23 +128,25 @@ class Readers:
         try:
             reader = self._ready(reader)
             try:
-                return self._loaded(reader, files)
+                return self._loaded(reader, photos)
             except _DiedError as death:
-                reader = self._replace(reader, f"{death} on one of {[*map(str, files)]!r}")
+                reader = self._replace(
+                    reader, f"{death} on one of {[photo.path for photo in photos]!r}"
+                )
             images = []
-            for file in files:
+            for photo in photos:
                 reader = self._ready(reader)
                 try:
-                    images += self._loaded(reader, [file])
+                    images += self._loaded(reader, [photo])
                 except _DiedError as death:
-                    reader = self._replace(reader, f"{death} on {str(file)!r} alone")
-                    images.append(_quarantined(file, death, self._timeout_s))
+                    reader = self._replace(reader, f"{death} on {photo.path!r} alone")
+                    images.append(_quarantined(photo, death, self._timeout_s))
             return images
         finally:
             self._idle.put(reader)
 
-    def _loaded(self, reader: _Reader, files: Sequence[ImageFile]) -> list[LoadedImage]:
-        images = reader.load(files)
+    def _loaded(self, reader: _Reader, photos: Sequence[ImageRef]) -> list[LoadedImage]:
+        images = reader.load(photos)
         self._progress()
         return images
 
@@ -214,7 +216,7 @@ def _serve(connection: Connection, load: Load) -> None:
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         connection.send(True)
         while True:
-            connection.send([load(file) for file in connection.recv()])
+            connection.send([load(photo) for photo in connection.recv()])
 
 
 def _be_first_to_go() -> None:
@@ -253,17 +255,17 @@ def _limit_waiting(connection: Connection, timeout_s: float) -> None:
             ours.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _quarantined(file: ImageFile, death: _DiedError, timeout_s: float) -> LoadedImage:
+def _quarantined(photo: ImageRef, death: _DiedError, timeout_s: float) -> LoadedImage:
     """With size, time and sum, by which later runs know the file and leave it alone."""
     message = f"The second process to read this file {death}, too; look at it, or remove it."
     rejection = Rejection(ErrorType.QUARANTINED, message)
-    if isinstance(file, FileAtHand):
-        return LoadedImage(rejection, file.size, file.mtime_ns, file.sha256)
-    if is_url(file):
-        told = _described_soon(file, timeout_s)
+    if photo.data is not None:
+        return LoadedImage(rejection, photo.size, photo.mtime_ns, photo.sha256)
+    if is_url(photo.path):
+        told = _described_soon(photo.path, timeout_s)
         return LoadedImage(rejection, told and told.size, told and told.mtime_ns)
     try:
-        status = Path(file).stat()
+        status = Path(photo.path).stat()
     except (OSError, ValueError):
         return LoadedImage(rejection)
     return LoadedImage(rejection, status.st_size, int64_or_none(status.st_mtime_ns))

@@ -15,12 +15,11 @@ from batchcap.photos.archives import (
     BUFFER_BYTES,
     MAX_PHOTO_BYTES,
     TOO_LARGE,
-    Item,
     Unread,
     open_archive,
     reporting,
 )
-from batchcap.schema import ErrorType, Rejection, int64_or_none
+from batchcap.schema import ErrorType, ImageRef, Rejection, int64_or_none
 
 MAX_HEADER_BYTES = 1 << 20  # of a pax header, or a long name
 MAX_EXTENTS = 4096  # of a sparse file
@@ -56,10 +55,11 @@ def read_tar(
     is_wanted: Callable[[str], bool],
     unread: Unread,
     progress: Callable[[], object] = lambda: None,
-) -> Iterator[Item]:
+) -> Iterator[ImageRef]:
     """The members of a tar whose names are wanted, in its order; links after all others.
 
-    Folders are left out. A file may hold several tars, one after the other (`cat a.tar b.tar`).
+    `image_id` is the name in the tar, without `./` and not escaped yet; `path` is empty. Folders
+    are left out. A file may hold several tars, one after the other (`cat a.tar b.tar`).
     `progress` is called at each member, wanted or not.
     Links are read in a second pass, so that memory grows with their number only.
     """
@@ -78,7 +78,7 @@ def read_tar(
                 if member.issym() or target != name:  # a file packed twice is a link to itself
                     links[tar.number, name] = target
             elif not member.isdir() and is_wanted(name):
-                yield _member_item(tar, member, name)
+                yield _member_photo(tar, member, name)
     with reporting(archive, note):
         yield from _linked(archive, links, is_wanted, progress)
     for reason in reasons:
@@ -90,14 +90,14 @@ def _linked(
     links: Links,
     is_wanted: Callable[[str], bool],
     progress: Callable[[], object],
-) -> Iterator[Item]:
+) -> Iterator[ImageRef]:
     """The links of a tar whose names are wanted, each with the bytes of the member it leads to."""
     names: dict[tuple[int, str], list[str]] = {}
     for number, name in links:
         if is_wanted(name):
             target = _end_of_links(number, name, links)
             if target is None:
-                yield Item(name, data=LEADS_NOWHERE)
+                yield ImageRef(name, "", data=LEADS_NOWHERE)
             else:
                 names.setdefault((number, target), []).append(name)
     if not names:
@@ -107,11 +107,11 @@ def _linked(
             target = _name_in_tar(member.name)
             if not (member.isdir() or member.issym() or member.islnk()):
                 for name in names.pop((tar.number, target), ()):
-                    yield _member_item(tar, member, name)
+                    yield _member_photo(tar, member, name)
             if not names:
                 return
     for unfound in names.values():
-        yield from (Item(name, data=LEADS_NOWHERE) for name in unfound)
+        yield from (ImageRef(name, "", data=LEADS_NOWHERE) for name in unfound)
 
 
 def _end_of_links(number: int, name: str, links: Links) -> str | None:
@@ -152,9 +152,9 @@ def _name_in_tar(path: str) -> str:
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
-def _member_item(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Item:
+def _member_photo(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> ImageRef:
     data = _member_bytes(tar, member)
-    return Item(name, data=data, size=member.size, mtime_ns=_mtime_ns(member))
+    return ImageRef(name, "", member.size, _mtime_ns(member), data)
 
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Rejection:

@@ -120,7 +120,7 @@ def make_thumbnails(
     ):
         # A few at a time: photos out of archives hold their bytes.
         for some in _groups(groups, 2 * core_count()):
-            loaded = pool.map(lambda refs: read([ref.file for ref in refs]), some)
+            loaded = pool.map(read, some)
             for refs, images in zip(some, loaded, strict=True):
                 for ref, image in zip(refs, images, strict=True):
                     yield ref.image_id, _thumbnail(image, sums[ref.image_id])

@@ -4,12 +4,12 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.photos.images import LoadSettings, load_image
-from batchcap.schema import FileAtHand, LoadedImage, Rejection
+from batchcap.schema import ImageRef, LoadedImage, Rejection
 
 
 def load(data: bytes, size: int = 32, name: str = "photo.jpg", **options: int) -> LoadedImage:
     """`load_image` of bytes under a name."""
-    return load_image(FileAtHand(name, data), LoadSettings(size, **options))
+    return load_image(ImageRef("", name, data=data), LoadSettings(size, **options))
 
 
 def pixels_of(data: bytes, **options: int | str) -> npt.NDArray[np.uint8]:

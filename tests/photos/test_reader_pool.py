@@ -17,19 +17,20 @@ import pytest
 from helpers.stores import answer, web_server
 
 from batchcap.photos.reader_pool import Readers, readers
-from batchcap.schema import ErrorType, FileAtHand, ImageFile, LoadedImage, Rejection
+from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection
 from batchcap.storage.remote import describe
 
 SLOW_S = 1.0
 PIXELS = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
 
-def load(path: ImageFile) -> LoadedImage:
+def load(photo: ImageRef) -> LoadedImage:
     """Does to its process what the file's name says."""
-    name = Path(str(path)).name
+    path = Path(photo.path)
+    name = path.name
     if name.startswith("once"):
         try:
-            Path(str(path)).touch(exist_ok=False)
+            path.touch(exist_ok=False)
         except FileExistsError:
             return LoadedImage(PIXELS, sha256=name)
     if name.startswith(("kill", "once-kill")):
@@ -47,8 +48,12 @@ def load(path: ImageFile) -> LoadedImage:
     return LoadedImage(PIXELS, sha256=name)
 
 
+def refs(*paths: str) -> list[ImageRef]:
+    return [ImageRef("", path) for path in paths]
+
+
 def one(read: Readers, path: str) -> LoadedImage:
-    (image,) = read([path])
+    (image,) = read(refs(path))
     return image
 
 
@@ -102,7 +107,7 @@ def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
 def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
     names = [f"{kind}{n}" for n in range(3) for kind in ("good", "fine", "kill", "well")]
     names += ["exit", "raise"]
-    groups = [names[start : start + 5] for start in range(0, len(names), 5)]
+    groups = [refs(*names[start : start + 5]) for start in range(0, len(names), 5)]
     with readers(load, 2, 60) as read, ThreadPoolExecutor(4) as pool:
         loaded = [image for images in pool.map(read, groups) for image in images]
     images = dict(zip(names, loaded, strict=True))
@@ -136,7 +141,7 @@ def test_a_reader_that_takes_no_bytes_is_replaced():
     """Sending to it had no timeout: the run stalled, and no file was given up."""
     with readers(load, 1, 1) as read:
         os.kill(one(read, "pid").file_size, signal.SIGSTOP)
-        (image,) = read([FileAtHand("good", bytes(1 << 24))])
+        (image,) = read([ImageRef("", "good", data=bytes(1 << 24))])
     assert image.sha256 == "good"
 
 
@@ -148,7 +153,7 @@ def test_each_answer_and_each_death_is_progress():
     moves: list[int] = []
     read = Readers(load, 1, 3 * SLOW_S, lambda: moves.append(1))
     try:
-        images = read([f"slow{number}" for number in range(5)])
+        images = read(refs(*(f"slow{number}" for number in range(5))))
         assert not any(isinstance(image.pixels, Rejection) for image in images)
         assert len(moves) == 1 + 5
         moves.clear()
@@ -234,9 +239,9 @@ import test_reader_pool
 from batchcap.photos.reader_pool import readers
 if __name__ == "__main__":
     with readers(test_reader_pool.load, 1, 10 * test_reader_pool.SLOW_S) as read:
-        read(["good"])
+        test_reader_pool.one(read, "good")
         print("ready", flush=True)
-        print(read(["slow"])[0].sha256)
+        print(test_reader_pool.one(read, "slow").sha256)
 """
 
 
@@ -267,9 +272,9 @@ import test_reader_pool
 from batchcap.photos.reader_pool import Readers, readers
 if __name__ == "__main__":
     with readers(test_reader_pool.load, 2, 600) as read:
-        print(*{read(["pid"])[0].file_size for _ in range(2)}, flush=True)
+        print(*{test_reader_pool.one(read, "pid").file_size for _ in range(2)}, flush=True)
         for name in sys.argv[1:]:
-            threading.Thread(target=read, args=([name],), daemon=True).start()
+            threading.Thread(target=test_reader_pool.one, args=(read, name), daemon=True).start()
         threading.Event().wait(0.3)
         print("reading", flush=True)
         sys.stdin.read()
