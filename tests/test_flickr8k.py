@@ -93,10 +93,8 @@ def test_attention_moves_to_the_other_side_of_a_mirrored_photo(
 def columns_of_words(captioner: Captioner, pixels: Any) -> list[dict[int, float]]:
     """Per photo, the column of the attention's centre for each word of its caption."""
     settings, keys = DecodeSettings(captioner.config.decoder.max_length), [""] * len(pixels)
-    decoded = captioner.caption(pixels, np.ones(len(pixels), np.bool_), settings, keys)
-    maps = decoded.attention.reshape(*decoded.tokens.shape, *captioner.grid)
-    columns = maps.sum(axis=-2) @ np.arange(captioner.grid[1])
+    columns = np.arange(captioner.grid[1])
     return [
-        dict(zip(tokens[:length], row[:length], strict=True))
-        for tokens, row, length in zip(decoded.tokens, columns, decoded.lengths, strict=True)
+        dict(zip(caption.ids.tolist(), caption.attention.sum(axis=-2) @ columns, strict=True))
+        for caption in captioner.caption(pixels, settings, keys)
     ]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import cycle, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from batchcap.captioning.local_engine import (
-    CaptionedBatch,
     Job,
     batches,
     caption_rows,
-    filled_batch,
     in_threads,
     load_photos,
+    padded_batch,
     run_locally,
+    with_captions,
 )
 from batchcap.captioning.options import decode_settings_of
 from batchcap.errors import InputError
-from batchcap.model.captioner import load_captioner
+from batchcap.model.captioner import Caption, load_captioner
 from batchcap.model.config import read_config
 from batchcap.model.runtime import choose_execution
 from batchcap.photos.images import LoadSettings, load_image
@@ -161,28 +161,25 @@ def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str,
     """Each stage's name and seconds, all photos going through one before the next begins."""
     seconds, photos = _timed(lambda: list(load_photos(refs, job, job.batch_size)))
     yield "load", seconds
-    loaded = list(batches(photos, job.batch_size))
-    needing = [[photo.image for photo in batch if photo.needs_caption] for batch in loaded]
-    filled = [filled_batch(images, job.batch_size) for images in needing if images]
+    readable = (photo for photo in photos if photo.needs_caption)  # one may have vanished
+    loaded = list(batches(readable, job.batch_size))
+    padded = [padded_batch(batch, job.batch_size) for batch in loaded]
 
     def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return np.asarray(job.captioner.extract(pixels))
 
-    seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _, _ in filled))])
+    seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _ in padded))])
     yield "features", seconds
-    to_decode = [
-        (batch, live, job.decode_settings, keys)
-        for batch, (_, live, keys) in zip(features, filled, strict=True)
-    ]
-    seconds, decoded = _timed(
-        lambda: [*in_threads(lambda inputs: job.captioner.caption_features(*inputs), to_decode)]
+
+    def write_captions(batch: tuple[npt.NDArray[np.float32], list[str]]) -> list[Caption]:
+        return job.captioner.caption_features(batch[0], job.decode_settings, batch[1])
+
+    keys = [keys for _, keys in padded]
+    seconds, captions = _timed(
+        lambda: [*in_threads(write_captions, zip(features, keys, strict=True))]
     )
     yield "captions", seconds
-    results = iter(decoded)
-    captioned = [
-        CaptionedBatch(batch, [*zip(repeat(next(results)), range(len(images)))] if images else [])
-        for batch, images in zip(loaded, needing, strict=True)
-    ]
+    captioned = [*map(with_captions, loaded, captions)]
     seconds, _ = _timed(lambda: _write((caption_rows(batch, job) for batch in captioned), output))
     yield "write", seconds
 

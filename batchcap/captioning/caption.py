@@ -4,18 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from batchcap.captioning.attention_figure import draw_attention
 from batchcap.captioning.options import decode_settings_of
-from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.captioner import load_captioner
 from batchcap.model.config import read_config
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.process.wording import printable
 from batchcap.schema import Rejection
-from batchcap.settings import CaptionSettings, DecodeSettings
+from batchcap.settings import CaptionSettings
 from batchcap.storage.remote import without_file_scheme
 
 END_LABEL = "[END]"
@@ -61,26 +60,11 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
         if isinstance(image.pixels, Rejection):
             yield CaptionedImage(path, [], [], image.pixels.message)
             continue
-        captioned, weights = _caption(
-            path, image.pixels, str(image.sha256), captioner, decode_settings
+        (caption,) = captioner.caption(
+            image.pixels[np.newaxis], decode_settings, [str(image.sha256)]
         )
-        yield captioned
+        yield CaptionedImage(path, caption.words, np.exp(caption.log_probs).tolist())
         if settings.attention_figure is not None:
-            draw_attention(image.pixels, captioned.words, weights, settings.attention_figure)
-
-
-def _caption(
-    path: str,
-    pixels: npt.NDArray[np.uint8],
-    key: str,
-    captioner: Captioner,
-    settings: DecodeSettings,
-) -> tuple[CaptionedImage, npt.NDArray[np.float32]]:
-    """A caption, and the attention of its words, `float32[words, rows, columns]`."""
-    live = np.ones(1, np.bool_)
-    decoded = captioner.caption(pixels[np.newaxis], live, settings, [key])
-    length = int(decoded.lengths[0])
-    words = captioner.vocabulary.decode(decoded.tokens[0, :length])
-    probabilities = np.exp(decoded.log_probs[0, : length + int(decoded.finished[0])]).tolist()
-    weights = decoded.attention[0, :length].reshape(length, *captioner.grid)
-    return CaptionedImage(path, words, probabilities), weights
+            draw_attention(
+                image.pixels, caption.words, caption.attention, settings.attention_figure
+            )

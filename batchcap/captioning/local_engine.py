@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from batchcap.errors import ModelError
 from batchcap.model.attention import summarise_attention
-from batchcap.model.captioner import Captioner
-from batchcap.model.decoding import Decoded
+from batchcap.model.captioner import Caption, Captioner
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.photos.reader_pool import core_count
@@ -60,23 +59,17 @@ class Job:
 
 
 class Photo(NamedTuple):
-    """A photo that has been read; `reused` are its caption columns if they are known."""
+    """A photo that was read: `reused` are its caption columns if known, `caption` if captioned."""
 
     ref: ImageRef
     image: LoadedImage
     reused: Row | None = None
+    caption: Caption | None = None
 
     @property
     def needs_caption(self) -> bool:
         """Whether the model has to see it."""
         return self.reused is None and not isinstance(self.image.pixels, Rejection)
-
-
-class CaptionedBatch(NamedTuple):
-    """Photos, and of those that needed a caption, in order, where it is: what row of which."""
-
-    photos: list[Photo]
-    captions: list[tuple[Decoded, int]]
 
 
 def run_locally(refs: Iterable[ImageRef], job: Job) -> Iterator[list[Row]]:
@@ -131,20 +124,19 @@ class BatchCaptioner:
         self.captioner, self.settings = job.captioner, job.decode_settings
         self.batch_size = job.batch_size
 
-    def __call__(self, photos: list[Photo]) -> CaptionedBatch:
-        """Decode photos in as many parts as it takes."""
-        captions: list[tuple[Decoded, int]] = []
+    def __call__(self, photos: list[Photo]) -> list[Photo]:
+        """Return the photos with their captions, written in as many parts as it takes."""
+        captions: list[Caption] = []
         wanting = [photo for photo in photos if photo.needs_caption]
         while wanting:
             size = self.batch_size
             try:
-                decoded = self._decode(wanting[:size], size)
+                captions += self._caption(wanting[:size], size)
             except MemoryError as error:
                 self._shrink(size, error)
                 continue
-            captions += [(decoded, row) for row in range(len(wanting[:size]))]
             wanting = wanting[size:]
-        return CaptionedBatch(photos, captions)
+        return with_captions(photos, captions)
 
     def _shrink(self, too_large: int, error: MemoryError) -> None:
         if too_large == 1:
@@ -156,34 +148,35 @@ class BatchCaptioner:
                 *(too_large, self.batch_size, self.batch_size),
             )
 
-    def _decode(self, photos: list[Photo], rows: int) -> Decoded:
-        pixels, live, keys = filled_batch([photo.image for photo in photos], rows)
-        return self.captioner.caption(pixels, live, self.settings, keys)
+    def _caption(self, photos: list[Photo], rows: int) -> list[Caption]:
+        pixels, keys = padded_batch(photos, rows)
+        return self.captioner.caption(pixels, self.settings, keys)
 
 
-def filled_batch(
-    images: list[LoadedImage], rows: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_], list[str]]:
-    """Photos, one at least, filled up to a batch's fixed size: pixels, live rows, keys.
-
-    As `Captioner.caption` takes them: `uint8[rows, S, S, 3]`, `bool[rows]` and `rows` strings.
-    """
-    photos = np.stack([np.asarray(image.pixels) for image in images])
-    pixels = np.zeros((rows, *photos.shape[1:]), np.uint8)
-    pixels[: len(photos)] = photos
-    keys = [str(image.sha256) for image in images] + [""] * (rows - len(images))
-    return pixels, np.arange(rows) < len(images), keys
+def with_captions(photos: list[Photo], captions: Iterable[Caption]) -> list[Photo]:
+    """Give the photos that need a caption one each, in order."""
+    left = iter(captions)
+    return [
+        photo._replace(caption=next(left)) if photo.needs_caption else photo for photo in photos
+    ]
 
 
-def caption_rows(batch: CaptionedBatch, job: Job) -> list[Row]:
-    """The rows of a batch."""
+def padded_batch(photos: list[Photo], rows: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Return pixels `uint8[rows, S, S, 3]` and keys of photos, at least one and at most `rows`."""
+    real = np.stack([np.asarray(photo.image.pixels) for photo in photos])
+    pixels = np.zeros((rows, *real.shape[1:]), np.uint8)
+    pixels[: len(real)] = real
+    return pixels, [str(photo.image.sha256) for photo in photos]
+
+
+def caption_rows(photos: list[Photo], job: Job) -> list[Row]:
+    """Return the rows of a batch."""
     origin = {"run_id": job.run_id, "created_at": datetime.now(UTC)}
-    captions = iter(batch.captions)
     return [
         _file_columns(photo)
-        | (_caption_columns(*next(captions), job) if photo.needs_caption else photo.reused or {})
+        | (_caption_columns(photo.caption, job) if photo.caption else photo.reused or {})
         | origin
-        for photo in batch.photos
+        for photo in photos
     ]
 
 
@@ -242,25 +235,20 @@ def _file_columns(photo: Photo) -> Row:
     }
 
 
-def _caption_columns(decoded: Decoded, row: int, job: Job) -> Row:
-    length = int(decoded.lengths[row])
-    finished = bool(decoded.finished[row])
-    log_probs = decoded.log_probs[row, : length + finished]
-    token_ids = decoded.tokens[row, :length]
-    words = job.captioner.vocabulary.decode(token_ids)
+def _caption_columns(caption: Caption, job: Job) -> Row:
+    log_probs = caption.log_probs
     columns = {
-        "caption": join_words(words),
-        "tokens": words,
-        "token_ids": token_ids.tolist(),
+        "caption": join_words(caption.words),
+        "tokens": caption.words,
+        "token_ids": caption.ids.tolist(),
         "token_logprobs": log_probs.tolist(),
         "logprob": float(log_probs.sum()),
         "mean_logprob": float(log_probs.mean()) if len(log_probs) else None,
-        "finished": finished,
+        "finished": caption.finished,
         "caption_source": CaptionSource.MODEL.value,
     }
-    weights = decoded.attention[row, :length]
     if job.attention is not AttentionDetail.NONE:
-        columns["attention"] = summarise_attention(weights.reshape(length, *job.captioner.grid))
+        columns["attention"] = summarise_attention(caption.attention)
     if job.attention is AttentionDetail.FULL:
-        columns["attention_map"] = weights.tolist()
+        columns["attention_map"] = caption.attention.reshape(len(caption.words), -1).tolist()
     return columns

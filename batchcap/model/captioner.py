@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -51,10 +51,27 @@ from batchcap.settings import DecodeSettings, Precision, Runtime
 Weights = dict[str, npt.NDArray[Any]]
 
 
+class Caption(NamedTuple):
+    """The caption of one photo, of W words; END is not among them.
+
+    ids: `int32[W]`, the words' numbers in the vocabulary.
+    log_probs: `float32[W]`, or `float32[W + 1]` where END was reached: natural log-probabilities of
+        each word, then of END.
+    finished: whether END was reached within the length limit.
+    attention: `float32[W, rows, columns]`, each word's weights over the grid, adding up to 1.
+    """
+
+    words: list[str]
+    ids: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+    finished: bool
+    attention: npt.NDArray[np.float32]
+
+
 class Captioner:
     """Backbone, decoder and vocabulary of one model, compiled once for each way to decode.
 
-    Batches of one shape are compiled once; use one batch size and fill it up with dead rows. May be
+    Batches of one shape are compiled once; use one batch size and pad the last batch. May be
     called from several threads. Where `compiled` is False each operation is run by itself: slower,
     but there is a first caption seconds earlier.
     """
@@ -86,20 +103,15 @@ class Captioner:
     def caption(
         self,
         pixels: npt.NDArray[np.uint8],
-        live: npt.NDArray[np.bool_],
         settings: DecodeSettings,
         keys: list[str],
-    ) -> Decoded:
+    ) -> list[Caption]:
         """Caption a batch of photos.
 
         Args:
-            pixels: `uint8[B, S, S, 3]`, RGB.
-            live: `bool[B]`, False for rows that only fill the batch.
+            pixels: `uint8[B, S, S, 3]`, RGB; rows after those of the keys only pad the batch.
             settings: how to decode; its `max_length` at most the model's.
-            keys: B strings, one per photo, that seed its draws: the same key, the same caption.
-
-        Returns:
-            `Decoded` as numpy arrays.
+            keys: one string per photo, which seeds its draws: the same key, the same caption.
 
         Raises:
             MemoryError: the device has not enough for this batch.
@@ -108,18 +120,32 @@ class Captioner:
             with self.clock.stage("features"):
                 features = self.extract(pixels)
             with self.clock.stage("captions"):
-                return self.caption_features(features, live, settings, keys)
+                return self.caption_features(features, settings, keys)
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError(f"no memory for {len(pixels)} photos at a time") from error
 
     def caption_features(
-        self, features: Any, live: npt.NDArray[np.bool_], settings: DecodeSettings, keys: list[str]
-    ) -> Decoded:
+        self, features: Any, settings: DecodeSettings, keys: list[str]
+    ) -> list[Caption]:
         """`caption` for photos whose features `float32[B, G, D]` are known already."""
         write = self._writers(replace(settings, seed=0))
-        uniforms = uniform_draws(settings, keys)
+        rows = len(features)
+        live = np.arange(rows) < len(keys)
+        uniforms = uniform_draws(settings, keys + [""] * (rows - len(keys)))
         decoded = write(tf.constant(features), tf.constant(live), tf.constant(uniforms))
-        return Decoded(*(tensor.numpy() for tensor in decoded))
+        arrays = Decoded(*(tensor.numpy() for tensor in decoded))
+        return [self._caption(arrays, row) for row in range(len(keys))]
+
+    def _caption(self, decoded: Decoded, row: int) -> Caption:
+        length, finished = int(decoded.lengths[row]), bool(decoded.finished[row])
+        ids = decoded.tokens[row, :length]
+        return Caption(
+            words=self.vocabulary.decode(ids),
+            ids=ids,
+            log_probs=decoded.log_probs[row, : length + finished],
+            finished=finished,
+            attention=decoded.attention[row, :length].reshape(length, *self.grid),
+        )
 
     def _writer(self, settings: DecodeSettings) -> Callable[..., Decoded]:
         decoder, grid_cells = self.decoder, self.config.decoder.grid_cells

@@ -96,8 +96,6 @@ class Judge:
     def _captions(self, features: npt.NDArray[np.float32], temperature: float) -> list[list[str]]:
         limit = self.captioner.config.decoder.max_length
         settings = DecodeSettings(max_length=limit, temperature=temperature)
-        live = np.ones(len(features), np.bool_)
         keys = [str(row) for row in range(len(features))]
-        decoded = self.captioner.caption_features(features, live, settings, keys)
-        rows = zip(decoded.tokens, decoded.lengths, strict=True)
-        return [self.captioner.vocabulary.decode(ids[:length]) for ids, length in rows]
+        captions = self.captioner.caption_features(features, settings, keys)
+        return [caption.words for caption in captions]

@@ -51,14 +51,13 @@ def main(images: Path, references: Path, model: Path, count: int, seed: int) -> 
                 for pair, corner in zip(chosen, corners, strict=True)
             ]
         )
-        decoded = captioner.caption(pixels, np.ones(BATCH, np.bool_), settings, [""] * BATCH)
-        for row, (front, behind) in enumerate(chosen):
+        captions = captioner.caption(pixels, settings, [""] * BATCH)
+        for (front, behind), corner, caption in zip(chosen, corners, captions, strict=True):
             named = words_of[front] - words_of[behind] - common
-            words = captioner.vocabulary.decode(decoded.tokens[row, : decoded.lengths[row]])
-            inside = _cells_inside(corners[row], side, captioner.grid)
-            for place, word in enumerate(words):
+            inside = _cells_inside(corner, side, captioner.grid)
+            for word, weights in zip(caption.words, caption.attention, strict=True):
                 if word in named:
-                    peak = int(decoded.attention[row, place].argmax())
+                    peak = int(weights.argmax())
                     hits.append((float(inside[peak]), float(inside.mean())))
         click.echo(f"{start + BATCH} photos, {len(hits)} words", err=True)
     table = np.array(hits)

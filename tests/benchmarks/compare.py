@@ -174,7 +174,7 @@ def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
         tf.constant(captioner.extract(pixels[start : start + BATCH]))
         for start in range(0, DECODED_PHOTOS, BATCH)
     ]
-    live, keys = np.ones(BATCH, np.bool_), [str(row) for row in range(BATCH)]
+    keys = [str(row) for row in range(BATCH)]
 
     def decoding_with(fewest_rows: int = decoding.FEWEST_ROWS, **asked: Any) -> Callable[[], Any]:
         own = Captioner(
@@ -185,7 +185,7 @@ def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
         def run() -> None:
             decoding.FEWEST_ROWS = fewest_rows
             for batch in features:
-                own.caption_features(batch, live, settings, keys)
+                own.caption_features(batch, settings, keys)
 
         return run
 

@@ -16,7 +16,6 @@ from batchcap.captioning.local_engine import (
     BATCHES_UNDER_WAY,
     PHOTOS_PER_READ,
     BatchCaptioner,
-    CaptionedBatch,
     Job,
     Photo,
     batches,
@@ -45,8 +44,8 @@ def rejected(number: int) -> Photo:
     return Photo(ImageRef(f"{number}", f"{number}"), image)
 
 
-def tokens_of(batch: CaptionedBatch) -> list[list[int]]:
-    return [decoded.tokens[row].tolist() for decoded, row in batch.captions]
+def tokens_of(photos: list[Photo]) -> list[list[int]]:
+    return [photo.caption.ids.tolist() for photo in photos]
 
 
 class SmallDevice:
@@ -84,7 +83,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(small, greedy, photo_crop
     assert device.tried == [8, 4, 2, 2, 2, 2]
     caption(photos)
     assert device.tried[6:] == [2, 2, 2, 2]
-    assert in_parts.photos == photos
+    assert [photo.ref for photo in in_parts] == [photo.ref for photo in photos]
     assert tokens_of(in_parts) == tokens_of(whole)
     assert caplog.messages == [
         "no memory for 8 photos at a time: going on with 4; --batch-size 4 avoids this",
@@ -105,7 +104,7 @@ def test_a_device_out_of_memory_is_a_memory_error(small, greedy, photo_crops, mo
 
     monkeypatch.setattr(small, "extract", fail)
     with pytest.raises(MemoryError):
-        small.caption(photo_crops[:1], np.ones(1, bool), greedy, ["a"])
+        small.caption(photo_crops[:1], greedy, ["a"])
 
 
 def test_rows_come_in_the_order_of_the_photos(small, greedy, photos_folder):
@@ -190,7 +189,7 @@ def test_a_note_stands_beside_the_caption_of_its_photo():
     note = Rejection(ErrorType.TRUNCATED, "The file ends early.")
     image = LoadedImage(np.zeros((32, 32, 3), np.uint8), 1, 2, "ab", 32, 32, note)
     photo = Photo(ImageRef("a.jpg", "a.jpg"), image, reused={"caption": "known"})
-    (row,) = caption_rows(CaptionedBatch([photo], []), Job(SimpleNamespace(), None, 1))
+    (row,) = caption_rows([photo], Job(SimpleNamespace(), None, 1))
     assert (row["status"], row["caption"]) == ("ok", "known")
     assert (row["error_type"], row["error_message"]) == ("truncated", "The file ends early.")
 
@@ -198,8 +197,8 @@ def test_a_note_stands_beside_the_caption_of_its_photo():
 def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
     job = Job(SimpleNamespace(), greedy, 4)
     photos = [rejected(0)]
-    assert BatchCaptioner(job)(photos) == (photos, [])
-    (row,) = caption_rows(CaptionedBatch(photos, []), job)
+    assert BatchCaptioner(job)(photos) == photos
+    (row,) = caption_rows(photos, job)
     assert (row["status"], row["error_type"], "caption" in row) == ("failed", "empty", False)
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from batchcap.errors import ModelError
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone, extract_features
 from batchcap.model.captioner import (
+    Caption,
     Captioner,
     get_weights,
     load_captioner,
@@ -41,7 +42,6 @@ from batchcap.model.config import (
     ModelConfig,
     fingerprint,
 )
-from batchcap.model.decoding import Decoded
 from batchcap.model.network import build_decoder
 from batchcap.model.vocabulary import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
 from batchcap.photos.images import LoadSettings, load_image
@@ -68,18 +68,16 @@ TINY_CONFIG = ModelConfig(
 )
 
 
-class Caption(NamedTuple):
+class Written(NamedTuple):
+    """A caption without its attention."""
+
     tokens: list[int]
     log_probs: list[float]  # END's comes last, where it was reached
     finished: bool
 
 
-def captions_of(decoded: Decoded) -> list[Caption]:
-    rows = zip(decoded.tokens, decoded.lengths, decoded.log_probs, decoded.finished, strict=True)
-    return [
-        Caption(tokens[:length].tolist(), log_probs[: length + finished].tolist(), bool(finished))
-        for tokens, length, log_probs, finished in rows
-    ]
+def written(captions: list[Caption]) -> list[Written]:
+    return [Written(c.ids.tolist(), c.log_probs.tolist(), c.finished) for c in captions]
 
 
 def caption_photos(
@@ -88,8 +86,8 @@ def caption_photos(
     keys: list[str] | None = None,
     batch_size: int = BATCH,
     **settings: float,
-) -> list[Caption]:
-    """Captions of any number of photos; the last batch is filled up with dead rows.
+) -> list[Written]:
+    """Captions of any number of photos; the last batch is padded.
 
     Features are extracted by `BATCH`, whatever the batch size: each size takes 150 MB for good.
     """
@@ -98,17 +96,13 @@ def caption_photos(
     features = np.concatenate(
         [captioner.extract(photos[start : start + BATCH]) for start in range(0, len(photos), BATCH)]
     )
-    captions: list[Caption] = []
+    captions: list[Written] = []
     for start in range(0, len(photos), batch_size):
         batch = features[start : start + batch_size]
-        dead = batch_size - len(batch)
-        decoded = captioner.caption_features(
-            np.pad(batch, ((0, dead), (0, 0), (0, 0))),
-            np.arange(batch_size) < len(batch),
-            asked,
-            keys[start : start + batch_size] + [""] * dead,
+        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0)))
+        captions += written(
+            captioner.caption_features(padded, asked, keys[start : start + batch_size])
         )
-        captions += captions_of(decoded)[: len(batch)]
     return captions
 
 
@@ -123,12 +117,12 @@ def photos(photo_crops: Pixels) -> Pixels:
 
 
 @pytest.fixture(scope="module")
-def greedy_captions(captioner: Captioner, photos: Pixels) -> list[Caption]:
+def greedy_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
     return caption_photos(captioner, photos)
 
 
 @pytest.fixture(scope="module")
-def drawn_captions(captioner: Captioner, photos: Pixels) -> list[Caption]:
+def drawn_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
     return caption_photos(captioner, photos, temperature=1.0)
 
 
@@ -144,7 +138,7 @@ def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
     def read(tokens: Any, features: Any) -> Any:
         return decoder(tokens, decoder.keys_values(features))
 
-    def caption(photo: Pixels) -> Caption:
+    def caption(photo: Pixels) -> Written:
         features = look(tf.constant(photo[None]))
         tokens, log_probs = [START_ID], []
         for _ in range(captioner.config.decoder.max_length):
@@ -152,14 +146,14 @@ def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
             word = int(logits.argmax())
             log_probs.append(logits[word] - np.log(np.exp(logits).sum()))
             if word == END_ID:
-                return Caption(tokens[1:], log_probs, finished=True)
+                return Written(tokens[1:], log_probs, finished=True)
             tokens.append(word)
-        return Caption(tokens[1:], log_probs, finished=False)
+        return Written(tokens[1:], log_probs, finished=False)
 
     return caption
 
 
-def assert_same_captions(captions: list[Caption], expected: list[Caption]) -> None:
+def assert_same_captions(captions: list[Written], expected: list[Written]) -> None:
     """Equal words and log-probabilities, up to a word that is as probable as another.
 
     Which of the two is chosen depends on how a CPU rounds.
@@ -177,7 +171,7 @@ def assert_same_captions(captions: list[Caption], expected: list[Caption]) -> No
         assert caption.log_probs[compared] == pytest.approx(log_probs, abs=1e-4)
 
 
-def count_differing(captions: list[Caption], others: list[Caption]) -> int:
+def count_differing(captions: list[Written], others: list[Written]) -> int:
     return sum(a.tokens != b.tokens for a, b in zip(captions, others, strict=True))
 
 
@@ -244,12 +238,12 @@ def test_copies_of_a_photo_under_other_keys_are_drawn_apart(captioner, photos):
 
 def test_captions_of_photos_are_those_of_their_features(captioner, photos, greedy_captions):
     settings = DecodeSettings(captioner.config.decoder.max_length)
-    decoded = captioner.caption(photos, np.ones(BATCH, np.bool_), settings, photo_keys(photos))
-    assert_same_captions(captions_of(decoded), greedy_captions)
+    captions = captioner.caption(photos, settings, photo_keys(photos))
+    assert_same_captions(written(captions), greedy_captions)
 
 
 @pytest.fixture(scope="module")
-def beam_captions(captioner: Captioner, photo_crops: Pixels) -> list[Caption]:
+def beam_captions(captioner: Captioner, photo_crops: Pixels) -> list[Written]:
     return caption_photos(captioner, photo_crops[:BATCH], beam_size=3, length_penalty=1.0)
 
 
@@ -261,7 +255,7 @@ def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> A
     def read(tokens: Any, features: Any) -> Any:
         return decoder(tokens, decoder.keys_values(features))[:, -1]
 
-    def caption(photo: Pixels) -> Caption:
+    def caption(photo: Pixels) -> Written:
         features = extract_features(captioner.backbone, captioner.config.backbone, photo[None])
 
         def next_log_probs(captions: list[list[int]]) -> Any:
@@ -271,7 +265,7 @@ def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> A
 
         longest = captioner.config.decoder.max_length
         best = plain_beam_search(next_log_probs, beam_size, length_penalty, longest)
-        return Caption(*best)
+        return Written(*best)
 
     return caption
 
@@ -310,10 +304,8 @@ def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos):
 
 
 def test_length_limit_cuts_greedy_captions_and_changes_no_word(captioner, photos, greedy_captions):
-    decoded = captioner.caption(
-        photos, np.ones(BATCH, np.bool_), DecodeSettings(max_length=3), photo_keys(photos)
-    )
-    for short, whole in zip(captions_of(decoded), greedy_captions, strict=True):
+    captions = captioner.caption(photos, DecodeSettings(max_length=3), photo_keys(photos))
+    for short, whole in zip(written(captions), greedy_captions, strict=True):
         assert short.tokens == whole.tokens[:3]
 
 
