@@ -5,8 +5,8 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,29 +16,26 @@ import numpy.typing as npt
 from PIL import Image
 
 from batchcap.captioning.local_engine import (
-    Job,
-    batches,
-    caption_rows,
+    CaptionWorker,
+    batched,
     in_threads,
-    load_photos,
     padded_batch,
-    run_locally,
+    rows_of,
     with_captions,
 )
-from batchcap.captioning.options import decode_settings_of
+from batchcap.captioning.options import WorkerSettings, decode_settings_of
 from batchcap.errors import InputError
-from batchcap.model.captioner import Caption, load_captioner
+from batchcap.model.captioner import Caption
 from batchcap.model.config import read_config
-from batchcap.model.runtime import choose_execution
-from batchcap.photos.images import LoadSettings, load_image
+from batchcap.photos.images import LoadSettings
 from batchcap.photos.listing import list_images
-from batchcap.photos.reader_pool import core_count, readers
-from batchcap.process.memory import keep_freed_memory, peak_memory_bytes
+from batchcap.photos.reader_pool import core_count
+from batchcap.process.memory import peak_memory_bytes
 from batchcap.rows.layout import Layout
 from batchcap.rows.parquet import Row
 from batchcap.rows.writer import IDENTITY, open_captions
 from batchcap.schema import ImageRef
-from batchcap.settings import BenchSettings, OnExisting
+from batchcap.settings import AttentionDetail, BenchSettings, OnExisting
 
 Result = TypeVar("Result")
 
@@ -101,27 +98,23 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         InputError: there is no photo, or none that can be read.
         ModelError: the model directory is wrong.
     """
-    keep_freed_memory()
-    config = read_config(settings.model)
-    decode_settings = decode_settings_of(settings, config)
-    load = partial(load_image, settings=LoadSettings(config.backbone.image_size))
-    with tempfile.TemporaryDirectory() as name, readers(load, core_count(), TIMEOUT_S) as read:
-        execution = choose_execution(settings.runtime, settings.precision)
-        captioner = load_captioner(settings.model, execution)
+    wanted = _worker_settings(settings)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        closing(CaptionWorker(wanted, core_count())) as worker,
+    ):
         folder = Path(name)
         found = _refs(settings, folder)
-        batch_size = min(settings.batch_size, len(found))
-        job = Job(captioner, decode_settings, batch_size, run_id="bench", read=read)
-        refs = _readable(found, job)
-        batch_size = min(batch_size, len(refs))
-        job = replace(job, batch_size=batch_size)
-        _run(refs[: 2 * batch_size], folder / "warm.parquet", job)
+        refs = _readable(found, worker)
+        batch_size = min(settings.batch_size, len(refs))
+        worker.settings = replace(worker.settings, batch_size=batch_size)
+        _run(refs[: 2 * batch_size], folder / "warm.parquet", worker)
         log.info("timing a run of %d photos, then each of its stages", len(refs))
-        seconds, _ = _timed(_run, refs, folder / "captions.parquet", job)
+        seconds, _ = _timed(_run, refs, folder / "captions.parquet", worker)
         peak = peak_memory_bytes()
         rates = {
             stage: len(refs) / stage_seconds
-            for stage, stage_seconds in _stages(refs, folder / "rows.parquet", job)
+            for stage, stage_seconds in _stages(refs, folder / "rows.parquet", worker)
         }
     return BenchResult(
         **rates,
@@ -131,23 +124,38 @@ def run_bench(settings: BenchSettings) -> BenchResult:
         photos=len(refs),
         unreadable=len(found) - len(refs),
         batch_size=batch_size,
-        device=execution.device,
-        runtime=execution.runtime,
-        precision=execution.precision,
+        device=worker.execution.device,
+        runtime=worker.execution.runtime,
+        precision=worker.execution.precision,
     )
 
 
-def _readable(refs: list[ImageRef], job: Job) -> list[ImageRef]:
-    """Those that become pixels: a file that is refused at once takes no time."""
-    photos = load_photos(refs, job, job.batch_size)
+def _worker_settings(settings: BenchSettings) -> WorkerSettings:
+    config = read_config(settings.model)
+    return WorkerSettings(
+        model=settings.model,
+        runtime=settings.runtime,
+        precision=settings.precision,
+        load=LoadSettings(config.backbone.image_size),
+        decode=decode_settings_of(settings, config),
+        batch_size=settings.batch_size,
+        attention=AttentionDetail.SUMMARY,
+        run_id="bench",
+        reader_timeout_s=TIMEOUT_S,
+    )
+
+
+def _readable(refs: list[ImageRef], worker: CaptionWorker) -> list[ImageRef]:
+    """Return the photos that can be decoded: a file that is rejected at once takes no time."""
+    photos = worker.load(refs, worker.settings.batch_size)
     readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
     if not readable:
         raise InputError("none of the photos can be read: there is nothing to time")
     return readable
 
 
-def _run(refs: list[ImageRef], output: Path, job: Job) -> None:
-    _write(run_locally(refs, job), output)
+def _run(refs: list[ImageRef], output: Path, worker: CaptionWorker) -> None:
+    _write(worker.rows(refs), output)
 
 
 def _write(batches_of_rows: Iterable[list[Row]], output: Path) -> None:
@@ -157,30 +165,32 @@ def _write(batches_of_rows: Iterable[list[Row]], output: Path) -> None:
         folder.finish()
 
 
-def _stages(refs: list[ImageRef], output: Path, job: Job) -> Iterator[tuple[str, float]]:
+def _stages(
+    refs: list[ImageRef], output: Path, worker: CaptionWorker
+) -> Iterator[tuple[str, float]]:
     """Each stage's name and seconds, all photos going through one before the next begins."""
-    seconds, photos = _timed(lambda: list(load_photos(refs, job, job.batch_size)))
+    captioner, settings = worker.captioner, worker.settings
+    seconds, photos = _timed(lambda: list(worker.load(refs, settings.batch_size)))
     yield "load", seconds
     readable = (photo for photo in photos if photo.needs_caption)  # one may have vanished
-    loaded = list(batches(readable, job.batch_size))
-    padded = [padded_batch(batch, job.batch_size) for batch in loaded]
+    loaded = list(batched(readable, settings.batch_size))
+    padded = [padded_batch(batch, settings.batch_size) for batch in loaded]
 
     def extract(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return np.asarray(job.captioner.extract(pixels))
+        return np.asarray(captioner.extract(pixels))
 
     seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _ in padded))])
     yield "features", seconds
 
     def write_captions(batch: tuple[npt.NDArray[np.float32], list[str]]) -> list[Caption]:
-        return job.captioner.caption_features(batch[0], job.decode_settings, batch[1])
+        features, keys = batch
+        return captioner.caption_features(features, settings.decode, keys)
 
-    keys = [keys for _, keys in padded]
-    seconds, captions = _timed(
-        lambda: [*in_threads(write_captions, zip(features, keys, strict=True))]
-    )
+    to_decode = zip(features, (keys for _, keys in padded), strict=True)
+    seconds, captions = _timed(lambda: [*in_threads(write_captions, to_decode)])
     yield "captions", seconds
     captioned = [*map(with_captions, loaded, captions)]
-    seconds, _ = _timed(lambda: _write((caption_rows(batch, job) for batch in captioned), output))
+    seconds, _ = _timed(lambda: _write((rows_of(batch, settings) for batch in captioned), output))
     yield "write", seconds
 
 

@@ -1,4 +1,4 @@
-"""The local engine: photos in, rows out, in this process and its threads.
+"""The local engine: photos in, rows out, in this process, its threads and its reader processes.
 
 An engine never raises for one photo: a photo that can't be read is a row that says why.
 """
@@ -7,26 +7,34 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from itertools import islice, takewhile
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from batchcap.captioning.options import WorkerSettings
 from batchcap.errors import ModelError
 from batchcap.model.attention import summarise_attention
-from batchcap.model.captioner import Caption, Captioner
+from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
-from batchcap.photos.images import LoadSettings, load_image
-from batchcap.photos.reader_pool import core_count
+from batchcap.photos.images import load_image
+from batchcap.photos.reader_pool import Readers, core_count
+from batchcap.process.memory import keep_freed_memory
 from batchcap.rows.parquet import Row
 from batchcap.schema import CaptionSource, ImageRef, LoadedImage, Rejection
-from batchcap.settings import AttentionDetail, DecodeSettings
+from batchcap.settings import AttentionDetail
+
+if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
+    from batchcap.model.captioner import Caption, Captioner
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Read = Callable[[Sequence[ImageRef]], list[LoadedImage]]
+Reusable = Callable[[str], Row | None]
 
 BATCHES_LOADED_AHEAD = 2
 # While one batch waits for Python or for the device, the other keeps the machine busy; a third is
@@ -39,32 +47,13 @@ PHOTOS_PER_SLOT = 2  # at most: a batch comes to an end even where no photo need
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """How photos become rows.
-
-    read: loads some photos; None loads them in this process.
-    reusable: the caption columns that are there already for a file's SHA-256, or None.
-    is_over: once True, no further batch is begun.
-    """
-
-    captioner: Captioner
-    decode_settings: DecodeSettings
-    batch_size: int
-    attention: AttentionDetail = AttentionDetail.SUMMARY
-    run_id: str = ""
-    read: Callable[[Sequence[ImageRef]], list[LoadedImage]] | None = None
-    reusable: Callable[[str], Row | None] = lambda _sha256: None
-    is_over: Callable[[], bool] = lambda: False
-
-
 class Photo(NamedTuple):
     """A photo that was read: `reused` are its caption columns if known, `caption` if captioned."""
 
     ref: ImageRef
     image: LoadedImage
     reused: Row | None = None
-    caption: Caption | None = None
+    caption: "Caption | None" = None
 
     @property
     def needs_caption(self) -> bool:
@@ -72,66 +61,110 @@ class Photo(NamedTuple):
         return self.reused is None and not isinstance(self.image.pixels, Rejection)
 
 
-def run_locally(refs: Iterable[ImageRef], job: Job) -> Iterator[list[Row]]:
-    """Caption photos in this process: loading, captioning and what the caller does overlap.
+class CaptionWorker:
+    """A loaded model and the processes that read photos for it: photos to rows.
 
-    Yields rows in the order of `refs`, a batch at a time, one for each photo. Holds no more than a
-    few batches, however many photos there are.
+    Starts its processes and TensorFlow. `readers` is how many processes read photos; with 0, this
+    process does. `progress` is that of `Readers`. `settings.batch_size` shrinks where memory is too
+    small.
+
+    Raises:
+        UsageError: this machine lacks the runtime or the precision.
     """
-    photos = load_photos(refs, job, BATCHES_LOADED_AHEAD * job.batch_size)
-    begun = takewhile(lambda _batch: not job.is_over(), batches(photos, job.batch_size))
-    for batch in in_threads(BatchCaptioner(job), begun):
-        yield caption_rows(batch, job)
 
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        readers: int,
+        progress: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.settings = settings
+        keep_freed_memory()
+        # First, since its processes start while TensorFlow does.
+        load = partial(load_image, settings=settings.load)
+        self._readers = Readers(load, readers, settings.reader_timeout_s, progress)
+        self.read: Read = self._readers if readers else lambda refs: [*map(load, refs)]
+        try:
+            self.execution = choose_execution(settings.runtime, settings.precision)
+        except BaseException:
+            self.close()
+            raise
 
-def load_photos(refs: Iterable[ImageRef], job: Job, ahead: int) -> Iterator[Photo]:
-    """Read and decode photos on all cores, in order, about `ahead` before they are taken."""
-    settings = LoadSettings(job.captioner.config.backbone.image_size)
-    read = job.read or (lambda refs: [load_image(ref, settings) for ref in refs])
+    @cached_property
+    def captioner(self) -> "Captioner":
+        """The model, loaded at its first use.
 
-    def load(group: list[ImageRef]) -> list[Photo]:
-        with job.captioner.clock.stage("load"):
-            images = read(group)
-        return [
-            # Without the bytes, which need not wait for the caption.
-            Photo(ref._replace(data=None), image)
-            for ref, image in zip(group, images, strict=True)
-        ]
+        Raises:
+            ModelError: the model directory is wrong.
+        """
+        from batchcap.model.captioner import load_captioner
 
-    groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
-    for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
-        for photo in photos:
-            yield photo._replace(reused=_reusable(photo.image, job))
+        settings = self.settings
+        return load_captioner(settings.model, self.execution, compiled=settings.compiled)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """How rows were made, for the metadata of their file."""
+        grid = "{}x{}".format(*self.captioner.grid)
+        return {"batchcap.runtime": self.execution.runtime, "batchcap.grid": grid}
 
-def _reusable(image: LoadedImage, job: Job) -> Row | None:
-    """The caption of the same bytes, unless this photo was rejected: then it has none."""
-    if image.sha256 is None or isinstance(image.pixels, Rejection):
-        return None
-    return job.reusable(image.sha256)
+    def rows(
+        self,
+        refs: Iterable[ImageRef],
+        reusable: Reusable = lambda _sha256: None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> Iterator[list[Row]]:
+        """Yield the rows of photos in their order, a batch at a time, one row per photo.
 
+        Reading, captioning and the caller's work overlap. Only a few batches are in memory, however
+        many photos there are.
 
-def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
-    left = iter(refs)
-    while group := list(islice(left, PHOTOS_PER_READ)):
-        yield group
+        Args:
+            refs: the photos.
+            reusable: the existing caption columns of a file's SHA-256, or None.
+            is_over: once True, no further batch is begun.
+        """
+        photos = self.load(refs, BATCHES_LOADED_AHEAD * self.settings.batch_size, reusable)
+        batches = batched(photos, self.settings.batch_size)
+        begun = takewhile(lambda _batch: not is_over(), batches)
+        for batch in in_threads(self.caption, begun):
+            yield rows_of(batch, self.settings)
 
+    def load(
+        self,
+        refs: Iterable[ImageRef],
+        ahead: int,
+        reusable: Reusable = lambda _sha256: None,
+    ) -> Iterator[Photo]:
+        """Read and decode photos on all cores, in order, about `ahead` before they are taken."""
 
-class BatchCaptioner:
-    """Captions batches of photos, in smaller ones from then on where memory turns out too small."""
+        def load(group: list[ImageRef]) -> list[Photo]:
+            with self.captioner.clock.stage("load"):
+                images = self.read(group)
+            return [
+                # Without the bytes, which need not wait for the caption.
+                Photo(ref._replace(data=None), image)
+                for ref, image in zip(group, images, strict=True)
+            ]
 
-    def __init__(self, job: Job) -> None:
-        self.captioner, self.settings = job.captioner, job.decode_settings
-        self.batch_size = job.batch_size
+        groups_ahead = max(ahead // PHOTOS_PER_READ, 1)
+        for photos in in_threads(load, _grouped(refs), core_count(), groups_ahead):
+            for photo in photos:
+                yield photo._replace(reused=_reused(photo.image, reusable))
 
-    def __call__(self, photos: list[Photo]) -> list[Photo]:
-        """Return the photos with their captions, written in as many parts as it takes."""
+    def caption(self, photos: list[Photo]) -> list[Photo]:
+        """Return the photos with their captions, written in as many parts as memory demands.
+
+        Raises:
+            ModelError: memory is too small for a single photo.
+        """
         captions: list[Caption] = []
         wanting = [photo for photo in photos if photo.needs_caption]
         while wanting:
-            size = self.batch_size
+            size = self.settings.batch_size
+            pixels, keys = padded_batch(wanting[:size], size)
             try:
-                captions += self._caption(wanting[:size], size)
+                captions += self.captioner.caption(pixels, self.settings.decode, keys)
             except MemoryError as error:
                 self._shrink(size, error)
                 continue
@@ -141,19 +174,35 @@ class BatchCaptioner:
     def _shrink(self, too_large: int, error: MemoryError) -> None:
         if too_large == 1:
             raise ModelError("there is no memory to caption even one photo at a time") from error
-        if self.batch_size == too_large:  # else another thread has met the same
-            self.batch_size = too_large // 2
+        if self.settings.batch_size == too_large:  # else another thread has met the same
+            size = too_large // 2
+            self.settings = replace(self.settings, batch_size=size)
             log.warning(
                 "no memory for %d photos at a time: going on with %d; --batch-size %d avoids this",
-                *(too_large, self.batch_size, self.batch_size),
+                too_large,
+                size,
+                size,
             )
 
-    def _caption(self, photos: list[Photo], rows: int) -> list[Caption]:
-        pixels, keys = padded_batch(photos, rows)
-        return self.captioner.caption(pixels, self.settings, keys)
+    def close(self) -> None:
+        """End the reader processes."""
+        self._readers.stop()
 
 
-def with_captions(photos: list[Photo], captions: Iterable[Caption]) -> list[Photo]:
+def _reused(image: LoadedImage, reusable: Reusable) -> Row | None:
+    """The caption of the same bytes, unless this photo was rejected: then it has none."""
+    if image.sha256 is None or isinstance(image.pixels, Rejection):
+        return None
+    return reusable(image.sha256)
+
+
+def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
+    left = iter(refs)
+    while group := list(islice(left, PHOTOS_PER_READ)):
+        yield group
+
+
+def with_captions(photos: list[Photo], captions: "Iterable[Caption]") -> list[Photo]:
     """Give the photos that need a caption one each, in order."""
     left = iter(captions)
     return [
@@ -169,13 +218,11 @@ def padded_batch(photos: list[Photo], rows: int) -> tuple[npt.NDArray[np.uint8],
     return pixels, [str(photo.image.sha256) for photo in photos]
 
 
-def caption_rows(photos: list[Photo], job: Job) -> list[Row]:
+def rows_of(photos: list[Photo], settings: WorkerSettings) -> list[Row]:
     """Return the rows of a batch."""
-    origin = {"run_id": job.run_id, "created_at": datetime.now(UTC)}
+    origin = {"run_id": settings.run_id, "created_at": datetime.now(UTC)}
     return [
-        _file_columns(photo)
-        | (_caption_columns(photo.caption, job) if photo.caption else photo.reused or {})
-        | origin
+        _file_columns(photo) | _caption_columns(photo, settings.attention) | origin
         for photo in photos
     ]
 
@@ -201,7 +248,7 @@ def in_threads(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batches(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
+def batched(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
     """Lists of photos of which `size` need a caption, the last one perhaps fewer.
 
     Those that need none pass by with the others.
@@ -235,7 +282,10 @@ def _file_columns(photo: Photo) -> Row:
     }
 
 
-def _caption_columns(caption: Caption, job: Job) -> Row:
+def _caption_columns(photo: Photo, attention: AttentionDetail) -> Row:
+    caption = photo.caption
+    if caption is None:
+        return photo.reused or {}
     log_probs = caption.log_probs
     columns = {
         "caption": join_words(caption.words),
@@ -247,8 +297,8 @@ def _caption_columns(caption: Caption, job: Job) -> Row:
         "finished": caption.finished,
         "caption_source": CaptionSource.MODEL.value,
     }
-    if job.attention is not AttentionDetail.NONE:
+    if attention is not AttentionDetail.NONE:
         columns["attention"] = summarise_attention(caption.attention)
-    if job.attention is AttentionDetail.FULL:
+    if attention is AttentionDetail.FULL:
         columns["attention_map"] = caption.attention.reshape(len(caption.words), -1).tolist()
     return columns

@@ -28,8 +28,8 @@ import pyarrow as pa
 
 from batchcap.captioning.arrivals import Piece, PieceInventory, Tally
 from batchcap.captioning.inventory import columns_of, list_images_of
+from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import WorkerSettings
-from batchcap.captioning.worker import CaptionWorker
 from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.model.runtime import start_tensorflow
 from batchcap.photos.archives import Archive, Unread
@@ -344,8 +344,8 @@ class RayWorker:
         else:
             refs = piece
         failed: dict[int, str] = {}
-        rows = chain.from_iterable(self.worker(inventory.unfinished(refs, self._goes_on)))
-        while some := list(islice(rows, self.worker.settings.batch_size)):
+        rows = chain.from_iterable(self.worker.rows(inventory.unfinished(refs, self._goes_on)))
+        while some := list(islice(rows, self.settings.batch_size)):
             self.moves()
             failed |= failures(some)
             yield Chunk(self.worker.metadata, some, archive)

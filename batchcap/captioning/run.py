@@ -18,11 +18,11 @@ from typing import Any
 
 from batchcap.captioning.arrivals import Arrivals
 from batchcap.captioning.inventory import Inventory, excluded_by, list_images_of
+from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import decode_settings_of, worker_settings_of
 from batchcap.captioning.ray_engine import Chunk, pieces_of, run_on_ray
 from batchcap.captioning.summary import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.captioning.watchdog import Watchdog, watching
-from batchcap.captioning.worker import CaptionWorker
 from batchcap.errors import BatchcapError, LockedError, OutputError
 from batchcap.model.config import fingerprint, read_config
 from batchcap.model.runtime import precision_of
@@ -205,7 +205,7 @@ class _Captioning:
             if not self._goes_on(watchdog):
                 return
             refs = watchdog.in_flight(chain(first, others))
-            batches = worker(refs, self._reusable, self.stop)
+            batches = worker.rows(refs, self._reusable, self.stop)
             self._commit_rows(batches, watchdog, captioner.clock)
 
     def _caption_on_ray(self, watchdog: Watchdog) -> None:

@@ -8,6 +8,7 @@ The reference is TensorFlow in float32, not compiled, one photo decoded whole.
 import argparse
 import io
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from batchcap.captioning.local_engine import Job, run_locally
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.workers import worker_of
+
 from batchcap.errors import UsageError
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.runtime import Execution, choose_execution
 from batchcap.photos.listing import ImageRef, list_images
-from batchcap.settings import DEFAULT_MODEL, AttentionDetail, DecodeSettings, Precision, Runtime
+from batchcap.settings import DEFAULT_MODEL, Precision, Runtime
 
 SCALES = (4.0, 5.0, 8.0)
 ENLARGED = 300
@@ -67,9 +71,7 @@ def main() -> None:
 
 
 def captions_of(captioner: Captioner, refs: list[ImageRef]) -> Captions:
-    settings = DecodeSettings(captioner.config.decoder.max_length)
-    found = run_locally(refs, Job(captioner, settings, 50, AttentionDetail.NONE))
-    rows = list(itertools.chain.from_iterable(found))
+    rows = [row for batch in worker_of(captioner, 50).rows(refs) for row in batch]
     return Captions([row["caption"] for row in rows], [row["logprob"] for row in rows])
 
 

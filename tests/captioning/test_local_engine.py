@@ -11,25 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.small_model import small_captioner
+from helpers.workers import worker_of
 
 from batchcap.captioning.local_engine import (
     BATCHES_UNDER_WAY,
     PHOTOS_PER_READ,
-    BatchCaptioner,
-    Job,
     Photo,
-    batches,
-    caption_rows,
+    batched,
     in_threads,
-    load_photos,
-    run_locally,
+    rows_of,
 )
 from batchcap.errors import ModelError
 from batchcap.model.captioner import Captioner
 from batchcap.photos.listing import ImageRef
 from batchcap.process.clock import StageClock
 from batchcap.schema import ErrorType, LoadedImage, Rejection
-from batchcap.settings import AttentionDetail, DecodeSettings
+from batchcap.settings import DecodeSettings
 
 
 def photos_of(crops: Any, count: int) -> list[Photo]:
@@ -42,6 +39,14 @@ def photos_of(crops: Any, count: int) -> list[Photo]:
 def rejected(number: int) -> Photo:
     image = LoadedImage(Rejection(ErrorType.EMPTY, "The file is empty."))
     return Photo(ImageRef(f"{number}", f"{number}"), image)
+
+
+NETWORKLESS = SimpleNamespace(
+    config=SimpleNamespace(
+        backbone=SimpleNamespace(image_size=8), decoder=SimpleNamespace(max_length=5)
+    ),
+    clock=StageClock(),
+)
 
 
 def tokens_of(photos: list[Photo]) -> list[list[int]]:
@@ -73,15 +78,15 @@ def greedy(small: Captioner) -> DecodeSettings:
     return DecodeSettings(small.config.decoder.max_length)
 
 
-def test_batches_are_halved_until_they_fit_and_stay_so(small, greedy, photo_crops, caplog):
+def test_batches_are_halved_until_they_fit_and_stay_so(small, photo_crops, caplog):
     photos = photos_of(photo_crops, 8)
-    whole = BatchCaptioner(Job(small, greedy, 8))(photos)
+    whole = worker_of(small, 8).caption(photos)
     device = SmallDevice(small, room=3)
-    caption = BatchCaptioner(Job(device, greedy, 8))
+    worker = worker_of(device, 8)
     with caplog.at_level(logging.WARNING):
-        in_parts = caption(photos)
+        in_parts = worker.caption(photos)
     assert device.tried == [8, 4, 2, 2, 2, 2]
-    caption(photos)
+    worker.caption(photos)
     assert device.tried[6:] == [2, 2, 2, 2]
     assert [photo.ref for photo in in_parts] == [photo.ref for photo in photos]
     assert tokens_of(in_parts) == tokens_of(whole)
@@ -91,9 +96,9 @@ def test_batches_are_halved_until_they_fit_and_stay_so(small, greedy, photo_crop
     ]
 
 
-def test_no_memory_for_a_single_photo_ends_the_run(small, greedy, photo_crops):
+def test_no_memory_for_a_single_photo_ends_the_run(small, photo_crops):
     with pytest.raises(ModelError, match="even one photo"):
-        BatchCaptioner(Job(SmallDevice(small, room=0), greedy, 2))(photos_of(photo_crops, 2))
+        worker_of(SmallDevice(small, room=0), 2).caption(photos_of(photo_crops, 2))
 
 
 def test_a_device_out_of_memory_is_a_memory_error(small, greedy, photo_crops, monkeypatch):
@@ -107,11 +112,10 @@ def test_a_device_out_of_memory_is_a_memory_error(small, greedy, photo_crops, mo
         small.caption(photo_crops[:1], greedy, ["a"])
 
 
-def test_rows_come_in_the_order_of_the_photos(small, greedy, photos_folder):
+def test_rows_come_in_the_order_of_the_photos(small, photos_folder):
     paths = [*sorted(photos_folder.rglob("*.jpg")), Path("nowhere.jpg")] * 3
     refs = [ImageRef(f"{i}", str(path)) for i, path in enumerate(paths)]
-    found = run_locally(iter(refs), Job(small, greedy, 4, AttentionDetail.NONE))
-    rows = [row for batch in found for row in batch]
+    rows = [row for batch in worker_of(small, 4).rows(iter(refs)) for row in batch]
     assert [row["image_id"] for row in rows] == [ref.image_id for ref in refs]
     reasons = [*[None] * (len(paths) // 3 - 1), "missing"]
     assert [row["error_type"] for row in rows] == reasons * 3
@@ -145,11 +149,9 @@ def test_bytes_at_hand_do_not_pile_up_and_are_let_go_with_the_reading():
             taken += 1
             yield ImageRef(str(number), "", 1, None, b"x")
 
-    config = SimpleNamespace(backbone=SimpleNamespace(image_size=8))
-    small = SimpleNamespace(config=config, clock=StageClock())
     rejection = LoadedImage(Rejection(ErrorType.CORRUPT, "It is one byte."))
-    job = Job(small, None, 8, read=lambda files: [rejection for _ in files])
-    for number, photo in enumerate(load_photos(refs(), job, ahead=16)):
+    worker = worker_of(NETWORKLESS, 8, read=lambda photos: [rejection for _ in photos])
+    for number, photo in enumerate(worker.load(refs(), ahead=16)):
         assert taken - number <= 16 + 2 * PHOTOS_PER_READ
         assert photo.ref == ImageRef(str(number), "", 1)
 
@@ -171,17 +173,17 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (7, [3, 3, 1])])
 def test_batches_are_full_but_for_the_last(count, sizes, photo_crops):
-    assert [len(batch) for batch in batches(iter(photos_of(photo_crops, count)), 3)] == sizes
+    assert [len(batch) for batch in batched(iter(photos_of(photo_crops, count)), 3)] == sizes
 
 
 def test_photos_that_need_no_caption_take_no_place_in_a_batch(photo_crops):
     good = photos_of(photo_crops, 4)
     mixed = [rejected(0), good[0], rejected(1), good[1], good[2], rejected(2), good[3]]
-    assert [*batches(iter(mixed), 2)] == [mixed[:4], mixed[4:]]
+    assert [*batched(iter(mixed), 2)] == [mixed[:4], mixed[4:]]
 
 
 def test_a_batch_comes_to_an_end_where_no_photo_needs_a_caption():
-    sizes = [len(batch) for batch in batches(map(rejected, range(10)), 2)]
+    sizes = [len(batch) for batch in batched(map(rejected, range(10)), 2)]
     assert sizes == [4, 4, 2]
 
 
@@ -189,65 +191,56 @@ def test_a_note_stands_beside_the_caption_of_its_photo():
     note = Rejection(ErrorType.TRUNCATED, "The file ends early.")
     image = LoadedImage(np.zeros((32, 32, 3), np.uint8), 1, 2, "ab", 32, 32, note)
     photo = Photo(ImageRef("a.jpg", "a.jpg"), image, reused={"caption": "known"})
-    (row,) = caption_rows([photo], Job(SimpleNamespace(), None, 1))
+    (row,) = rows_of([photo], worker_of(NETWORKLESS, 1).settings)
     assert (row["status"], row["caption"]) == ("ok", "known")
     assert (row["error_type"], row["error_message"]) == ("truncated", "The file ends early.")
 
 
-def test_a_batch_of_rejected_photos_is_not_captioned(greedy):
-    job = Job(SimpleNamespace(), greedy, 4)
-    photos = [rejected(0)]
-    assert BatchCaptioner(job)(photos) == photos
-    (row,) = caption_rows(photos, job)
+def test_a_batch_of_rejected_photos_is_not_captioned():
+    worker, photos = worker_of(NETWORKLESS, 4), [rejected(0)]
+    assert worker.caption(photos) == photos
+    (row,) = rows_of(photos, worker.settings)
     assert (row["status"], row["error_type"], "caption" in row) == ("failed", "empty", False)
 
 
-def test_a_photo_whose_bytes_have_a_caption_gets_it(small, greedy, photos_folder):
+def test_a_photo_whose_bytes_have_a_caption_gets_it(small, photos_folder):
     refs = [ImageRef(path.name, str(path)) for path in sorted(photos_folder.glob("*.jpg"))]
     coffee = hashlib.sha256((photos_folder / "coffee.jpg").read_bytes()).hexdigest()
     known = {coffee: {"caption": "known"}}
-    job = Job(small, greedy, 2, AttentionDetail.NONE, reusable=known.get)
-    rows = {row["image_id"]: row for batch in run_locally(iter(refs), job) for row in batch}
+    found = worker_of(small, 2).rows(iter(refs), reusable=known.get)
+    rows = {row["image_id"]: row for batch in found for row in batch}
     assert [name for name, row in rows.items() if row["caption"] == "known"] == ["coffee.jpg"]
     assert rows["coffee.jpg"]["status"] == "ok"
     assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
 
 
-def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small, greedy):
+def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small):
     """A copy that `--max-pixels` refused was `failed`, and had a caption."""
     images = [
         LoadedImage(Rejection(ErrorType.TOO_LARGE, "It has too many pixels."), sha256="a"),
         LoadedImage(np.zeros((224, 224, 3), np.uint8), sha256="a"),
     ]
-    job = Job(
-        small,
-        greedy,
-        batch_size=2,
-        read=lambda paths: images[: len(paths)],
-        reusable=lambda _sha256: {"caption": "known"},
-    )
+    worker = worker_of(small, 2, read=lambda photos: images[: len(photos)])
     refs = [ImageRef(name, name) for name in ("refused.jpg", "whole.jpg")]
-    ((refused, whole),) = run_locally(iter(refs), job)
+    ((refused, whole),) = worker.rows(refs, reusable=lambda _sha256: {"caption": "known"})
     assert (refused["status"], refused.get("caption")) == ("failed", None)
     assert (whole["status"], whole["caption"]) == ("ok", "known")
 
 
-def test_no_batch_is_begun_once_the_run_is_over(small, greedy, photos_folder):
+def test_no_batch_is_begun_once_the_run_is_over(small, photos_folder):
     refs = [ImageRef(str(i), str(photos_folder / "coffee.jpg")) for i in range(100)]
     done: list[str] = []
-    job = Job(small, greedy, 2, AttentionDetail.NONE, is_over=lambda: bool(done))
-    for batch in run_locally(iter(refs), job):
+    found = worker_of(small, 2).rows(refs, is_over=lambda: bool(done))
+    for batch in found:
         done += [row["image_id"] for row in batch]
     assert done == [str(i) for i in range(len(done))]
     assert 2 <= len(done) <= 2 * (BATCHES_UNDER_WAY + 1)
 
 
-def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(
-    small, greedy, photos_folder
-):
+def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(small, photos_folder):
     """Its size and time were looked up once it was back: so it counted as seen, and failed."""
     missing = LoadedImage(Rejection(ErrorType.MISSING, "There is no such file."))
     ref = ImageRef("coffee.jpg", str(photos_folder / "coffee.jpg"))
-    job = Job(small, greedy, 1, read=lambda paths: [missing for _ in paths])
-    ((row,),) = run_locally(iter([ref]), job)
+    worker = worker_of(small, 1, read=lambda photos: [missing for _ in photos])
+    ((row,),) = worker.rows([ref])
     assert (row["error_type"], row["file_size"], row["mtime_ns"]) == ("missing", None, None)

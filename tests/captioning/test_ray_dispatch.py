@@ -19,10 +19,10 @@ from helpers.shard_files import write_tar
 from PIL import Image
 
 from batchcap.captioning.arrivals import Piece
+from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import WorkerSettings
 from batchcap.captioning.ray_engine import Chunk, RayWorker
 from batchcap.captioning.run import run_captioning
-from batchcap.captioning.worker import CaptionWorker
 from batchcap.process.signals import Stopped
 from batchcap.rows import layout as layouts
 from batchcap.rows.index import RowIndex

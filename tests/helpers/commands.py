@@ -27,9 +27,8 @@ def sharing_the_model() -> Iterator[None]:
 
     Runs in this process do not tell its C library to keep freed memory.
     """
-    import batchcap.captioning.bench
     import batchcap.captioning.caption
-    import batchcap.captioning.worker
+    import batchcap.captioning.local_engine
     import batchcap.model.captioner as module
 
     load_anew = module.load_captioner
@@ -47,9 +46,9 @@ def sharing_the_model() -> Iterator[None]:
         return module.Captioner(*parts, compiled=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        for user in (module, batchcap.captioning.caption, batchcap.captioning.bench):
+        for user in (module, batchcap.captioning.caption):
             patch.setattr(user, "load_captioner", load)
-        patch.setattr(batchcap.captioning.worker, "keep_freed_memory", lambda: None)
+        patch.setattr(batchcap.captioning.local_engine, "keep_freed_memory", lambda: None)
         yield
 
 

@@ -30,7 +30,7 @@ class Worker:
         self.captioner = SimpleNamespace(clock=StageClock())
         self.metadata = {"batchcap.runtime": "none", "batchcap.grid": "8x8"}
 
-    def __call__(self, refs: Iterable[ImageRef], *_others: Any) -> Iterator[list[Row]]:
+    def rows(self, refs: Iterable[ImageRef], *_others: Any) -> Iterator[list[Row]]:
         """Yield the row of each photo; its caption tells its content."""
         for ref in refs:
             path = Path(ref.path)
