@@ -81,7 +81,7 @@ def whole(photos: Path) -> Watched:
     output, metrics = photos.parent / "whole", photos.parent / "whole.prom"
     seen: list[int] = []
     with running(
-        *(photos, output, *FLAGS, "--log-format", "json", "--metrics-file", metrics)
+        photos, output, *FLAGS, "--log-format", "json", "--metrics-file", metrics
     ) as process:
         while process.poll() is None:
             if output.is_dir():
@@ -320,7 +320,10 @@ def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: P
     went on to load the model before it saw that it was to end.
     """
     code, errors, seconds = _stopped(
-        *(photos, tmp_path / "o", signal.SIGINT, os.killpg),
+        photos,
+        tmp_path / "o",
+        signal.SIGINT,
+        os.killpg,
         has_begun=lambda pid, _output: len(_readers_of(pid)) > 1,
     )
     assert (code, errors) == (130, "batchcap: stopped by SIGINT\n")
@@ -672,7 +675,12 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
     names = [str(path) for path in sorted(photos.iterdir())[:60]]
     output = tmp_path / "o"
     with running(
-        *("-", output, "--batch-size", 2, "--stall-timeout", 30),  # TensorFlow starts
+        "-",
+        output,
+        "--batch-size",
+        2,
+        "--stall-timeout",
+        30,  # TensorFlow starts
         stdin=subprocess.PIPE,
     ) as process:
         assert process.stdin is not None
@@ -703,7 +711,12 @@ def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
 
 def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
     with running(
-        *("-", tmp_path / "o", "--glob", "*.none", "--stall-timeout", 3),
+        "-",
+        tmp_path / "o",
+        "--glob",
+        "*.none",
+        "--stall-timeout",
+        3,
         stdin=subprocess.PIPE,
     ) as process:
         assert process.stdin is not None

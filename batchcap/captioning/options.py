@@ -84,8 +84,10 @@ def worker_settings_of(
     side = read_config(settings.model).backbone.image_size
     accept = settings.truncated is Truncated.ACCEPT
     return WorkerSettings(
-        *(settings.model, settings.runtime, settings.precision),
-        LoadSettings(side, settings.max_pixels, accept),
+        model=settings.model,
+        runtime=settings.runtime,
+        precision=settings.precision,
+        load=LoadSettings(side, settings.max_pixels, accept),
         decode=decode,
         batch_size=batch_size,
         attention=settings.attention,

@@ -101,7 +101,10 @@ def choose_input_range(name: str, asked: Range | None) -> Range:
         log.warning(
             "--input-range %g %g: the ImageNet weights of %s expect pixels from %g to %g; leave "
             "out --input-range unless the weights are others",
-            *(low, high, name, *own),
+            low,
+            high,
+            name,
+            *own,
         )
     return low, high
 

@@ -81,7 +81,11 @@ def _block(x: Any, block: Stage, name: str) -> Any:
         x = _normalised(keras.layers.Conv2D, block.expansion * channels, 1, f"{name}_expand", x)
         x = keras.layers.ReLU(6.0, name=f"{name}_expand_relu")(x)
     x = _normalised(
-        *(keras.layers.DepthwiseConv2D, None, block.kernel_size, f"{name}_depthwise", x),
+        keras.layers.DepthwiseConv2D,
+        None,
+        block.kernel_size,
+        f"{name}_depthwise",
+        x,
         strides=block.stride,
     )
     x = keras.layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x)

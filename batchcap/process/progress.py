@@ -48,7 +48,13 @@ class _Lines:
                 left = f", {max(self.total - self.done, 0) / rate:.0f} s left"
         log.info(
             "%s: %d%s %ss, %.1f %ss/s%s",
-            *(self.what, self.done, of, self.unit, rate, self.unit, left),
+            self.what,
+            self.done,
+            of,
+            self.unit,
+            rate,
+            self.unit,
+            left,
         )
 
 

@@ -75,7 +75,9 @@ class Likelihood:
         if warmup >= steps:
             log.warning(
                 "--warmup-steps %d: training has %d steps, so the rate stays below %g; lower it",
-                *(warmup, steps, peak),
+                warmup,
+                steps,
+                peak,
             )
         return _warm_cosine(peak, warmup, steps, lowest)
 

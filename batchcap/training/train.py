@@ -119,12 +119,12 @@ def train_captioner(settings: TrainSettings) -> Path:
     record = Record(_run_digest(settings, backbone, training, validation))
     log.info(
         "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
-        *(
-            f"{strategy.num_replicas_in_sync} x {device}",
-            len(training),
-            sum(len(example.captions) for example in training),
-        ),
-        *(len(validation), len(vocabulary), decoder.count_params() / 1e6),
+        f"{strategy.num_replicas_in_sync} x {device}",
+        len(training),
+        sum(len(example.captions) for example in training),
+        len(validation),
+        len(vocabulary),
+        decoder.count_params() / 1e6,
     )
     stages = _stages(settings, captioner, training, validation, tokens, strategy)
     was_kept: dict[str, bool] = {}
@@ -199,7 +199,9 @@ def _check_validation(settings: TrainSettings, validation: Sequence[Example]) ->
             log.warning(
                 "CIDEr-D of the %d validation photos of %s is uncertain: hold out %d or more, or "
                 "choose the best epoch by --monitor loss",
-                *(count, name, FEW_VALIDATION_PHOTOS),
+                count,
+                name,
+                FEW_VALIDATION_PHOTOS,
             )
 
 

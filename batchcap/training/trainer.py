@@ -178,8 +178,14 @@ class Trainer:
         log.info(
             "epoch %d: %.0f s, %s; validation: loss %.3f, accuracy %.3f, BLEU-4 %.1f, "
             "CIDEr-D %.1f%s%s",
-            *(epoch, row["seconds"], told, row["val_loss"]),
-            *(row["val_accuracy"], row["bleu_4"], row["cider_d"], _of_sets(row, judge.names)),
+            epoch,
+            row["seconds"],
+            told,
+            row["val_loss"],
+            row["val_accuracy"],
+            row["bleu_4"],
+            row["cider_d"],
+            _of_sets(row, judge.names),
             " (best)" if self.record.best_epoch == epoch else "",
         )
         for sample in samples:

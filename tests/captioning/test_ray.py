@@ -181,7 +181,14 @@ def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     done = run(
-        *(tars, tmp_path / "o", "--engine", "ray", "--address", address, "--model", model),
+        tars,
+        tmp_path / "o",
+        "--engine",
+        "ray",
+        "--address",
+        address,
+        "--model",
+        model,
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"batchcap: {weights} is damaged")
@@ -231,7 +238,7 @@ def test_a_cluster_that_dies_ends_the_run(tars: str, tmp_path: Path) -> None:
     with (
         cluster() as (address, head),
         running(
-            *(tars, output, *FLAGS, "--engine", "ray", "--address", address, "--stall-timeout", 30)
+            tars, output, *FLAGS, "--engine", "ray", "--address", address, "--stall-timeout", 30
         ) as process,
     ):
         assert wait_until(lambda: committed(output))
