@@ -37,7 +37,11 @@ def validation_run(
 
 def test_every_photo_has_a_row_with_a_caption(validation_run: tuple[RunSummary, Rows]) -> None:
     summary, rows = validation_run
-    assert (summary.found, summary.captioned, summary.failed.total()) == (1000, 1000, 0)
+    assert (summary.counts.found, summary.counts.captioned, summary.counts.failed.total()) == (
+        1000,
+        1000,
+        0,
+    )
     assert len({row["image_id"] for row in rows}) == 1000
     assert all(row["caption"] and row["finished"] for row in rows)
 

@@ -71,7 +71,7 @@ class Story:
     def run_here(self) -> None:
         """Run undisturbed, in this process."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("batchcap.captioning.run.CaptionWorker", Worker)
+            patch.setattr("batchcap.captioning.local_engine.CaptionWorker", Worker)
             done = batchcap_here("run", self.photos, self.output, *FLAGS)
         assert done.returncode == 0, done.stderr
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from batchcap.captioning.engine import Chunk
 from batchcap.captioning.inventory import Inventory, State
-from batchcap.captioning.summary import RunSummary
+from batchcap.captioning.summary import Counts
 from batchcap.errors import BatchcapError
 from batchcap.photos.archives import Archive
 from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of
@@ -57,7 +58,7 @@ class PieceInventory(Inventory):
     """A worker's inventory of one piece, which marks nothing in the index that workers share."""
 
     def __init__(self, settings: RunSettings, index: RowIndex) -> None:
-        super().__init__(settings, index, RunSummary("", "", ""))
+        super().__init__(settings, index)
         self._new = [np.zeros(0, np.int64)]
         self._seen = [np.zeros(0, np.int32)]
         self._states = bytearray()
@@ -103,13 +104,6 @@ class PieceInventory(Inventory):
         self._seen.append(rows.astype(np.int32))
 
 
-class Admitted(NamedTuple):
-    """Rows to append; `again` says that each replaces a row that this run has appended."""
-
-    rows: list[Row]
-    again: bool = False
-
-
 class Arrivals:
     """Admits the rows of workers, and counts their photos, as one machine would.
 
@@ -120,7 +114,7 @@ class Arrivals:
     """
 
     def __init__(self, inventory: Inventory, pieces: Sequence[Piece]) -> None:
-        self.inventory, self.summary = inventory, inventory.summary
+        self.inventory = inventory
         self.untallied = len(pieces)
         archives = [piece for piece in pieces if isinstance(piece, Archive)]
         self._archives = archives if len(archives) > 1 else []
@@ -134,10 +128,10 @@ class Arrivals:
 
     def take(
         self, archive: Archive | None, rows: list[Row], tally: Tally | None
-    ) -> Iterator[Admitted]:
+    ) -> Iterator[Chunk]:
         """Yield the rows that can be appended, now that these have come, or an archive's tally."""
         number = None if archive is None else self._numbers.get(archive)
-        yield Admitted(rows if number is None else self._admitted(number, rows))
+        yield _chunk(rows if number is None else self._admitted(number, rows))
         if tally is None:
             return
         self.untallied -= 1
@@ -148,7 +142,7 @@ class Arrivals:
             self._tallies[number] = tally
             yield from self._settle()
 
-    def rest(self) -> Iterator[Admitted]:
+    def rest(self) -> Iterator[Chunk]:
         """Yield the rows that still wait, where a run is stopped before all pieces are tallied.
 
         If the row of an archive before was right, the next run makes it again.
@@ -158,7 +152,7 @@ class Arrivals:
             index.mark_seen(places)
         for number in range(self._turn, len(self._archives)):
             for rows in self._waiting.take(number, again=False):
-                yield Admitted(self._replacing(rows))
+                yield _chunk(self._replacing(rows))
                 index.mark_seen(self._replaced[-1])
             if number in self._tallies:
                 index.mark_seen(self._tallies[number].seen.astype(np.int64))
@@ -184,7 +178,7 @@ class Arrivals:
         self._replaced.append(places[is_first])
         return _chosen(rows, is_first)
 
-    def _settle(self) -> Iterator[Admitted]:
+    def _settle(self) -> Iterator[Chunk]:
         """Settle the archives whose turn comes: their photos are first but for those met before."""
         while (tally := self._tallies.pop(self._turn, None)) is not None:
             is_first = self._settled.add(tally.new)
@@ -193,9 +187,9 @@ class Arrivals:
             self._turn += 1
             self._replaced = []
             for rows in self._waiting.take(self._turn, again=False):
-                yield Admitted(self._replacing(rows))
+                yield _chunk(self._replacing(rows))
 
-    def _come_again(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Admitted]:
+    def _come_again(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Chunk]:
         """Rows of first photos whose id another archive's photo had when they came."""
         first, replaced = tally.new[is_first], {*tally.new[~is_first].tolist()}
         gathered: list[Row] = []
@@ -205,19 +199,15 @@ class Arrivals:
             replaced -= {*hashes[~is_admitted].tolist()}  # which were never appended
             gathered += _chosen(rows, is_admitted)
             if len(gathered) >= self.inventory.settings.rows_per_part:
-                yield Admitted(gathered, again=True)
+                yield _chunk(gathered, again=True)
                 gathered = []
         if gathered:
-            yield Admitted(gathered, again=True)
-        for id_hash in replaced:
-            self._count_back(tally.failed.get(id_hash))
-
-    def _count_back(self, error_type: str | None) -> None:
-        """A row that was counted when it was appended has been replaced."""
-        if error_type is None:
-            self.summary.captioned -= 1
-        else:
-            self.summary.failed -= Counter({error_type: 1})
+            yield _chunk(gathered, again=True)
+        if replaced:  # rows that were counted when they were appended
+            reasons = [tally.failed[id_hash] for id_hash in replaced if id_hash in tally.failed]
+            failed = Counter(dict.fromkeys(reasons, 0))
+            failed.subtract(reasons)
+            yield Chunk([], {}, Counts(captioned=len(reasons) - len(replaced), failed=failed))
 
     def _note(self, tally: Tally) -> None:
         inventory = self.inventory
@@ -270,6 +260,11 @@ class _Waiting:
         if not self._places:
             self._file.seek(0)
             self._file.truncate()
+
+
+def _chunk(rows: list[Row], again: bool = False) -> Chunk:
+    failed = Counter(row["error_type"] for row in rows if row["status"] == "failed")
+    return Chunk(rows, {}, Counts(captioned=len(rows) - failed.total(), failed=failed), again)
 
 
 def _hashes_of(rows: list[Row]) -> Hashes:

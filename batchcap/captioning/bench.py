@@ -25,7 +25,7 @@ from batchcap.captioning.local_engine import (
 )
 from batchcap.captioning.options import WorkerSettings, decode_settings_of
 from batchcap.errors import InputError
-from batchcap.model.captioner import Caption
+from batchcap.model.caption import Caption
 from batchcap.model.config import read_config
 from batchcap.photos.images import LoadSettings
 from batchcap.photos.listing import list_images

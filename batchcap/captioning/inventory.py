@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.captioning.summary import RunSummary
+from batchcap.captioning.summary import Counts
 from batchcap.errors import InputError, UsageError
 from batchcap.photos.archives import PARQUET_SUFFIX, Archive, Columns, Unread
 from batchcap.photos.file_lists import likely_fault
@@ -53,7 +53,7 @@ class State(IntEnum):
     FAILED = 4
 
 
-COUNTED_AS = {  # in a run's summary
+COUNTED_AS = {  # fields of `Counts`
     State.NEW: ("new",),
     State.CHANGED: ("changed",),
     State.RETRIED: ("retried",),
@@ -65,15 +65,18 @@ COUNTED_AS = {  # in a run's summary
 class Inventory:
     """The photos of an input against the rows that are there, counted while they are listed.
 
-    taken: how many need a row, or a new one. is_empty: no photo has been seen. complete: all of the
-    input has been. unlisted: how many folders and archives could not be read, or only in part.
-    doubled: how many photos were left out because an earlier one has their id; lines of a list do
-    not count. left_out: the first system folder of the input, or empty.
+    counts: of the run. is_empty: no photo has been seen. complete: all of the input has been.
+    unlisted: how many folders and archives could not be read, or only in part. doubled: how many
+    photos were left out because an earlier one has their id; lines of a list do not count.
+    left_out: the first system folder of the input, or empty.
     """
 
-    def __init__(self, settings: RunSettings, index: RowIndex, summary: RunSummary) -> None:
-        self.settings, self.index, self.summary = settings, index, summary
-        self.taken = self.unlisted = self.doubled = 0
+    def __init__(
+        self, settings: RunSettings, index: RowIndex, counts: Counts | None = None
+    ) -> None:
+        self.settings, self.index = settings, index
+        self.counts = counts or Counts()
+        self.unlisted = self.doubled = 0
         self.is_empty, self.complete = True, False
         self.left_out = ""
         self._met = IdSet()
@@ -148,16 +151,14 @@ class Inventory:
                 if state > State.RETRIED:
                     continue
                 yield ref
-                if self.taken == self.settings.limit:
+                if self.counts.taken == self.settings.limit:
                     return
         self.complete = goes_on() and not self.unlisted
 
     def count(self, state: State, photos: int = 1) -> None:
         """Count photos by how they stand to their rows."""
         for name in COUNTED_AS[state]:
-            setattr(self.summary, name, getattr(self.summary, name) + photos)
-        if state <= State.RETRIED:
-            self.taken += photos
+            setattr(self.counts, name, getattr(self.counts, name) + photos)
 
     @property
     def vanished(self) -> int:

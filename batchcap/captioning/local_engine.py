@@ -4,32 +4,37 @@ An engine never raises for one photo: a photo that can't be read is a row that s
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from batchcap.captioning.engine import Chunk, Chunks, Task
 from batchcap.captioning.options import WorkerSettings
+from batchcap.captioning.summary import Counts
 from batchcap.errors import ModelError
 from batchcap.model.attention import summarise_attention
+from batchcap.model.caption import Caption
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import load_image
 from batchcap.photos.reader_pool import Readers, core_count
 from batchcap.process.memory import keep_freed_memory
+from batchcap.process.wording import printable
 from batchcap.rows.parquet import Row
 from batchcap.schema import CaptionSource, ImageRef, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail
 
 if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
-    from batchcap.model.captioner import Caption, Captioner
+    from batchcap.model.captioner import Captioner
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,13 +52,39 @@ PHOTOS_PER_SLOT = 2  # at most: a batch comes to an end even where no photo need
 log = logging.getLogger(__name__)
 
 
+def caption_locally(task: Task) -> Chunks:
+    """Caption the photos of a task's inventory on this machine."""
+    listed = task.inventory.listed(task.goes_on, task.watchdog.progress)
+    refs = task.inventory.unfinished(listed, task.goes_on)
+    first = list(islice(refs, task.settings.batch_size))
+    if task.stop():
+        return
+    task.inventory.check_any()
+    if not first:
+        return
+    task.look_ahead(len(first))
+    wanted = task.worker_settings(batch_size=len(first))
+    with closing(CaptionWorker(wanted, core_count(), task.watchdog.progress)) as worker:
+        if not task.goes_on():
+            return
+        name = printable(first[0].image_id)
+        task.log_start(f"first {name}; on {worker.execution}", **vars(worker.execution))
+        worker.captioner.clock = task.clock
+        if not task.goes_on():
+            return
+        yield Chunk([], worker.metadata, Counts())
+        in_flight = task.watchdog.in_flight(chain(first, refs))
+        for photos in worker.photos(in_flight, task.reusable, task.stop):
+            yield Chunk(rows_of(photos, wanted), worker.metadata, counts_of(photos))
+
+
 class Photo(NamedTuple):
     """A photo that was read: `reused` are its caption columns if known, `caption` if captioned."""
 
     ref: ImageRef
     image: LoadedImage
     reused: Row | None = None
-    caption: "Caption | None" = None
+    caption: Caption | None = None
 
     @property
     def needs_caption(self) -> bool:
@@ -108,13 +139,13 @@ class CaptionWorker:
         grid = "{}x{}".format(*self.captioner.grid)
         return {"batchcap.runtime": self.execution.runtime, "batchcap.grid": grid}
 
-    def rows(
+    def photos(
         self,
         refs: Iterable[ImageRef],
         reusable: Reusable = lambda _sha256: None,
         is_over: Callable[[], bool] = lambda: False,
-    ) -> Iterator[list[Row]]:
-        """Yield the rows of photos in their order, a batch at a time, one row per photo.
+    ) -> Iterator[list[Photo]]:
+        """Yield photos with their captions, in order, a batch at a time.
 
         Reading, captioning and the caller's work overlap. Only a few batches are in memory, however
         many photos there are.
@@ -127,7 +158,11 @@ class CaptionWorker:
         photos = self.load(refs, BATCHES_LOADED_AHEAD * self.settings.batch_size, reusable)
         batches = batched(photos, self.settings.batch_size)
         begun = takewhile(lambda _batch: not is_over(), batches)
-        for batch in in_threads(self.caption, begun):
+        yield from in_threads(self.caption, begun)
+
+    def rows(self, refs: Iterable[ImageRef]) -> Iterator[list[Row]]:
+        """Yield the rows of photos in their order, a batch at a time, one row per photo."""
+        for batch in self.photos(refs):
             yield rows_of(batch, self.settings)
 
     def load(
@@ -202,7 +237,19 @@ def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
         yield group
 
 
-def with_captions(photos: list[Photo], captions: "Iterable[Caption]") -> list[Photo]:
+def counts_of(photos: list[Photo]) -> Counts:
+    """Count photos by where their captions come from, or why they have none."""
+    rejections = [photo.image.pixels for photo in photos]
+    return Counts(
+        captioned=sum(photo.caption is not None for photo in photos),
+        reused=sum(photo.reused is not None for photo in photos),
+        failed=Counter(
+            pixels.error_type.value for pixels in rejections if isinstance(pixels, Rejection)
+        ),
+    )
+
+
+def with_captions(photos: list[Photo], captions: Iterable[Caption]) -> list[Photo]:
     """Give the photos that need a caption one each, in order."""
     left = iter(captions)
     return [

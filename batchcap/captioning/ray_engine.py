@@ -1,7 +1,7 @@
 """Captioning on a Ray cluster: pieces of the input go out, rows come back.
 
 Ray Data keeps the workers busy with bounded read-ahead, and retries pieces lost with a process or a
-machine. A retried piece yields the same chunks, so that no row comes back twice. Only the driver
+machine. A retried piece yields the same answers, so that no row comes back twice. Only the driver
 writes. Apart from rows, workers report that they move: much work yields no rows.
 """
 
@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, compress, islice
+from itertools import chain, compress, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from batchcap.captioning.arrivals import Piece, PieceInventory, Tally
+from batchcap.captioning.arrivals import Arrivals, Piece, PieceInventory, Tally
+from batchcap.captioning.engine import Chunks, Task
 from batchcap.captioning.inventory import columns_of, list_images_of
 from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import WorkerSettings
@@ -37,6 +38,7 @@ from batchcap.photos.listing import archives_in
 from batchcap.process.environment import cache_folder
 from batchcap.process.signals import SIGNALS
 from batchcap.process.stderr import DID_NOT_START, kept_back, stderr_to
+from batchcap.process.wording import counted
 from batchcap.rows.id_hashes import IdSet, hashes_of
 from batchcap.rows.index import RowIndex
 from batchcap.rows.parquet import Row
@@ -60,12 +62,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Answer:
     """A part of a worker's answer for a piece: some rows or, after all rows, the piece's tally.
 
-    metadata: that of a file of these rows. archive: the piece, if it is one. failure: why there are
-    no rows; sent as a value because Ray would wrap an exception. A chunk without anything says that
-    the cluster moves.
+    metadata: of a file of these rows. archive: the piece, if it is one. failure: why there are no
+    rows; sent as a value because Ray would wrap an exception. An answer without anything reports
+    that the cluster works.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
@@ -81,6 +83,32 @@ class Workers(NamedTuple):
     number: int
     cpus: int
     gpus: float
+
+
+def caption_on_ray(task: Task) -> Chunks:
+    """Caption the input of a task on a cluster: workers list their pieces of it themselves."""
+    settings, inventory = task.settings, task.inventory
+    listed = pieces_of(
+        settings, inventory.note_unlisted, inventory.note_left_out, task.watchdog.progress
+    )
+    pieces = [*takewhile(lambda _piece: task.goes_on(), listed)]
+    inventory.check_list((piece for piece in pieces if isinstance(piece, list)), task.goes_on)
+    if pieces and not task.stop():
+        task.look_ahead(len(pieces))
+        task.log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
+        arrivals = Arrivals(inventory, pieces)
+        wanted = task.worker_settings(settings.batch_size)
+        for answer in run_on_ray(pieces, settings, wanted, task.folder.index):
+            for chunk in arrivals.take(answer.archive, answer.rows, answer.tally):
+                yield chunk._replace(metadata=answer.metadata)
+            if task.stop():
+                break
+        yield from arrivals.rest()
+        if arrivals.untallied and not task.stop():
+            raise RuntimeError(f"Ray has left out {arrivals.untallied} pieces")
+    if not task.stop():
+        inventory.complete = not inventory.unlisted
+        inventory.check_any()
 
 
 def pieces_of(
@@ -113,23 +141,23 @@ def _whole(path: str) -> str:
 
 def run_on_ray(
     pieces: Sequence[Piece], settings: RunSettings, worker: WorkerSettings, index: RowIndex
-) -> Iterator[Chunk]:
-    """Caption pieces of an input on all machines of a cluster; chunks come as they are done.
+) -> Iterator[Answer]:
+    """Caption pieces of an input on all machines of a cluster; answers come as they are done.
 
-    The model and the index of existing rows are sent once to each machine. While no chunk comes,
-    empty ones are yielded as long as workers move, or the cluster waits for machines.
+    The model and the index of existing rows are sent once to each machine. While no answer
+    comes, empty ones are yielded as long as workers move, or the cluster waits for machines.
 
     Raises:
         UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
         BatchcapError: a worker raised it, or the cluster has failed.
     """
     with _connected(settings.address) as ray, _reporting_failure():
-        yield Chunk()
+        yield Answer()
         workers = workers_on(_resources(ray), settings.workers, settings.gpus_per_worker)
         model = {path.name: path.read_bytes() for path in worker.model.iterdir() if path.is_file()}
         at_hand = [ray.put(model), ray.put(index)]
         pulse = _start_pulse(ray)
-        chunks = ray.data.from_items(
+        answers = ray.data.from_items(
             [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
         ).map_batches(
             RayWorker,
@@ -142,16 +170,16 @@ def run_on_ray(
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
         )
-        tables = chunks.iter_batches(batch_size=None, batch_format="pyarrow")
+        tables = answers.iter_batches(batch_size=None, batch_format="pyarrow")
         moves = asking(ray, pulse, workers, settings.stall_timeout)
         for table in with_news(tables, moves, _report_s(settings)):
             if table is None:
-                yield Chunk()
+                yield Answer()
                 continue
-            for chunk in map(pickle.loads, table["chunk"].to_pylist()):
-                if chunk.failure is not None:
-                    raise chunk.failure
-                yield chunk
+            for answer in map(pickle.loads, table["answer"].to_pylist()):
+                if answer.failure is not None:
+                    raise answer.failure
+                yield answer
 
 
 class Pulse:
@@ -313,22 +341,22 @@ class RayWorker:
             self._report()
 
     def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
-        """Chunks, pickled, of one pickled piece."""
+        """Yield the answers, pickled, for one pickled piece."""
         with self._busy():
             for piece in map(pickle.loads, pieces["piece"].to_pylist()):
-                for chunk in self._chunks_or_failure(piece):
-                    yield pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())})
+                for answer in self._answers_or_failure(piece):
+                    yield pa.table({"answer": pa.array([pickle.dumps(answer)], pa.large_binary())})
 
-    def _chunks_or_failure(self, piece: Piece) -> Iterator[Chunk]:
+    def _answers_or_failure(self, piece: Piece) -> Iterator[Answer]:
         try:
             if self.failure is not None:
                 raise self.failure
-            yield from self.chunks(piece)
+            yield from self.answers(piece)
         except BatchcapError as error:
-            yield Chunk(failure=error)
+            yield Answer(failure=error)
 
-    def chunks(self, piece: Piece) -> Iterator[Chunk]:
-        """Caption a piece; a retried piece yields the same number of chunks."""
+    def answers(self, piece: Piece) -> Iterator[Answer]:
+        """Caption a piece; a retried piece yields the same number of answers."""
         # All workers of a machine share one read-only index.
         inventory = PieceInventory(self.settings, self.index)
         archive = piece if isinstance(piece, Archive) else None
@@ -348,8 +376,8 @@ class RayWorker:
         while some := list(islice(rows, self.settings.batch_size)):
             self.moves()
             failed |= failures(some)
-            yield Chunk(self.worker.metadata, some, archive)
-        yield Chunk(self.worker.metadata, archive=archive, tally=inventory.tally(failed))
+            yield Answer(self.worker.metadata, some, archive)
+        yield Answer(self.worker.metadata, archive=archive, tally=inventory.tally(failed))
 
     def _goes_on(self) -> bool:
         self.moves()
@@ -463,7 +491,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             signal.signal(number, handler)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = 1  # pass each chunk on at once
+        context.target_max_block_size = 1  # pass each answer on at once
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         _check_version(ray)
         yield ray

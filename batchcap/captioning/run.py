@@ -2,39 +2,31 @@
 
 import json
 import logging
-import shutil
-import threading
-import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice, takewhile
 from typing import Any
 
-from batchcap.captioning.arrivals import Arrivals
-from batchcap.captioning.inventory import Inventory, excluded_by, list_images_of
-from batchcap.captioning.local_engine import CaptionWorker
-from batchcap.captioning.options import decode_settings_of, worker_settings_of
-from batchcap.captioning.ray_engine import Chunk, pieces_of, run_on_ray
+from batchcap.captioning.commits import Commits
+from batchcap.captioning.engine import Chunks, Task
+from batchcap.captioning.inventory import Inventory, excluded_by
+from batchcap.captioning.local_engine import caption_locally
+from batchcap.captioning.options import decode_settings_of
+from batchcap.captioning.ray_engine import caption_on_ray
 from batchcap.captioning.summary import RunSummary, read_rate, write_metrics, write_summary
-from batchcap.captioning.watchdog import Watchdog, watching
+from batchcap.captioning.watchdog import watching
 from batchcap.errors import BatchcapError, LockedError, OutputError
 from batchcap.model.config import fingerprint, read_config
 from batchcap.model.runtime import precision_of
-from batchcap.photos.listing import can_be_listed_twice
-from batchcap.photos.reader_pool import core_count
-from batchcap.process.clock import StageClock
 from batchcap.process.logs import log_event
-from batchcap.process.progress import progress
 from batchcap.process.signals import Stopped, StopRequest, stopping_softly
-from batchcap.process.wording import counted, printable
+from batchcap.process.wording import printable
 from batchcap.rows.layout import Layout, check_shares, layout_of
-from batchcap.rows.parquet import DamagedError, Row, read_file_metadata, saying_where
+from batchcap.rows.parquet import DamagedError, read_file_metadata, saying_where
 from batchcap.rows.writer import (
     CaptionFolder,
     Upgrades,
@@ -43,11 +35,10 @@ from batchcap.rows.writer import (
     index_of,
     open_captions,
 )
-from batchcap.schema import SCHEMA_VERSION, ImageRef
+from batchcap.schema import SCHEMA_VERSION
 from batchcap.settings import (
     DECODE_DEFAULTS,
     DEFAULT_MODEL,
-    AttentionDetail,
     DecodeSettings,
     Engine,
     Precision,
@@ -57,11 +48,9 @@ from batchcap.storage.files import make_folder
 from batchcap.storage.locking import locked
 
 VERSIONS = ("batchcap", "tensorflow", "keras", "numpy", "pillow", "pyarrow")
-COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
-BYTES_PER_ROW = {  # on disk, with room to spare: 1,000 photos took 225 a row, with maps 1,600
-    AttentionDetail.NONE: 300,
-    AttentionDetail.SUMMARY: 700,
-    AttentionDetail.FULL: 2500,
+ENGINES: dict[Engine, Callable[[Task], Chunks]] = {
+    Engine.LOCAL: caption_locally,
+    Engine.RAY: caption_on_ray,
 }
 
 log = logging.getLogger(__name__)
@@ -94,12 +83,12 @@ def run_captioning(settings: RunSettings) -> RunSummary:
             accept()
             summary.metadata = folder.metadata
             settings = replace(settings, precision=Precision(folder.metadata["batchcap.precision"]))
-            inventory = Inventory(settings, folder.index, summary)
+            inventory = Inventory(settings, folder.index, summary.counts)
             with stopping_softly() as stop:
-                _Captioning(inventory, folder, decode_settings, stop).run()
+                _caption(settings, decode_settings, inventory, folder, summary, stop)
                 if stop.number is not None:
                     raise Stopped(stop.number)
-                _finish(inventory, folder)
+                _finish(inventory, folder, summary)
     return summary
 
 
@@ -116,18 +105,18 @@ def plan_run(settings: RunSettings) -> str:
     identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
     files = existing_rows(layout, settings.on_existing)
     check_identity(layout, files, identity, _upgrades(settings))
-    summary = RunSummary(str(layout), "", "")
     _, index = index_of(files, lambda *_: None)
-    inventory = Inventory(settings, index, summary)
+    inventory = Inventory(settings, index)
+    counts = inventory.counts
     for _ in inventory.unfinished(inventory.listed()):
         pass
     inventory.check_any()
     rate = read_rate(layout.summary)
-    needed = f"some {inventory.taken / rate:.0f} s, at the last run's rate" if rate else "not known"
+    needed = f"some {counts.taken / rate:.0f} s, at the last run's rate" if rate else "not known"
     return (
-        f"{printable(summary.output)}: {summary.new} new, {summary.changed} changed, "
-        f"{summary.retried} failed before and to be tried again; {summary.already_done} done, "
-        f"{summary.failed_before} of them failed; {inventory.vanished} vanished; time: {needed}"
+        f"{printable(str(layout))}: {counts.new} new, {counts.changed} changed, "
+        f"{counts.retried} failed before and to be tried again; {counts.already_done} done, "
+        f"{counts.failed_before} of them failed; {inventory.vanished} vanished; time: {needed}"
     )
 
 
@@ -143,248 +132,73 @@ def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
             make_folder(layout.output.parent)
 
 
-class _Captioning:
-    """The part of a run in which photos become committed rows."""
-
-    def __init__(
-        self,
-        inventory: Inventory,
-        folder: CaptionFolder,
-        decode_settings: DecodeSettings,
-        stop: StopRequest,
-    ) -> None:
-        self.settings, self.summary = inventory.settings, inventory.summary
-        self.inventory, self.folder, self.stop = inventory, folder, stop
-        self.decode_settings = decode_settings
-        self.listed: int | None = None
-        self.reused: Counter[str] = Counter()  # SHA-256 sums of photos in flight
-        self.writing = threading.Lock()  # held while rows are taken or committed
-
-    def run(self) -> None:
-        """Caption what needs it until there is no more, or a signal comes."""
-        with watching(self.settings.stall_timeout, self._say_last_words) as watchdog:
-            if self.settings.engine is Engine.RAY:
-                self._caption_on_ray(watchdog)
-                return
-            goes_on = partial(self._goes_on, watchdog)
-            listed = self.inventory.listed(goes_on, watchdog.progress)
-            refs = self.inventory.unfinished(listed, goes_on)
-            first = list(islice(refs, self.settings.batch_size))
-            if self.stop():
-                return
-            self.inventory.check_any()
-            if first:
-                self._look_ahead(len(first), watchdog)
-                self._caption(first, refs, watchdog)
-
-    def _look_ahead(self, least: int, watchdog: Watchdog) -> None:
-        """See that there is room for the rows to come, and begin to count them."""
-        self._check_room(least, watchdog)
-        threading.Thread(target=self._count, daemon=True).start()
-
-    def _goes_on(self, watchdog: Watchdog) -> bool:
-        watchdog.progress()
-        return not self.stop()
-
-    def _caption(
-        self, first: list[ImageRef], others: Iterator[ImageRef], watchdog: Watchdog
-    ) -> None:
-        wanted = worker_settings_of(
-            self.settings,
-            self.decode_settings,
-            batch_size=len(first),
-            run_id=self.summary.run_id,
+def _caption(
+    settings: RunSettings,
+    decode: DecodeSettings,
+    inventory: Inventory,
+    folder: CaptionFolder,
+    summary: RunSummary,
+    stop: StopRequest,
+) -> None:
+    """Turn photos into committed rows until there are no more, or a signal comes."""
+    commits = Commits(settings, folder, summary, stop)
+    say_last_words = partial(_say_last_words, settings, commits, summary)
+    with watching(settings.stall_timeout, say_last_words) as watchdog:
+        task = Task(
+            settings=settings,
+            decode=decode,
+            run_id=summary.run_id,
+            inventory=inventory,
+            folder=folder,
+            stop=stop,
+            watchdog=watchdog,
+            clock=commits.clock,
+            look_ahead=partial(commits.look_ahead, watchdog),
+            log_start=partial(_log_start, settings, decode, summary),
         )
-        with closing(CaptionWorker(wanted, core_count(), watchdog.progress)) as worker:
-            if not self._goes_on(watchdog):
-                return
-            name = printable(first[0].image_id)
-            self._log_start(f"first {name}; on {worker.execution}", **vars(worker.execution))
-            captioner = worker.captioner
-            self.folder.metadata |= worker.metadata
-            if not self._goes_on(watchdog):
-                return
-            refs = watchdog.in_flight(chain(first, others))
-            batches = worker.rows(refs, self._reusable, self.stop)
-            self._commit_rows(batches, watchdog, captioner.clock)
-
-    def _caption_on_ray(self, watchdog: Watchdog) -> None:
-        """Workers list their pieces of the input, and send a tally of each at its end."""
-        settings, inventory = self.settings, self.inventory
-        listed = pieces_of(
-            settings, inventory.note_unlisted, inventory.note_left_out, watchdog.progress
-        )
-        pieces = [*takewhile(lambda _piece: self._goes_on(watchdog), listed)]
-        inventory.check_list(
-            (piece for piece in pieces if isinstance(piece, list)), partial(self._goes_on, watchdog)
-        )
-        if pieces and not self.stop():
-            self._look_ahead(len(pieces), watchdog)
-            wanted = worker_settings_of(
-                settings,
-                self.decode_settings,
-                batch_size=settings.batch_size,
-                run_id=self.summary.run_id,
-            )
-            self._log_start(f"in {counted(len(pieces), 'piece')}; on Ray")
-            chunks = run_on_ray(pieces, settings, wanted, self.folder.index)
-            arrivals = Arrivals(inventory, pieces)
-            self._commit_rows(self._rows_of(chunks, arrivals), watchdog, StageClock())
-            if arrivals.untallied and not self.stop():
-                raise RuntimeError(f"Ray has left out {arrivals.untallied} pieces")
-        if not self.stop():
-            inventory.complete = not inventory.unlisted
-            inventory.check_any()
-
-    def _rows_of(self, chunks: Iterator[Chunk], arrivals: Arrivals) -> Iterator[list[Row]]:
-        """Rows to append as they come; empty lists are news, too."""
-        for chunk in chunks:
-            self.folder.metadata |= chunk.metadata
-            for admitted in arrivals.take(chunk.archive, chunk.rows, chunk.tally):
-                if admitted.again:
-                    with self.writing:
-                        self.folder.append(admitted.rows, again=True)
-                    self._count_rows(admitted.rows)
-                else:
-                    yield admitted.rows
-            if self.stop():
-                break
-        for admitted in arrivals.rest():
-            yield admitted.rows
-
-    def _commit_rows(
-        self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
-    ) -> None:
-        try:
-            self._take_rows(batches, watchdog, clock)
-            self._commit(watchdog)
-        except Stopped:
-            if not self.stop.insisted:  # but out of time
-                self._commit(watchdog)
-            raise
-
-    def _take_rows(
-        self, batches: Iterator[list[Row]], watchdog: Watchdog, clock: StageClock
-    ) -> None:
-        settings, folder = self.settings, self.folder
-        started = last_commit = time.monotonic()
-        with progress("captioning", None, "image") as bar:
-            try:
-                for rows in batches:
-                    with clock.stage("write"):
-                        with self.writing:
-                            folder.append(rows)
-                        seconds = time.monotonic() - last_commit
-                        if (
-                            folder.pending >= settings.rows_per_part
-                            or seconds >= settings.seconds_per_part
-                        ):
-                            self._commit(watchdog)
-                            last_commit = time.monotonic()
-                    watchdog.landed(row["image_id"] for row in rows)
-                    self._count_rows(rows)
-                    bar.total = self.listed and self.listed - self.summary.already_done
-                    bar.update(len(rows))
-            finally:
-                self.summary.seconds = time.monotonic() - started
-                self.summary.stage_seconds = dict(clock.seconds)
-
-    def _commit(self, watchdog: Watchdog) -> None:
-        rows = self.folder.pending
-        # A commit that is cut off in a store can't be given again in the same run.
-        with self.writing, self.stop.unhurried():
-            self.folder.commit()
-        watchdog.progress()
-        if not self.stop():  # else the next run drops them
-            self.folder.drop_superseded(watchdog.progress)
-        log_event(log, "committed", f"{rows} rows committed", logging.DEBUG, rows=rows)
-
-    def _count_rows(self, rows: list[Row]) -> None:
-        for row in rows:
-            if row["status"] == "failed":
-                self.summary.failed[row["error_type"]] += 1
-            elif row["sha256"] in self.reused:
-                self.reused[row["sha256"]] -= 1
-                if not self.reused[row["sha256"]]:
-                    del self.reused[row["sha256"]]
-                self.summary.reused += 1
-            else:
-                self.summary.captioned += 1
-
-    def _reusable(self, sha256: str) -> Row | None:
-        caption = self.folder.reusable(sha256) if self.settings.reuse else None
-        if caption is not None:
-            self.reused[sha256] += 1
-        return caption
-
-    def _count(self) -> None:
-        """How many photos there are, for the bar; apart, so that nothing waits for it."""
-        with suppress(BatchcapError):  # for the reader of the rows to meet
-            listed = sum(1 for _ in _listed_again(self.settings))
-            self.listed = listed // self.settings.share[1] or None
-
-    def _check_room(self, least: int, watchdog: Watchdog) -> None:
-        """See that the disk has room for the rows to come, as far as they can be counted soon.
-
-        Raises:
-            OutputError: it has not.
-        """
-        layout, settings = self.folder.layout, self.settings
-        again = _listed_again(settings, watchdog.progress)
-        listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.share[1]
-        rows = max(least, min(listed - len(self.folder.index), settings.limit or listed))
-        needed = rows * BYTES_PER_ROW[settings.attention]
-        if layout.is_file:  # the parts, and the file that they are joined to
-            needed = 2 * needed + sum(path.stat().st_size for path in layout.row_files())
-        free = shutil.disk_usage(layout.lock.parent).free
-        if free < needed:
-            raise OutputError(
-                f"{layout} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
-                f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
-            )
-
-    def _log_start(self, what_on_what: str, **fields: Any) -> None:
-        settings, model = self.settings, self.summary.metadata["batchcap.model"]
-        source, output = map(printable, (settings.source, str(self.folder.layout)))
-        done = self.summary.already_done
-        log_event(
-            log,
-            "run_started",
-            f"captioning the photos of {source} into {output}, "
-            + (f"{done} done already, " if done else "")
-            + f"{what_on_what}, model {model:.12}, {self.decode_settings}",
-            run_id=self.summary.run_id,
-            **fields,
-            model=model,
-        )
-
-    def _say_last_words(self, message: str) -> None:
-        log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
-        if self.writing.acquire(blocking=False):  # and never released: the process ends
-            with suppress(BatchcapError):
-                self.folder.commit()
-        _account(self.settings, self.folder.layout, self.summary)
+        with closing(ENGINES[settings.engine](task)) as chunks:
+            commits.take(chunks, watchdog)
 
 
-def _listed_again(
-    settings: RunSettings, progress: Callable[[], object] = lambda: None
-) -> Iterator[ImageRef]:
-    """The input once more, in silence; nothing where that can't be done, or takes long."""
-    if not can_be_listed_twice(settings.source):
-        return iter(())
-    return list_images_of(settings, lambda *_: None, progress=progress)
+def _say_last_words(
+    settings: RunSettings, commits: Commits, summary: RunSummary, message: str
+) -> None:
+    log_event(log, "run_stalled", f"batchcap: {message}", logging.ERROR, exit_code=1)
+    commits.commit_at_once()
+    _account(settings, commits.folder.layout, summary)
 
 
-def _finish(inventory: Inventory, folder: CaptionFolder) -> None:
-    """Make the output whole, and see that every photo has its row."""
-    settings, summary = inventory.settings, inventory.summary
-    summary.vanished = inventory.vanished
+def _log_start(
+    settings: RunSettings,
+    decode: DecodeSettings,
+    summary: RunSummary,
+    what_on_what: str,
+    **fields: Any,
+) -> None:
+    model, done = summary.metadata["batchcap.model"], summary.counts.already_done
+    source, output = map(printable, (settings.source, summary.output))
+    log_event(
+        log,
+        "run_started",
+        f"captioning the photos of {source} into {output}, "
+        + (f"{done} done already, " if done else "")
+        + f"{what_on_what}, model {model:.12}, {decode}",
+        run_id=summary.run_id,
+        **fields,
+        model=model,
+    )
+
+
+def _finish(inventory: Inventory, folder: CaptionFolder, summary: RunSummary) -> None:
+    """Make the output whole, and check that every photo has its row."""
+    settings, counts = inventory.settings, summary.counts
+    counts.vanished = inventory.vanished
     # An input with nothing in it is rather a disk that is not mounted.
     if settings.prune and inventory.complete and not inventory.is_empty:
-        summary.pruned = folder.prune(excluded_by(settings))
+        counts.pruned = folder.prune(excluded_by(settings))
     folder.finish(inventory.complete and not inventory.doubled)
-    if inventory.taken != summary.captioned + summary.reused + summary.failed.total():
-        raise RuntimeError(f"{inventory.taken} photos were taken up, but not as many have rows")
+    if counts.taken != counts.given:
+        raise RuntimeError(f"{counts.taken} photos were taken up, but {counts.given} have rows")
     inventory.check_whole()
     summary.finish(settings.max_failures)
 

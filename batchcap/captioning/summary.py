@@ -16,22 +16,16 @@ FASTEST = 1e9  # images a second that anyone may believe
 
 
 @dataclass
-class RunSummary:
-    """What a run did: found = captioned + reused + failed + already_done.
+class Counts:
+    """How many photos met which fate in a run; counts add up.
 
-    captioned, reused: with a new caption, with that of a photo of the same bytes.
-    failed: without a caption, by reason.
-    already_done: left as they were, `failed_before` of them without a caption.
-    new, changed, retried: why the others were taken up.
+    captioned, reused: got a new caption, or that of a photo of the same bytes.
+    failed: got none, by reason.
+    already_done: kept their rows; `failed_before` of them have no caption.
+    new, changed, retried: why the others needed a row.
     vanished, pruned: rows of photos that the input no longer has, and how many were dropped.
-    seconds: of the captioning alone. stage_seconds: of work, over all threads, by stage.
-    last_rate: images a second of the run before.
-    outcome: `done`, `stopped` or `failed`.
     """
 
-    output: str
-    run_id: str
-    started_at: str
     captioned: int = 0
     reused: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -42,6 +36,44 @@ class RunSummary:
     retried: int = 0
     vanished: int = 0
     pruned: int = 0
+
+    def __iadd__(self, other: "Counts") -> "Counts":
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        self.failed.update(other.failed)
+        self.failed = Counter({reason: count for reason, count in self.failed.items() if count})
+        return self
+
+    @property
+    def given(self) -> int:
+        """Photos that got a row in this run."""
+        return self.captioned + self.reused + self.failed.total()
+
+    @property
+    def found(self) -> int:
+        """Photos that have a row, from this run or an earlier one."""
+        return self.given + self.already_done
+
+    @property
+    def taken(self) -> int:
+        """Photos that needed a row, or a new one."""
+        return self.new + self.changed + self.retried
+
+
+@dataclass
+class RunSummary:
+    """What a run did.
+
+    seconds: of the captioning alone. stage_seconds: of work, over all threads, by stage.
+    last_rate: images a second of the run before.
+    outcome: `done`, `stopped` or `failed`.
+    """
+
+    output: str
+    run_id: str
+    started_at: str
+    counts: Counts = field(default_factory=Counts)
     seconds: float = 0.0
     last_rate: float | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -52,20 +84,15 @@ class RunSummary:
     ended_at: str = ""
 
     @property
-    def found(self) -> int:
-        """Photos that have a row, this run's and earlier ones'."""
-        return self.captioned + self.reused + self.failed.total() + self.already_done
-
-    @property
     def images_per_second(self) -> float | None:
-        """Rate of what was taken up; where that was nothing, of the run before."""
-        if self.found == self.already_done or not self.seconds:
+        """Rate of this run's rows; of the run before, where this one made none."""
+        if not self.counts.given or not self.seconds:
             return self.last_rate
-        return (self.found - self.already_done) / self.seconds
+        return self.counts.given / self.seconds
 
     def finish(self, max_failures: int | None) -> None:
-        """The run has come to its end."""
-        failed = self.failed.total() + self.failed_before
+        """Set the outcome of a run that came to its end."""
+        failed = self.counts.failed.total() + self.counts.failed_before
         too_many = max_failures is not None and failed > max_failures
         self.outcome, self.exit_code = "done", TOO_MANY_FAILED if too_many else 0
 
@@ -75,22 +102,29 @@ class RunSummary:
         return {
             "output": name.decode("utf-8", "backslashreplace"),
             "outcome": self.outcome,
-            "found": self.found,
-            **{
-                name: value
-                for name, value in vars(self).items()
-                if name not in ("output", "outcome", "last_rate")
-            },
+            "found": self.counts.found,
+            "run_id": self.run_id,
+            "started_at": self.started_at,
+            **vars(self.counts),
+            "seconds": self.seconds,
+            "stage_seconds": self.stage_seconds,
+            "metadata": self.metadata,
+            "versions": self.versions,
+            "exit_code": self.exit_code,
+            "ended_at": self.ended_at,
             "images_per_second": self.images_per_second,
         }
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.failed.most_common())
-        parts = [f"{self.found} found", f"{self.captioned} captioned"]
-        parts += [f"{self.reused} reused"] if self.reused else []
-        parts += [f"{self.failed.total()} failed" + (f" ({reasons})" if reasons else "")]
-        parts += [f"{self.already_done} already done"] if self.already_done else []
-        parts += [f"{self.vanished} vanished ({self.pruned} dropped)"] if self.vanished else []
+        counts = self.counts
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.failed.most_common())
+        parts = [f"{counts.found} found", f"{counts.captioned} captioned"]
+        parts += [f"{counts.reused} reused"] if counts.reused else []
+        parts += [f"{counts.failed.total()} failed" + (f" ({reasons})" if reasons else "")]
+        parts += [f"{counts.already_done} already done"] if counts.already_done else []
+        parts += (
+            [f"{counts.vanished} vanished ({counts.pruned} dropped)"] if counts.vanished else []
+        )
         rate = f"; {self.seconds:.1f} s, {self.images_per_second or 0:.1f} images/s"
         return f"{printable(self.output)}: {', '.join(parts)}" + (rate if self.seconds else "")
 
@@ -133,7 +167,7 @@ def write_metrics(path: Path, summary: RunSummary) -> None:
 def metrics_text(summary: RunSummary) -> str:
     """Gauges of the last run, named `batchcap_...`, with HELP and TYPE lines."""
     counts = {
-        name: getattr(summary, name)
+        name: getattr(summary.counts, name)
         for name in ("found", "captioned", "reused", "already_done", "failed_before", "vanished")
     }
     families: list[tuple[str, str, dict[str, float]]] = [
@@ -141,12 +175,15 @@ def metrics_text(summary: RunSummary) -> str:
             "batchcap_run_images",
             "Images of the last run, by what became of them.",
             {f'state="{state}"': count for state, count in counts.items()}
-            | {'state="failed"': summary.failed.total()},
+            | {'state="failed"': summary.counts.failed.total()},
         ),
         (
             "batchcap_run_failures",
             "Images that failed in the last run, by reason.",
-            {f'reason="{reason}"': count for reason, count in sorted(summary.failed.items())},
+            {
+                f'reason="{reason}"': count
+                for reason, count in sorted(summary.counts.failed.items())
+            },
         ),
         (
             "batchcap_run_stage_seconds",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 
 from batchcap.errors import ModelError
 from batchcap.model.backbones import build_backbone
+from batchcap.model.caption import Caption
 from batchcap.model.config import (
     CONFIG_FILE,
     VOCABULARY_FILE,
@@ -49,23 +50,6 @@ from batchcap.process.wording import excerpt
 from batchcap.settings import DecodeSettings, Precision, Runtime
 
 Weights = dict[str, npt.NDArray[Any]]
-
-
-class Caption(NamedTuple):
-    """The caption of one photo, of W words; END is not among them.
-
-    ids: `int32[W]`, the words' numbers in the vocabulary.
-    log_probs: `float32[W]`, or `float32[W + 1]` where END was reached: natural log-probabilities of
-        each word, then of END.
-    finished: whether END was reached within the length limit.
-    attention: `float32[W, rows, columns]`, each word's weights over the grid, adding up to 1.
-    """
-
-    words: list[str]
-    ids: npt.NDArray[np.int32]
-    log_probs: npt.NDArray[np.float32]
-    finished: bool
-    attention: npt.NDArray[np.float32]
 
 
 class Captioner:

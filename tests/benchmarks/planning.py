@@ -17,7 +17,6 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchcap.captioning.inventory import Inventory
-from batchcap.captioning.summary import RunSummary
 from batchcap.rows.index import Entries, RowIndex, entries_of
 from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
@@ -38,11 +37,11 @@ def main() -> None:
         index = RowIndex(parts)
     del parts
     settings = RunSettings(source="s3://photos", output=Path("captions"))
-    plan = Inventory(settings, index, RunSummary("", "", ""))
+    plan = Inventory(settings, index)
     with timed("what is left to do"):
         left = sum(1 for _ in plan.unfinished(listing(count)))
-    assert left == plan.summary.new == count // 2
-    assert plan.summary.already_done == count - left
+    assert left == plan.counts.new == count // 2
+    assert plan.counts.already_done == count - left
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from helpers.rows import METADATA, captioned_row
 
 from batchcap.captioning.arrivals import Arrivals
 from batchcap.captioning.inventory import Inventory
-from batchcap.captioning.ray_engine import Chunk
-from batchcap.captioning.summary import RunSummary
+from batchcap.captioning.ray_engine import Answer
 from batchcap.photos.archives import Archive
 from batchcap.rows.index import RowIndex
 from batchcap.rows.layout import Layout
@@ -35,14 +34,14 @@ def main() -> None:
     parser.add_argument("count", type=int, nargs="?", default=100_000)
     count = parser.parse_args().count
     chunks = [
-        pickle.dumps(Chunk({}, [row_of(number) for number in range(i, i + ROWS_PER_CHUNK)]))
+        pickle.dumps(Answer({}, [row_of(number) for number in range(i, i + ROWS_PER_CHUNK)]))
         for i in range(0, count, ROWS_PER_CHUNK)
     ]
     print(f"{sum(map(len, chunks)) / count:.0f} bytes a row as sent")
     with tempfile.TemporaryDirectory() as name:
         output = Path(name, "captions")
         settings = RunSettings(source="photos.tar", output=output)
-        inventory = Inventory(settings, RowIndex([]), RunSummary("", "", ""))
+        inventory = Inventory(settings, RowIndex([]))
         archives = [Archive(name, name) for name in ("0.tar", "1.tar")]
         arrivals = Arrivals(inventory, archives)
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchcap.captioning.arrivals import Arrivals, PieceInventory, Tally
 from batchcap.captioning.inventory import Inventory, list_images_of
 from batchcap.captioning.ray_engine import failures
-from batchcap.captioning.summary import RunSummary
+from batchcap.captioning.summary import Counts
 from batchcap.errors import BatchcapError, InputError
 from batchcap.photos.archives import Archive
 from batchcap.rows.index import RowIndex, entries_of
@@ -36,7 +36,7 @@ def index_of(rows: list[Row]) -> RowIndex:
 
 def inventory_of(rows: list[Row], **asked: Any) -> Inventory:
     settings = RunSettings(source="*.tar", output=Path("o"), **asked)
-    return Inventory(settings, index_of(rows), RunSummary("", "", ""))
+    return Inventory(settings, index_of(rows))
 
 
 def refs_of(photos: Photos) -> list[ImageRef]:
@@ -86,9 +86,9 @@ class Output:
         self.taken += len(rows)
 
 
-def count_rows(summary: RunSummary, rows: list[Row]) -> None:
-    summary.captioned += sum(row["status"] == "ok" for row in rows)
-    summary.failed += Counter(row["error_type"] for row in rows if row["status"] == "failed")
+def counts_of_rows(rows: list[Row]) -> Counts:
+    failed = Counter(row["error_type"] for row in rows if row["status"] == "failed")
+    return Counts(captioned=len(rows) - failed.total(), failed=failed)
 
 
 def of_one_machine(
@@ -98,7 +98,7 @@ def of_one_machine(
     for ref in inventory.unfinished(chain.from_iterable(map(refs_of, archives))):
         made = [row_of(ref.image_id, bytes(ref.data).decode())]
         output.append(made, again=False)
-        count_rows(inventory.summary, made)
+        inventory.counts += counts_of_rows(made)
     return output, inventory
 
 
@@ -108,16 +108,16 @@ def of_workers(
     inventory, output = inventory_of(rows, **asked), Output(rows)
     arrivals = Arrivals(inventory, [archive_of(number) for number in range(archives)])
     for one in sent:
-        for admitted in arrivals.take(*one):
-            output.append(admitted.rows, admitted.again)
-            count_rows(inventory.summary, admitted.rows)
+        for chunk in arrivals.take(*one):
+            output.append(chunk.rows, chunk.again)
+            inventory.counts += chunk.counts
     return output, inventory, arrivals
 
 
 def counts_of(inventory: Inventory) -> dict[str, Any]:
-    names = ("taken", "doubled", "is_empty", "vanished")
+    names = ("doubled", "is_empty", "vanished", "counts")
     inventory.complete = True
-    return {name: getattr(inventory, name) for name in names} | vars(inventory.summary)
+    return {name: getattr(inventory, name) for name in names}
 
 
 PHOTOS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(f"xy{BAD}")), max_size=4)
@@ -149,7 +149,8 @@ def test_workers_in_any_order_make_the_rows_and_counts_of_one_machine(
 def test_a_row_of_a_new_photo_is_taken_at_once() -> None:
     arrivals = Arrivals(inventory_of([]), [archive_of(0), archive_of(1)])
     row = row_of("a", "y")
-    assert [*arrivals.take(archive_of(1), [row], None)] == [([row], False)]
+    (chunk,) = arrivals.take(archive_of(1), [row], None)
+    assert (chunk.rows, chunk.again) == ([row], False)
 
 
 def test_a_row_that_replaces_another_waits_for_the_archives_before_its_own() -> None:
@@ -160,7 +161,7 @@ def test_a_row_that_replaces_another_waits_for_the_archives_before_its_own() -> 
     assert output.of_this_run == set()
     output, counted, _ = of_workers([*second, *first], 2, rows)
     assert output.of_this_run == {"b"}
-    assert (counted.doubled, counted.taken, counted.summary.changed) == (1, 1, 1)
+    assert (counted.doubled, counted.counts.taken, counted.counts.changed) == (1, 1, 1)
 
 
 def test_a_run_that_is_stopped_takes_the_rows_that_wait_once_each() -> None:
@@ -171,8 +172,8 @@ def test_a_run_that_is_stopped_takes_the_rows_that_wait_once_each() -> None:
     fourth = sent_for(3, [("b", "w"), ("c", "w")], rows)[:2]
     output, _, arrivals = of_workers([*fourth, *third, *second, *first], 4, rows)
     assert output.of_this_run == {"c", "d"}
-    for admitted in arrivals.rest():
-        output.append(admitted.rows, admitted.again)
+    for chunk in arrivals.rest():
+        output.append(chunk.rows, chunk.again)
     contents = {row["image_id"]: row["tokens"][1] for row in output.rows.values()}
     assert contents == {"a": "x", "b": "y", "c": "y", "d": "x"}
 
@@ -233,8 +234,9 @@ def test_what_a_worker_reports_of_an_archive_is_passed_on(
     assert taken == ["changed.jpg"]
     assert caplog.messages == []
     arrivals = Arrivals(found, [Archive(str(tar), "x.tar")])
-    assert [*arrivals.take(Archive(str(tar), "x.tar"), [], piece.tally({}))] == [([], False)]
-    assert (found.summary.changed, found.summary.already_done, found.taken) == (1, 1, 1)
+    (chunk,) = arrivals.take(Archive(str(tar), "x.tar"), [], piece.tally({}))
+    assert chunk.rows == []
+    assert (found.counts.changed, found.counts.already_done, found.counts.taken) == (1, 1, 1)
     assert (found.unlisted, found.is_empty, found.left_out) == (1, False, "lost+found/a.jpg")
     assert "skipping its remaining photos" in caplog.text
 
@@ -243,5 +245,6 @@ def test_nothing_is_kept_where_ids_cannot_come_twice() -> None:
     rows = [row_of("a", "x")]
     arrivals = Arrivals(inventory_of(rows), [archive_of(0)])
     for one in sent_for(0, [("a", "y"), ("b", "y")], rows):
-        assert [*arrivals.take(*one)] == [(one[1], False)]
+        (chunk,) = arrivals.take(*one)
+        assert (chunk.rows, chunk.again) == (one[1], False)
     assert arrivals._arrived._runs == arrivals._settled._runs == []

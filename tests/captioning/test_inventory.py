@@ -14,7 +14,6 @@ from helpers.stores import answer, status, web_server
 
 from batchcap.captioning import inventory as inventories
 from batchcap.captioning.inventory import Inventory, chunks, list_images_of
-from batchcap.captioning.summary import RunSummary
 from batchcap.errors import InputError
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.rows.index import RowIndex, entries_of
@@ -26,7 +25,7 @@ from batchcap.settings import RunSettings
 def inventory(source: object, *rows: Row, **asked: Any) -> Inventory:
     settings = RunSettings(source=str(source), output=Path("out.parquet"), **asked)
     index = RowIndex([entries_of([table_of([*rows])] if rows else [])])
-    return Inventory(settings, index, RunSummary("", "", ""))
+    return Inventory(settings, index)
 
 
 def left(found: Inventory, *goes_on: Callable[[], bool]) -> Iterator[ImageRef]:
@@ -51,7 +50,7 @@ def test_files_are_known_by_size_and_time(tmp_path):
     changed = row_of("changed.jpg", b"x", mtime_ns=6)
     found = inventory(tmp_path, done, changed, row_of("gone.jpg", b"x"))
     assert [ref.image_id for ref in left(found)] == ["changed.jpg", "new.jpg"]
-    assert (found.summary.new, found.summary.changed, found.summary.already_done) == (1, 1, 1)
+    assert (found.counts.new, found.counts.changed, found.counts.already_done) == (1, 1, 1)
     assert (found.complete, found.vanished) == (True, 1)
 
 
@@ -265,4 +264,4 @@ def test_failed_photos_at_urls_are_retried_only_if_the_failure_may_pass(
         found = inventory(tmp_path / "list.txt", row)
         assert [ref.image_id for ref in left(found)] == [url] * again
     assert isinstance(image.pixels, Rejection)
-    assert found.summary.failed_before == (not again)
+    assert found.counts.failed_before == (not again)

@@ -207,8 +207,9 @@ def test_a_photo_whose_bytes_have_a_caption_gets_it(small, photos_folder):
     refs = [ImageRef(path.name, str(path)) for path in sorted(photos_folder.glob("*.jpg"))]
     coffee = hashlib.sha256((photos_folder / "coffee.jpg").read_bytes()).hexdigest()
     known = {coffee: {"caption": "known"}}
-    found = worker_of(small, 2).rows(iter(refs), reusable=known.get)
-    rows = {row["image_id"]: row for batch in found for row in batch}
+    worker = worker_of(small, 2)
+    found = worker.photos(refs, reusable=known.get)
+    rows = {row["image_id"]: row for batch in found for row in rows_of(batch, worker.settings)}
     assert [name for name, row in rows.items() if row["caption"] == "known"] == ["coffee.jpg"]
     assert rows["coffee.jpg"]["status"] == "ok"
     assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
@@ -222,7 +223,8 @@ def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small):
     ]
     worker = worker_of(small, 2, read=lambda photos: images[: len(photos)])
     refs = [ImageRef(name, name) for name in ("refused.jpg", "whole.jpg")]
-    ((refused, whole),) = worker.rows(refs, reusable=lambda _sha256: {"caption": "known"})
+    (batch,) = worker.photos(refs, reusable=lambda _sha256: {"caption": "known"})
+    refused, whole = rows_of(batch, worker.settings)
     assert (refused["status"], refused.get("caption")) == ("failed", None)
     assert (whole["status"], whole["caption"]) == ("ok", "known")
 
@@ -230,9 +232,9 @@ def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small):
 def test_no_batch_is_begun_once_the_run_is_over(small, photos_folder):
     refs = [ImageRef(str(i), str(photos_folder / "coffee.jpg")) for i in range(100)]
     done: list[str] = []
-    found = worker_of(small, 2).rows(refs, is_over=lambda: bool(done))
-    for batch in found:
-        done += [row["image_id"] for row in batch]
+    batches = worker_of(small, 2).photos(refs, is_over=lambda: bool(done))
+    for photos in batches:
+        done += [photo.ref.image_id for photo in photos]
     assert done == [str(i) for i in range(len(done))]
     assert 2 <= len(done) <= 2 * (BATCHES_UNDER_WAY + 1)
 

@@ -1,4 +1,4 @@
-"""Runs on Ray without its dispatch: real workers, whose chunks come in an order of the test's."""
+"""Runs on Ray without its dispatch: real workers, whose answers come in an order of the test's."""
 
 import io
 import os
@@ -21,30 +21,30 @@ from PIL import Image
 from batchcap.captioning.arrivals import Piece
 from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import WorkerSettings
-from batchcap.captioning.ray_engine import Chunk, RayWorker
+from batchcap.captioning.ray_engine import Answer, RayWorker
 from batchcap.captioning.run import run_captioning
 from batchcap.process.signals import Stopped
 from batchcap.rows import layout as layouts
 from batchcap.rows.index import RowIndex
 from batchcap.settings import Engine, RunSettings
 
-Order = Callable[[list[list[Chunk]]], Iterator[Chunk]]  # of the chunks of each piece
+Order = Callable[[list[list[Answer]]], Iterator[Answer]]  # of the answers of each piece
 
 
-def in_turn(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
-    for of_piece in chunks:
+def in_turn(answers: list[list[Answer]]) -> Iterator[Answer]:
+    for of_piece in answers:
         yield from of_piece
 
 
-def last_first(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
-    yield from in_turn(chunks[::-1])
+def last_first(answers: list[list[Answer]]) -> Iterator[Answer]:
+    yield from in_turn(answers[::-1])
 
 
-def rows_before_tallies(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
+def rows_before_tallies(answers: list[list[Answer]]) -> Iterator[Answer]:
     """The rows of later archives come first, the tallies of earlier ones."""
-    for *rows, _ in chunks[::-1]:
+    for *rows, _ in answers[::-1]:
         yield from rows
-    for *_, tally in chunks:
+    for *_, tally in answers:
         yield tally
 
 
@@ -61,15 +61,15 @@ def worker_of(
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
-    """A function that lets chunks come in some order from now on."""
+    """A function that lets answers come in some order from now on."""
 
     def dispatch(order: Order) -> None:
-        def loop(pieces: Sequence[Piece], *settings: Any) -> Iterator[Chunk]:
+        def loop(pieces: Sequence[Piece], *settings: Any) -> Iterator[Answer]:
             with worker_of(*settings) as worker:
-                chunks = [[*worker.chunks(piece)] for piece in pieces]
-            yield from map(pickle.loads, map(pickle.dumps, order(chunks)))
+                answers = [[*worker.answers(piece)] for piece in pieces]
+            yield from map(pickle.loads, map(pickle.dumps, order(answers)))
 
-        monkeypatch.setattr("batchcap.captioning.run.run_on_ray", loop)
+        monkeypatch.setattr("batchcap.captioning.ray_engine.run_on_ray", loop)
 
     return dispatch
 
@@ -244,9 +244,9 @@ def test_a_run_that_is_stopped_commits_the_rows_that_wait(
     (other / "0.tar").write_bytes((folder / "0.tar").read_bytes())
     write_tar(other / "1.tar", [("1.png", photo(99))])
 
-    def stopped(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
+    def stopped(answers: list[list[Answer]]) -> Iterator[Answer]:
         os.kill(os.getpid(), signal.SIGTERM)
-        yield from chunks[1]
+        yield from answers[1]
         raise AssertionError("asked for more")
 
     dispatched(stopped)
@@ -266,17 +266,17 @@ def test_a_worker_reports_that_it_moves_while_it_lists_what_needs_no_rows(
     dispatched(in_turn)
     assert ray_run(archive, tmp_path / "o").returncode == 0
 
-    def reports(pieces: Sequence[Piece], *settings: Any) -> Iterator[Chunk]:
+    def reports(pieces: Sequence[Piece], *settings: Any) -> Iterator[Answer]:
         with worker_of(*settings) as worker:
             for piece in pieces:
-                chunks = worker.chunks(piece)
+                answers = worker.answers(piece)
                 worker.moves = lambda: moments.append("file")
-                for chunk in chunks:
-                    moments.append("rows" if chunk.rows else "tally")
-                    yield chunk
+                for answer in answers:
+                    moments.append("rows" if answer.rows else "tally")
+                    yield answer
 
     moments: list[str] = []
-    monkeypatch.setattr("batchcap.captioning.run.run_on_ray", reports)
+    monkeypatch.setattr("batchcap.captioning.ray_engine.run_on_ray", reports)
     assert ray_run(archive, tmp_path / "o").returncode == 0
     assert moments.count("file") >= len(members)
     assert [moment for moment in moments if moment != "file"] == ["tally"]
@@ -287,11 +287,11 @@ def test_rows_are_committed_in_time_though_no_others_come(
 ) -> None:
     committed: list[int] = []
 
-    def slowly(chunks: list[list[Chunk]]) -> Iterator[Chunk]:
-        rows, *others = in_turn(chunks)
+    def slowly(answers: list[list[Answer]]) -> Iterator[Answer]:
+        rows, *others = in_turn(answers)
         yield rows
         time.sleep(0.5)
-        yield Chunk()
+        yield Answer()
         committed.append(len([*(tmp_path / "o").glob("part-*.parquet")]))
         yield from others
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -15,19 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.commands import batchcap_here
 from helpers.crashes import run
-from helpers.rows import METADATA, captioned_row, sum_of
 from helpers.shard_files import photos_of, write_tar
 from PIL import Image
 
-from batchcap.captioning.inventory import Inventory
-from batchcap.captioning.run import _Captioning
-from batchcap.captioning.summary import RunSummary
+from batchcap.captioning.run import run_captioning
 from batchcap.model.config import fingerprint
-from batchcap.process.signals import StopRequest
-from batchcap.rows.layout import Layout
-from batchcap.rows.writer import open_captions
 from batchcap.schema import ARROW_SCHEMA
-from batchcap.settings import DEFAULT_MODEL, DecodeSettings, OnExisting, RunSettings
+from batchcap.settings import DEFAULT_MODEL, RunSettings
 
 Rows = list[dict[str, Any]]
 
@@ -365,24 +360,17 @@ def test_a_run_that_fails_for_its_input_or_model_leaves_a_summary(
         assert (told["outcome"], told["exit_code"]) == ("failed", 1)
 
 
-def test_captions_that_are_reused_are_counted_without_being_kept(tmp_path: Path) -> None:
-    """The set of their sums took 155 MiB a million."""
-    layout = Layout(tmp_path / "o")
-    rows = [captioned_row(name, name) for name in range(3)]
-    with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
-        folder.append(rows)
-        folder.finish()
-    settings = RunSettings(source=str(tmp_path), output=layout.output)
-    with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
-        summary = RunSummary("", "", "")
-        inventory = Inventory(settings, folder.index, summary)
-        captioning = _Captioning(inventory, folder, DecodeSettings(20), StopRequest())
-        for row in [*rows, rows[0]]:
-            assert captioning._reusable(row["sha256"])
-        assert captioning._reusable(sum_of("new")) is None
-        captioning._count_rows([*rows, rows[0], captioned_row("new", "new")])
-    assert (summary.reused, summary.captioned) == (4, 1)
-    assert not captioning.reused
+def test_captions_of_equal_files_are_reused_and_counted(
+    photos_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copy(photos_folder / "coffee.jpg", tmp_path / f"{name}.jpg")
+    settings = RunSettings(source=str(tmp_path), output=tmp_path / "o.parquet", batch_size=1)
+    counts = run_captioning(settings).counts
+    assert (counts.captioned + counts.reused, counts.found) == (3, 3)
+    shutil.copy(photos_folder / "coffee.jpg", tmp_path / "d.jpg")
+    counts = run_captioning(settings).counts
+    assert (counts.captioned, counts.reused, counts.already_done) == (0, 1, 3)
 
 
 def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_rows_are_those_of_the_directory(
     run(source, tmp_path / "out.parquet", **asked)
     assert_same(rows_of(tmp_path / "out.parquet"), of_folder, *but)
     again = run(source, tmp_path / "out.parquet", **asked)
-    assert (again.already_done, again.captioned) == (12, 0)
+    assert (again.counts.already_done, again.counts.captioned) == (12, 0)
 
 
 def test_a_photo_that_changed_in_its_tar_is_captioned_again(folder: Path, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_photo_that_changed_in_its_tar_is_captioned_again(folder: Path, tmp_pa
     photos["coffee.jpg"] = photos["coffee.jpg"] + b"\0"
     photos["new.jpg"] = photos["rocket.jpg"]
     write_tar(tar, photos.items())
-    again = run(tar, tmp_path / "out")
-    assert (again.changed, again.new, again.reused, again.captioned) == (1, 1, 1, 1)
+    counts = run(tar, tmp_path / "out").counts
+    assert (counts.changed, counts.new, counts.reused, counts.captioned) == (1, 1, 1, 1)
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out").to_pylist()}
     assert rows["coffee.jpg"]["sha256"] == hashlib.sha256(photos["coffee.jpg"]).hexdigest()
     assert len(rows) == 13
@@ -124,7 +124,7 @@ def test_a_broken_tar_loses_no_good_result(
     assert 8 <= len(done) < 12
     broken.write_bytes(whole)
     again = run(source, tmp_path / "out.parquet")
-    assert (again.already_done, again.exit_code) == (len(done), 0)
+    assert (again.counts.already_done, again.exit_code) == (len(done), 0)
     assert len(rows_of(tmp_path / "out.parquet")) == 12
 
 
@@ -132,18 +132,19 @@ def test_a_broken_tar_loses_no_good_result(
 def test_shares_merged_are_one_run(
     name: str, folder: Path, of_folder: pa.Table, tmp_path: Path
 ) -> None:
-    found = [run(folder, tmp_path / name, shard=f"{index}/4").found for index in range(4)]
+    found = [run(folder, tmp_path / name, shard=f"{index}/4").counts.found for index in range(4)]
     assert sum(found) == 12
     merge_captions(MergeSettings(captions=tmp_path / name, output=tmp_path / "merged.parquet"))
     assert_same(rows_of(tmp_path / "merged.parquet"), of_folder)
     again = run(folder, tmp_path / "merged.parquet")
-    assert (again.already_done, again.captioned) == (12, 0)
+    assert (again.counts.already_done, again.counts.captioned) == (12, 0)
 
 
 def test_a_share_without_photos_is_done_at_once(tmp_path: Path, photos_folder: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{photos_folder}/coffee.jpg\n")
     shares = {
-        run(tmp_path / "list.txt", tmp_path / "out", shard=f"{index}/3").found for index in range(3)
+        run(tmp_path / "list.txt", tmp_path / "out", shard=f"{index}/3").counts.found
+        for index in range(3)
     }
     assert shares == {0, 1}
     assert len(pq.read_table(tmp_path / "out")) == 1
@@ -168,7 +169,7 @@ def test_prune_keeps_the_rows_of_excluded_photos(
     shutil.copytree(folder, tmp_path / "photos")
     (tmp_path / "photos" / "coffee.jpg").unlink()
     pruned = run(tmp_path / "photos", tmp_path / "out.parquet", exclude=("animals",), prune=True)
-    assert (pruned.already_done, pruned.vanished, pruned.pruned) == (9, 3, 1)
+    assert (pruned.counts.already_done, pruned.counts.vanished, pruned.counts.pruned) == (9, 3, 1)
     left = of_folder["image_id"].to_pylist()
     left.remove("coffee.jpg")
     assert rows_of(tmp_path / "out.parquet")["image_id"].to_pylist() == left
@@ -217,6 +218,6 @@ def test_shards_and_the_file_they_were_merged_to_both_go_on(
     merge_captions(MergeSettings(captions=output, output=output))
     a_photo.write_text(f"{a_photo.read_text()}{photos_folder}/rocket.jpg\n")
     again = [run(a_photo, output, shard=f"{index}/2") for index in range(2)]
-    assert sum(summary.captioned for summary in again) == 1
+    assert sum(summary.counts.captioned for summary in again) == 1
     merged = run(a_photo, output)
-    assert (merged.already_done, merged.captioned) == (1, 1)
+    assert (merged.counts.already_done, merged.counts.captioned) == (1, 1)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from batchcap.captioning.summary import (
+    Counts,
     RunSummary,
     metrics_text,
     read_rate,
@@ -20,7 +22,9 @@ from batchcap.errors import OutputError
 
 
 def summary_of(**fields: Any) -> RunSummary:
-    return RunSummary("/data/out/captions.parquet", "run-1", "2024-05-17T12:00:00+00:00", **fields)
+    counts = Counts(**{name: fields.pop(name) for name in vars(Counts()) if name in fields})
+    started_at = "2024-05-17T12:00:00+00:00"
+    return RunSummary("/data/out/captions.parquet", "run-1", started_at, counts, **fields)
 
 
 @pytest.fixture
@@ -149,6 +153,26 @@ def test_people_read_this(summary):
 def test_failures_of_before_count_too(summary, allowed, exit_code):
     summary.finish(allowed)
     assert (summary.outcome, summary.exit_code) == ("done", exit_code)
+
+
+COUNTS = st.builds(
+    Counts,
+    captioned=st.integers(0, 9),
+    new=st.integers(0, 9),
+    failed=st.dictionaries(st.sampled_from(["empty", "corrupt"]), st.integers(1, 9)).map(Counter),
+)
+
+
+@given(COUNTS, COUNTS)
+def test_counts_add_up_and_are_taken_back(first: Counts, second: Counts) -> None:
+    total = replace(first, failed=first.failed.copy())
+    total += second
+    assert total.found == first.found + second.found
+    assert total.taken == first.taken + second.taken
+    back = Counter(dict.fromkeys(second.failed, 0))
+    back.subtract(second.failed)
+    total += Counts(captioned=-second.captioned, new=-second.new, failed=back)
+    assert total == first
 
 
 def test_a_run_that_did_not_come_to_its_end_has_failed():

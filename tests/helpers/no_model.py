@@ -11,13 +11,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.rows import captioned_row
+import numpy as np
+from helpers.rows import sum_of
 
 from batchcap import cli
-from batchcap.captioning import run
+from batchcap.captioning import local_engine
+from batchcap.captioning.local_engine import Photo
+from batchcap.model.caption import Caption
 from batchcap.process.clock import StageClock
-from batchcap.rows.parquet import Row
-from batchcap.schema import ImageRef
+from batchcap.schema import ImageRef, LoadedImage
 
 BATCHCAP = (sys.executable, __file__)
 
@@ -28,20 +30,29 @@ class Worker:
     def __init__(self, *_settings: object) -> None:
         self.execution = SimpleNamespace(runtime="none", precision="float32")
         self.captioner = SimpleNamespace(clock=StageClock())
-        self.metadata = {"batchcap.runtime": "none", "batchcap.grid": "8x8"}
+        self.metadata = {"batchcap.runtime": "none", "batchcap.grid": "1x2"}
 
-    def rows(self, refs: Iterable[ImageRef], *_others: Any) -> Iterator[list[Row]]:
-        """Yield the row of each photo; its caption tells its content."""
+    def photos(self, refs: Iterable[ImageRef], *_others: Any) -> Iterator[list[Photo]]:
+        """Yield each photo; its caption tells its content."""
         for ref in refs:
             path = Path(ref.path)
-            status = path.stat()
-            described = {"file_size": status.st_size, "mtime_ns": status.st_mtime_ns}
-            yield [captioned_row(ref.image_id, path.read_text(), **described)]
+            status, content = path.stat(), path.read_text()
+            image = LoadedImage(
+                np.zeros((1, 1, 3), np.uint8), status.st_size, status.st_mtime_ns, sum_of(content)
+            )
+            caption = Caption(
+                words=["一只", content],
+                ids=np.array([7, 9], np.int32),
+                log_probs=np.array([-0.5, -0.25, -0.125], np.float32),
+                finished=True,
+                attention=np.array([[[0.25, 0.75]], [[0.5, 0.5]]], np.float32),
+            )
+            yield [Photo(ref, image, caption=caption)]
 
     def close(self) -> None:
         """Nothing to end."""
 
 
 if __name__ == "__main__":
-    run.CaptionWorker = Worker  # type: ignore[assignment,misc]
+    local_engine.CaptionWorker = Worker  # type: ignore[assignment,misc]
     cli.main()

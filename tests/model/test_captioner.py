@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from batchcap.errors import ModelError
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone, extract_features
+from batchcap.model.caption import Caption
 from batchcap.model.captioner import (
-    Caption,
     Captioner,
     get_weights,
     load_captioner,

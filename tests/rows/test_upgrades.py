@@ -77,10 +77,10 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_goes_on_with_an_output_of_an_earlier_version(golden, photos, old_photos, name):
     before = rows_in(golden / name)
     untouched = files_in(golden)
-    assert run(golden, old_photos, golden / name).already_done == 4
+    assert run(golden, old_photos, golden / name).counts.already_done == 4
     assert files_in(golden) == untouched
     summary = run(golden, photos, golden / name)
-    assert (summary.already_done, summary.captioned) == (4, 1)
+    assert (summary.counts.already_done, summary.counts.captioned) == (4, 1)
     rows = rows_in(golden / name)
     assert rows["image_id"].to_pylist() == ALL_IDS
     assert rows["caption_source"].to_pylist() == ["model"] * 5
@@ -89,12 +89,12 @@ def test_goes_on_with_an_output_of_an_earlier_version(golden, photos, old_photos
     for path in layout_of(golden / name).row_files():  # other programs find one schema
         assert pq.read_schema(path).remove_metadata().equals(ARROW_SCHEMA)
         assert pq.read_schema(path).metadata[b"batchcap.schema"] == b"2"
-    assert run(golden, photos, golden / name).already_done == 5
+    assert run(golden, photos, golden / name).counts.already_done == 5
 
 
 def test_goes_on_after_a_kill_of_an_earlier_version(golden, photos):
     summary = run(golden, photos, golden / "killed.parquet")
-    assert (summary.already_done, summary.captioned) == (2, 3)
+    assert (summary.counts.already_done, summary.counts.captioned) == (2, 3)
     assert rows_in(golden / "killed.parquet")["image_id"].to_pylist() == ALL_IDS
 
 
@@ -103,8 +103,8 @@ def test_goes_on_with_shards_of_an_earlier_version_and_merges_them(golden, photo
     merge_captions(MergeSettings(captions=golden / name, output=tmp_path / "old.parquet"))
     assert sorted(rows_in(tmp_path / "old.parquet")["image_id"].to_pylist()) == OLD_IDS
     done = [run(golden, photos, golden / name, shard=f"{index}/2") for index in range(2)]
-    assert sum(summary.already_done for summary in done) == 4
-    assert sum(summary.captioned for summary in done) == 1
+    assert sum(summary.counts.already_done for summary in done) == 4
+    assert sum(summary.counts.captioned for summary in done) == 1
     merge_captions(MergeSettings(captions=golden / name, output=tmp_path / "new"))
     assert rows_in(tmp_path / "new")["image_id"].to_pylist() == ALL_IDS
 
@@ -114,7 +114,7 @@ def test_goes_on_with_an_output_in_a_store(golden, photos, store, name, tmp_path
     monkeypatch.setattr(layouts, "cache_folder", lambda folder: tmp_path / "cache" / folder)
     store.put(f"{golden / 'store'}/", "golden/", recursive=True)
     summary = run(golden, photos, f"s3://golden/{name}")
-    assert (summary.already_done, summary.captioned) == (4, 1)
+    assert (summary.counts.already_done, summary.counts.captioned) == (4, 1)
     store.get("golden/", f"{tmp_path / 'fetched'}/", recursive=True)
     assert rows_in(tmp_path / "fetched" / name)["image_id"].to_pylist() == ALL_IDS
 
@@ -145,7 +145,7 @@ def test_continues_an_output_in_the_precision_that_it_has(golden, photos, old_ph
     tensorflow = {"runtime": "tensorflow"}
     run(golden, old_photos, output, precision=Precision.BFLOAT16, **tensorflow)
     summary = run(golden, photos, output, **tensorflow)
-    assert (summary.already_done, summary.captioned) == (4, 1)
+    assert (summary.counts.already_done, summary.counts.captioned) == (4, 1)
     assert summary.metadata["batchcap.precision"] == "bfloat16"
     with pytest.raises(OtherOutputError, match="another precision"):
         run(golden, photos, output, precision=Precision.FLOAT32)

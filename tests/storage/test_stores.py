@@ -104,7 +104,7 @@ def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine)
     s3.mkdir("sets")
     first = run("s3://photos/all", "s3://sets/out/", rows_per_part=4)
     parts = sorted(s3.glob("sets/out/part-*.parquet"))
-    assert first.found == 11
+    assert first.counts.found == 11
     assert len(parts) == 3
     assert_same(rows_in(s3, *parts), of_folder, *TIMES)
     assert s3.cat_file("sets/.out.summary.json").startswith(b"{")
@@ -113,7 +113,7 @@ def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine)
     assert "s3://sets/out/: 0 new, 0 changed" in plan_run(settings)
     s3.pipe("photos/all/empty.jpg", photos["coffee.jpg"])
     again = run("s3://photos/all", "s3://sets/out")
-    assert (again.already_done, again.changed, again.reused) == (10, 1, 1)
+    assert (again.counts.already_done, again.counts.changed, again.counts.reused) == (10, 1, 1)
     s3.pipe("photos/all/empty.jpg", b"")
 
 
@@ -125,7 +125,7 @@ def test_tars_in_a_store_to_one_file_there(s3, photos, of_folder, tmp_path):
     s3.mkdir("files")
     for source in ("s3://photos/tars/{0..1}.tar", "s3://photos/tars/*.tar"):
         summary = run(source, "s3://files/out.parquet")
-    assert (summary.already_done, summary.captioned) == (11, 0)
+    assert (summary.counts.already_done, summary.counts.captioned) == (11, 0)
     assert_same(rows_in(s3, "files/out.parquet"), of_folder, *TIMES)
     assert sorted(s3.ls("files", detail=False)) == ["files/out.parquet", "files/out.summary.json"]
 
@@ -142,7 +142,7 @@ def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tm
     rows = rows.set_column(0, rows.schema.field(0), pa.array(relative)).sort_by("image_id")
     assert_same(rows, of_folder, *TIMES)
     again = run("s3://photos/all/list.txt", tmp_path / "out.parquet")
-    assert (again.already_done, again.captioned) == (11, 0)
+    assert (again.counts.already_done, again.counts.captioned) == (11, 0)
 
 
 @pytest.fixture

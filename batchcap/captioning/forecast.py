@@ -1,0 +1,69 @@
+"""How many photos an input has, and whether OUTPUT's disk has room for their rows."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+
+from batchcap.captioning.inventory import list_images_of
+from batchcap.errors import BatchcapError, OutputError
+from batchcap.photos.listing import can_be_listed_twice
+from batchcap.rows.layout import Layout
+from batchcap.schema import ImageRef
+from batchcap.settings import AttentionDetail, RunSettings
+
+COUNTED_AHEAD = 100_000  # photos, which takes a fraction of a second
+BYTES_PER_ROW = {  # on disk, with room to spare: 1,000 photos took 225 a row, with maps 1,600
+    AttentionDetail.NONE: 300,
+    AttentionDetail.SUMMARY: 700,
+    AttentionDetail.FULL: 2500,
+}
+
+
+def count_photos(settings: RunSettings) -> int | None:
+    """Return how many photos a run's input has; None where counting takes long or fails."""
+    with suppress(BatchcapError):  # for the reader of the rows to meet
+        return sum(1 for _ in _listed_again(settings)) // settings.share[1] or None
+    return None
+
+
+def check_room(
+    settings: RunSettings,
+    layout: Layout,
+    done: int,
+    least: int,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Check that OUTPUT's disk has room for the rows to come, as far as they can be counted soon.
+
+    Args:
+        settings: of the run.
+        layout: of OUTPUT.
+        done: rows that OUTPUT has.
+        least: rows that will come at least.
+        progress: that of `list_images`.
+
+    Raises:
+        OutputError: it has not.
+    """
+    again = _listed_again(settings, progress)
+    listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.share[1]
+    rows = max(least, min(listed - done, settings.limit or listed))
+    needed = rows * BYTES_PER_ROW[settings.attention]
+    if layout.is_file:  # the parts, and the file that they are joined to
+        needed = 2 * needed + sum(path.stat().st_size for path in layout.row_files())
+    free = shutil.disk_usage(layout.lock.parent).free
+    if free < needed:
+        raise OutputError(
+            f"{layout} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
+            f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
+        )
+
+
+def _listed_again(
+    settings: RunSettings, progress: Callable[[], object] = lambda: None
+) -> Iterator[ImageRef]:
+    """The input once more, in silence; nothing where that can't be done, or takes long."""
+    if not can_be_listed_twice(settings.source):
+        return iter(())
+    return list_images_of(settings, lambda *_: None, progress=progress)

@@ -1,0 +1,23 @@
+"""A caption, as the model writes it and engines, validation and the terminal read it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Caption(NamedTuple):
+    """The caption of one photo, of W words; END is not among them.
+
+    ids: `int32[W]`, the words' numbers in the vocabulary.
+    log_probs: `float32[W]`, or `float32[W + 1]` where END was reached: natural log-probabilities of
+        each word, then of END.
+    finished: whether END was reached within the length limit.
+    attention: `float32[W, rows, columns]`, each word's weights over the grid, adding up to 1.
+    """
+
+    words: list[str]
+    ids: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+    finished: bool
+    attention: npt.NDArray[np.float32]
