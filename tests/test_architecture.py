@@ -32,6 +32,7 @@ HOMES = {  # rooms or files
     "tqdm": {"process.progress"},
     "jieba": {"model.vocabulary"},
     "jinja2": {"report.report"},
+    "prometheus_client": {"captioning.summary"},
     "pi_heif": {"photos.images"},
     "PIL": {"photos", "captioning.bench"},
     "openvino": set(),  # by `import_openvino`

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from batchcap.rows.parquet import saying_where
 from batchcap.storage.files import replace_text
 
 FASTEST = 1e9  # images a second that anyone may believe
+# Fields of `Counts` among the metrics.
+STATES = ("found", "captioned", "reused", "already_done", "failed_before", "vanished")
 
 
 @dataclass
@@ -165,55 +168,30 @@ def write_metrics(path: Path, summary: RunSummary) -> None:
 
 
 def metrics_text(summary: RunSummary) -> str:
-    """Gauges of the last run, named `batchcap_...`, with HELP and TYPE lines."""
-    counts = {
-        name: getattr(summary.counts, name)
-        for name in ("found", "captioned", "reused", "already_done", "failed_before", "vanished")
-    }
-    families: list[tuple[str, str, dict[str, float]]] = [
-        (
-            "batchcap_run_images",
-            "Images of the last run, by what became of them.",
-            {f'state="{state}"': count for state, count in counts.items()}
-            | {'state="failed"': summary.counts.failed.total()},
-        ),
-        (
-            "batchcap_run_failures",
-            "Images that failed in the last run, by reason.",
-            {
-                f'reason="{reason}"': count
-                for reason, count in sorted(summary.counts.failed.items())
-            },
-        ),
-        (
-            "batchcap_run_stage_seconds",
-            "Seconds of work of the last run, by stage.",
-            {f'stage="{stage}"': s for stage, s in sorted(summary.stage_seconds.items())},
-        ),
-        ("batchcap_run_seconds", "How long the last run captioned.", {"": summary.seconds}),
-        (
-            "batchcap_run_images_per_second",
-            "Rate of the last run.",
-            {"": summary.images_per_second or 0.0},
-        ),
-        ("batchcap_run_exit_code", "Exit code of the last run.", {"": summary.exit_code}),
-        (
-            "batchcap_run_end_timestamp_seconds",
-            "When the last run ended, in Unix time.",
-            {"": _unix_time(summary.ended_at)},
-        ),
-    ]
-    return "".join(map(_family, *zip(*families, strict=True)))
+    """Gauges of the last run, named `batchcap_run_...`."""
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
+    registry = CollectorRegistry()
 
-def _family(name: str, description: str, samples: dict[str, float]) -> str:
-    lines = [f"# HELP {name} {description}", f"# TYPE {name} gauge"]
-    lines += [
-        f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
-        for labels, value in samples.items()
-    ]
-    return "\n".join(lines) + "\n"
+    def add(name: str, description: str, samples: Mapping[str, float], label: str) -> None:
+        gauge = Gauge(f"batchcap_run_{name}", description, [label], registry=registry)
+        for value, number in samples.items():
+            gauge.labels(value).set(number)
 
+    def add_one(name: str, description: str, number: float) -> None:
+        Gauge(f"batchcap_run_{name}", description, registry=registry).set(number)
 
-def _unix_time(moment: str) -> float:
-    return datetime.fromisoformat(moment).timestamp() if moment else 0.0
+    counts = summary.counts
+    states = {name: getattr(counts, name) for name in STATES} | {"failed": counts.failed.total()}
+    failures, stages = (
+        dict(sorted(numbers.items())) for numbers in (counts.failed, summary.stage_seconds)
+    )
+    add("images", "Images of the last run, by what became of them.", states, "state")
+    add("failures", "Images that failed in the last run, by reason.", failures, "reason")
+    add("stage_seconds", "Seconds of work of the last run, by stage.", stages, "stage")
+    add_one("seconds", "How long the last run captioned.", summary.seconds)
+    add_one("images_per_second", "Rate of the last run.", summary.images_per_second or 0.0)
+    add_one("exit_code", "Exit code of the last run.", summary.exit_code)
+    ended = datetime.fromisoformat(summary.ended_at).timestamp() if summary.ended_at else 0.0
+    add_one("end_timestamp_seconds", "When the last run ended, in Unix time.", ended)
+    return generate_latest(registry).decode()

@@ -54,17 +54,17 @@ def summary() -> RunSummary:
 METRICS = """\
 # HELP batchcap_run_images Images of the last run, by what became of them.
 # TYPE batchcap_run_images gauge
-batchcap_run_images{state="found"} 1000
-batchcap_run_images{state="captioned"} 80
-batchcap_run_images{state="reused"} 10
-batchcap_run_images{state="already_done"} 900
-batchcap_run_images{state="failed_before"} 3
-batchcap_run_images{state="vanished"} 7
-batchcap_run_images{state="failed"} 10
+batchcap_run_images{state="found"} 1000.0
+batchcap_run_images{state="captioned"} 80.0
+batchcap_run_images{state="reused"} 10.0
+batchcap_run_images{state="already_done"} 900.0
+batchcap_run_images{state="failed_before"} 3.0
+batchcap_run_images{state="vanished"} 7.0
+batchcap_run_images{state="failed"} 10.0
 # HELP batchcap_run_failures Images that failed in the last run, by reason.
 # TYPE batchcap_run_failures gauge
-batchcap_run_failures{reason="corrupt"} 4
-batchcap_run_failures{reason="empty"} 6
+batchcap_run_failures{reason="corrupt"} 4.0
+batchcap_run_failures{reason="empty"} 6.0
 # HELP batchcap_run_stage_seconds Seconds of work of the last run, by stage.
 # TYPE batchcap_run_stage_seconds gauge
 batchcap_run_stage_seconds{stage="backbone"} 1e-05
@@ -77,10 +77,10 @@ batchcap_run_seconds 20.0
 batchcap_run_images_per_second 5.0
 # HELP batchcap_run_exit_code Exit code of the last run.
 # TYPE batchcap_run_exit_code gauge
-batchcap_run_exit_code 0
+batchcap_run_exit_code 0.0
 # HELP batchcap_run_end_timestamp_seconds When the last run ended, in Unix time.
 # TYPE batchcap_run_end_timestamp_seconds gauge
-batchcap_run_end_timestamp_seconds 1715949000.0
+batchcap_run_end_timestamp_seconds 1.715949e+09
 """
 
 
