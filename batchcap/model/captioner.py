@@ -30,10 +30,11 @@ from batchcap.model.config import (
 )
 from batchcap.model.decoding import (
     Decoded,
+    Generation,
     beam_search,
     decode,
-    forbidder,
     greedy,
+    logit_filter,
     sampler,
 )
 from batchcap.model.extraction import (
@@ -114,9 +115,9 @@ class Captioner:
         """`caption` for photos whose features `float32[B, G, D]` are known already."""
         write = self._writers(replace(settings, seed=0))
         rows = len(features)
-        live = np.arange(rows) < len(keys)
+        row_mask = np.arange(rows) < len(keys)
         uniforms = uniform_draws(settings, keys + [""] * (rows - len(keys)))
-        decoded = write(tf.constant(features), tf.constant(live), tf.constant(uniforms))
+        decoded = write(tf.constant(features), tf.constant(row_mask), tf.constant(uniforms))
         arrays = Decoded(*(tensor.numpy() for tensor in decoded))
         return [self._caption(arrays, row) for row in range(len(keys))]
 
@@ -132,40 +133,27 @@ class Captioner:
         )
 
     def _writer(self, settings: DecodeSettings) -> Callable[..., Decoded]:
-        decoder, grid_cells = self.decoder, self.config.decoder.grid_cells
-        forbid = forbidder(settings.min_length, settings.no_repeat_ngram)
+        decoder, config = self.decoder, self.config.decoder
         draws = settings.temperature > 0
-        choose = sampler(settings.temperature, settings.top_k, settings.top_p) if draws else greedy
-        config = self.config.decoder
+        generation = Generation(
+            step=decoder.step,
+            max_length=settings.max_length,
+            grid_cells=config.grid_cells,
+            logit_filter=logit_filter(settings.min_length, settings.no_repeat_ngram),
+            choose=sampler(settings.temperature, settings.top_k, settings.top_p)
+            if draws
+            else greedy,
+            beam_size=settings.beam_size,
+            length_penalty=settings.length_penalty,
+        )
         start = start_ids(config.vocabulary_size, config.styles)[settings.style]
 
-        def write(image: Any, live: Any, uniforms: Any) -> Decoded:
-            images, beams = live.shape[0], settings.beam_size
-            cache = decoder.empty_cache(images, beams, settings.max_length)
-            if beams == 1:
-                return decode(
-                    decoder.step,
-                    cache,
-                    image,
-                    choose=choose,
-                    forbid=forbid,
-                    uniforms=uniforms,
-                    live=live,
-                    grid_cells=grid_cells,
-                    start=start,
-                )
-            return beam_search(
-                decoder.step,
-                cache,
-                image,
-                beam_size=beams,
-                length_penalty=settings.length_penalty,
-                forbid=forbid,
-                live=live,
-                max_length=settings.max_length,
-                grid_cells=grid_cells,
-                start=start,
-            )
+        def write(image: Any, row_mask: Any, uniforms: Any) -> Decoded:
+            beams = generation.beam_size
+            cache = decoder.empty_cache(row_mask.shape[0], beams, generation.max_length)
+            if beams > 1:
+                return beam_search(generation, cache, image, row_mask, start)
+            return decode(generation, cache, image, uniforms, row_mask, start)
 
         def run(write: Callable[..., Decoded], features: Any, *rest: Any) -> Decoded:
             return write(decoder.keys_values(features), *rest)

@@ -3,12 +3,13 @@
 Ids only: no text, no photos, and no network either, which comes in as a step function. Shapes as in
 `network.py`, with T the length limit and R the images still in the batch.
 
-Finished images leave the batch: when no more than a quarter of it is open, these rows are gathered
-and the loop goes on with a quarter of the rows. So its cost follows the words that are written, not
-the longest caption, while all shapes stay static.
+Finished images leave the batch: when at most a quarter of it is unfinished, those rows are gathered
+and the loop continues with a quarter of the rows. So the cost follows the words that are written,
+not the longest caption, and all shapes stay static.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +25,35 @@ Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 # (logits float32[R, V], uniforms float32[R]) -> int32[R]
 Choose = Callable[[Any, Any], Any]
 # (logits float32[N, V], tokens int32[N, T], position int32[]) -> float32[N, V]
-Forbid = Callable[[Any, Any, Any], Any]
+LogitFilter = Callable[[Any, Any, Any], Any]
 
-FORBIDDEN = -1e9
-IMPOSSIBLE = -1e8  # under any sum of real log-probabilities, above any sum with a forbidden word
+BARRED = -1e9
+IMPOSSIBLE = -1e8  # under any sum of real log-probabilities, above any sum with a barred word
 
 TINY = 1e-6
 FEWEST_ROWS = 4  # a step costs much the same for fewer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How captions are generated.
+
+    step: the network; called first with the start ids at position 0.
+    max_length: T. grid_cells: G.
+    logit_filter: bars words before a choice, as `logit_filter` makes it.
+    choose: how `decode` chooses a word: `greedy`, or what `sampler` gives.
+    beam_size: K, of `beam_search`.
+    length_penalty: of `beam_search`; 0 compares sums of log-probabilities, which favours short
+        captions, 1 means.
+    """
+
+    step: Step
+    max_length: int
+    grid_cells: int
+    logit_filter: LogitFilter
+    choose: Choose
+    beam_size: int = 1
+    length_penalty: float = 0.0
 
 
 class Decoded(NamedTuple):
@@ -61,65 +84,61 @@ class _Written(NamedTuple):
 class _Rows(NamedTuple):
     """The images of a batch that are still decoded; every tensor leads with R.
 
-    open: `bool[R]`, whether the image's caption is unfinished.
+    unfinished: `bool[R]`, whether the image's caption goes on.
     result: what the image leaves behind.
     working: what is needed to go on with it.
     """
 
-    open: Any
+    unfinished: Any
     result: Any
     working: Any
 
 
 def decode(
-    step: Step,
+    generation: Generation,
     cache: Any,
     image: Any,
-    choose: Choose,
-    forbid: Forbid,
     uniforms: Any,
-    live: Any,
-    grid_cells: int,
+    row_mask: Any,
     start: Any = START_ID,
 ) -> Decoded:
     """Write one caption an image, word by word, until each has reached END or T positions.
 
     Batch mates change nothing in a row. Log-probabilities are natural, of the logits as they come
-    (temperature 1, nothing forbidden).
+    (temperature 1, nothing barred).
 
     Args:
-        step: the network; called first with `start` at position 0.
-        cache: what `step` carries from word to word, of one caption an image.
-        image: what `step` sees of each image.
-        choose: `greedy`, or what `sampler` gives.
-        forbid: what `forbidder` gives.
-        uniforms: `float32[B, T]` in [0, 1), the random numbers of `choose`.
-        live: `bool[B]`; rows that only fill the batch are False, finished from birth.
-        grid_cells: G.
-        start: `int32[]` or `int32[B]`, the id that stands before the first word.
+        generation: how; its `choose` takes the random numbers.
+        cache: what the step carries from word to word, of one caption an image.
+        image: what the step sees of each image.
+        uniforms: `float32[B, T]` in [0, 1), random numbers.
+        row_mask: `bool[B]`; rows that only pad the batch are False, finished from the start.
+        start: `int32[]` or `int32[B]`, the id before the first word.
     """
-    rows, max_length = uniforms.shape
+    rows = uniforms.shape[0]
 
     def one_word(position: Any, rows: _Rows) -> _Rows:
         written, (last, cache, image, uniforms) = rows.result, rows.working
-        logits, looked, cache = step(last[:, None], position, cache, image)
+        logits, looked, cache = generation.step(last[:, None], position, cache, image)
         logits = logits[:, 0]
-        word = choose(forbid(logits, written.tokens, position), uniforms[:, position])
-        is_word = rows.open & (word != END_ID)
+        allowed = generation.logit_filter(logits, written.tokens, position)
+        word = generation.choose(allowed, uniforms[:, position])
+        is_word = rows.unfinished & (word != END_ID)
         log_prob = tf.gather(logits, word, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
         written = _write(
             written,
             tf.where(is_word, word, PADDING_ID),
-            tf.where(rows.open, log_prob, 0.0),
+            tf.where(rows.unfinished, log_prob, 0.0),
             tf.where(is_word[:, None], looked[:, 0], 0.0),
             position,
         )
         return _Rows(is_word, written, (word, cache, image, uniforms))
 
     first = tf.broadcast_to(start, (rows,))
-    born = _Rows(live, _nothing((rows,), max_length, grid_cells), (first, cache, image, uniforms))
-    still_open, written = _until_closed(one_word, born, max_length)
-    return _decoded(written, finished=live & ~still_open)
+    nothing = _nothing((rows,), generation)
+    beginning = _Rows(row_mask, nothing, (first, cache, image, uniforms))
+    unfinished, written = _until_finished(one_word, beginning, generation.max_length)
+    return _decoded(written, finished=row_mask & ~unfinished)
 
 
 def greedy(logits: Any, _uniforms: Any) -> Any:
@@ -147,7 +166,7 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
         if top_k is not None:
             count = min(top_k, size)
             least = tf.math.top_k(scaled, count).values[:, -1:]
-            scaled = tf.where(_highest(scaled, least, count), scaled, FORBIDDEN)
+            scaled = tf.where(_highest(scaled, least, count), scaled, BARRED)
         probabilities = tf.nn.softmax(scaled)
         if top_p < 1:
             falling = tf.sort(probabilities, direction="DESCENDING")
@@ -174,23 +193,23 @@ def _highest(values: Any, least: Any, count: Any) -> Any:
     return is_higher | (is_equal & (tf.cumsum(tf.cast(is_equal, tf.int32), axis=-1) <= wanted))
 
 
-def forbidder(min_length: int, no_repeat_ngram: int) -> Forbid:
-    """Bar words from being chosen; their log-probabilities stay what they are.
+def logit_filter(min_length: int, no_repeat_ngram: int) -> LogitFilter:
+    """Make the filter that bars words from being chosen; their log-probabilities stay the same.
 
     END is barred from the first `min_length` positions, and a word wherever it would complete an
     n-gram of `no_repeat_ngram` words that the caption has already (0 bars none). Where that bars
     all words, the caption ends.
     """
 
-    def forbid(logits: Any, tokens: Any, position: Any) -> Any:
+    def bar(logits: Any, tokens: Any, position: Any) -> Any:
         is_end, free = tf.range(logits.shape[-1]) == END_ID, logits
         if min_length > 0:
-            logits = tf.where(is_end & (position < min_length), FORBIDDEN, logits)
+            logits = tf.where(is_end & (position < min_length), BARRED, logits)
         if 0 < no_repeat_ngram <= tokens.shape[-1]:
             words = _repeating(tokens, position, no_repeat_ngram)
             count, places = words.shape
             rows = tf.broadcast_to(tf.range(count)[:, None], (count, places))
-            barred = tf.fill((count, places), FORBIDDEN)
+            barred = tf.fill((count, places), BARRED)
             at = tf.stack([rows, words], axis=-1)
             logits = tf.tensor_scatter_nd_min(logits, at, barred)
             if min_length > 0:
@@ -198,7 +217,7 @@ def forbidder(min_length: int, no_repeat_ngram: int) -> Forbid:
                 logits = tf.where(is_stuck & is_end, free, logits)
         return logits
 
-    return forbid
+    return bar
 
 
 def _repeating(tokens: Any, position: Any, n: int) -> Any:
@@ -215,7 +234,7 @@ def _repeating(tokens: Any, position: Any, n: int) -> Any:
 
 
 class _Beams(NamedTuple):
-    """The K captions of each image that are still written, best first.
+    """The K captions of each image that are alive, best first.
 
     score: `float32[R, K]`, log-probability so far.
     last: `int32[R, K]`, the last words.
@@ -227,104 +246,88 @@ class _Beams(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """Of each image the best caption that has ended; before one has, the most probable so far.
+    """Of each image the best finished caption; before there is one, the most probable one alive.
 
     score: `float32[R]`, its log-probability over its length to the power of the penalty.
-    ended: `int32[R]`, how many have.
+    finished: `int32[R]`, how many are.
     """
 
     written: _Written
     score: Any
-    ended: Any
+    finished: Any
 
 
 def beam_search(
-    step: Step,
-    cache: Any,
-    image: Any,
-    beam_size: int,
-    length_penalty: float,
-    forbid: Forbid,
-    live: Any,
-    max_length: int,
-    grid_cells: int,
-    start: int = START_ID,
+    generation: Generation, cache: Any, image: Any, row_mask: Any, start: int = START_ID
 ) -> Decoded:
-    """Keep the `beam_size` (K) most probable captions of each image; return the best that ended.
+    """Keep the `beam_size` (K) most probable captions of each image; return the best finished one.
 
     At each position every caption is extended by every word. Those of the K best extensions that
-    are by END have ended; the K best by words live on. An image is done when K captions have ended,
-    or at T positions. The best has the highest log-probability / length ** `length_penalty`, where
-    END counts as a word; if none has ended, it is the most probable unfinished one.
+    are by END are finished; the K best by words stay alive. An image is done when K captions are
+    finished, or at T positions. The best has the highest log-probability / length **
+    `length_penalty`, where END counts as a word; if none is finished, it is the most probable one
+    alive.
 
     Args:
-        step: as in `decode`, of K captions an image (C = K).
-        cache: what `step` carries from word to word, of K captions an image.
-        image: what `step` sees of each image.
-        beam_size: K.
-        length_penalty: 0 compares sums of log-probabilities, which favours short captions, 1 means.
-        forbid: what `forbidder` gives.
-        live: `bool[B]`; rows that only fill the batch are False.
-        max_length: T.
-        grid_cells: G.
-        start: the id that stands before the first word.
+        generation: how; its step takes K captions an image (C = K).
+        cache: what the step carries from word to word, of K captions an image.
+        image: what the step sees of each image.
+        row_mask: `bool[B]`; rows that only pad the batch are False.
+        start: the id before the first word.
     """
-    images = live.shape[0]
+    images, beam_size = row_mask.shape[0], generation.beam_size
     # One caption to begin with: the others are out of the race until it has extensions enough.
-    score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=FORBIDDEN)
+    score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=BARRED)
     beams = _Beams(
-        _nothing((images, beam_size), max_length, grid_cells),
-        score,
-        tf.fill((images, beam_size), start),
+        _nothing((images, beam_size), generation), score, tf.fill((images, beam_size), start)
     )
     best = _Best(
-        _nothing((images,), max_length, grid_cells),
-        tf.zeros((images,)),  # counts once a caption has ended
+        _nothing((images,), generation),
+        tf.zeros((images,)),  # counts once a caption is finished
         tf.zeros((images,), tf.int32),
     )
-    one_word = partial(_extend_beams, step, forbid, length_penalty)
-    _, best = _until_closed(one_word, _Rows(live, best, (beams, cache, image)), max_length)
-    return _decoded(best.written, finished=best.ended > 0)
+    one_word = partial(_extend_beams, generation)
+    beginning = _Rows(row_mask, best, (beams, cache, image))
+    _, best = _until_finished(one_word, beginning, generation.max_length)
+    return _decoded(best.written, finished=best.finished > 0)
 
 
-def _extend_beams(
-    step: Step, forbid: Forbid, length_penalty: float, position: Any, rows: _Rows
-) -> _Rows:
+def _extend_beams(generation: Generation, position: Any, rows: _Rows) -> _Rows:
     beams, cache, image = rows.working
-    beam_size = beams.last.shape[1]
-    logits, looked, cache = step(beams.last, position, cache, image)
+    beam_size = generation.beam_size
+    logits, looked, cache = generation.step(beams.last, position, cache, image)
     log_probs = tf.nn.log_softmax(logits)
-    scores, sources, words = _extensions(beams, log_probs, forbid, position)
+    scores, sources, words = _extensions(beams, log_probs, generation.logit_filter, position)
     ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
-    # The best one that ends, ahead of those that live on.
+    # The best one that ends, ahead of those that stay alive.
     first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
-    going_on = tf.where(words == END_ID, -np.inf, scores)
-    chosen = tf.concat([first_end[:, None], tf.math.top_k(going_on, beam_size).indices], axis=1)
+    alive = tf.where(words == END_ID, -np.inf, scores)
+    chosen = tf.concat([first_end[:, None], tf.math.top_k(alive, beam_size).indices], axis=1)
     scores, sources, words = _take((scores, sources, words), chosen)
     written = _extended(beams.written, log_probs, looked, sources, words, position)
-    ended, going_on = (tf.nest.map_structure(part, written) for part in (_first, _others))
+    finished, alive = (tf.nest.map_structure(part, written) for part in (_first, _others))
     length = tf.cast(position + 1, tf.float32)
-    newly_ended = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
+    newly_finished = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
     best = _better(
         rows.result,
-        _Best(ended, scores[:, 0] / length**length_penalty, newly_ended),
-        tf.nest.map_structure(_first, going_on),
-        rows.open,
+        _Best(finished, scores[:, 0] / length**generation.length_penalty, newly_finished),
+        tf.nest.map_structure(_first, alive),
+        rows.unfinished,
     )
-    beams = _Beams(going_on, scores[:, 1:], words[:, 1:])
-    still_open = rows.open & (best.ended < beam_size)
-    return _Rows(still_open, best, (beams, _take(cache, sources[:, 1:]), image))
+    beams = _Beams(alive, scores[:, 1:], words[:, 1:])
+    unfinished = rows.unfinished & (best.finished < beam_size)
+    return _Rows(unfinished, best, (beams, _take(cache, sources[:, 1:]), image))
 
 
 def _extensions(
-    beams: _Beams, log_probs: Any, forbid: Forbid, position: Any
+    beams: _Beams, log_probs: Any, logit_filter: LogitFilter, position: Any
 ) -> tuple[Any, Any, Any]:
     """The 2K best extensions, best first: score, which caption, which word, each `[R, 2K]`.
 
     Twice as many as captions, since K of them may be by END.
     """
     images, beam_size, words = log_probs.shape
-    allowed = forbid(
+    allowed = logit_filter(
         tf.reshape(log_probs, (images * beam_size, words)),
         tf.reshape(beams.written.tokens, (images * beam_size, -1)),
         position,
@@ -351,39 +354,44 @@ def _extended(
     )
 
 
-def _better(best: _Best, ended: _Best, going_on: _Written, is_open: Any) -> _Best:
-    """`best`, replaced in open rows by what has just ended, if higher, or else is going on."""
-    is_higher = (best.ended == 0) | (ended.score > best.score)
-    is_higher &= is_open & (ended.ended > 0)
-    total = tf.where(is_open, best.ended + ended.ended, best.ended)
-    written = _where(is_higher, ended.written, _where(total == 0, going_on, best.written))
-    return _Best(written, tf.where(is_higher, ended.score, best.score), total)
+def _better(best: _Best, newly: _Best, alive: _Written, unfinished: Any) -> _Best:
+    """`best`, replaced in unfinished rows by a newly finished caption with a higher score.
+
+    Where none is finished yet, by the one alive.
+    """
+    is_higher = (best.finished == 0) | (newly.score > best.score)
+    is_higher &= unfinished & (newly.finished > 0)
+    total = tf.where(unfinished, best.finished + newly.finished, best.finished)
+    written = _where(is_higher, newly.written, _where(total == 0, alive, best.written))
+    return _Best(written, tf.where(is_higher, newly.score, best.score), total)
 
 
-def _until_closed(
+def _until_finished(
     advance: Callable[[Any, _Rows], _Rows], rows: _Rows, max_length: int
 ) -> tuple[Any, Any]:
-    """Advance rows, fewer and fewer, until all are closed or T positions are done.
+    """Advance rows, fewer and fewer, until all are finished or T positions are done.
 
-    Returns which are still open, `bool[B]`, and the results.
+    Returns which are unfinished, `bool[B]`, and the results.
     """
-    results = rows.open, rows.result
-    places = tf.range(rows.open.shape[0])
+    results = rows.unfinished, rows.result
+    places = tf.range(rows.unfinished.shape[0])
     position = tf.constant(0)
 
     def busy(fewest: int, position: Any, rows: _Rows) -> Any:
-        return (position < max_length) & (tf.reduce_sum(tf.cast(rows.open, tf.int32)) > fewest)
+        return (position < max_length) & (
+            tf.reduce_sum(tf.cast(rows.unfinished, tf.int32)) > fewest
+        )
 
     def one_position(position: Any, rows: _Rows) -> tuple[Any, _Rows]:
         return position + 1, advance(position, rows)
 
-    quarter = rows.open.shape[0] // 4
+    quarter = rows.unfinished.shape[0] // 4
     for fewer in (quarter, 0) if quarter >= FEWEST_ROWS else (0,):
         position, rows = tf.while_loop(partial(busy, fewer), one_position, (position, rows))
         scatter = partial(_scatter, places[:, None])
-        results = tf.nest.map_structure(scatter, results, (rows.open, rows.result))
+        results = tf.nest.map_structure(scatter, results, (rows.unfinished, rows.result))
         if fewer:
-            kept = tf.math.top_k(tf.cast(rows.open, tf.int32), fewer).indices
+            kept = tf.math.top_k(tf.cast(rows.unfinished, tf.int32), fewer).indices
             places, rows = tf.nest.map_structure(partial(tf.gather, indices=kept), (places, rows))
     return results
 
@@ -392,11 +400,12 @@ def _scatter(places: Any, whole: Any, part: Any) -> Any:
     return tf.tensor_scatter_nd_update(whole, places, part)
 
 
-def _nothing(rows: tuple[int, ...], max_length: int, grid_cells: int) -> _Written:
+def _nothing(rows: tuple[int, ...], generation: Generation) -> _Written:
+    length = generation.max_length
     return _Written(
-        tf.fill((*rows, max_length), PADDING_ID),
-        tf.zeros((*rows, max_length)),
-        tf.zeros((*rows, max_length, grid_cells)),
+        tf.fill((*rows, length), PADDING_ID),
+        tf.zeros((*rows, length)),
+        tf.zeros((*rows, length, generation.grid_cells)),
     )
 
 

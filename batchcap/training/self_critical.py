@@ -14,7 +14,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from batchcap.evaluation.metrics import LONGEST_NGRAM, ngrams
-from batchcap.model.decoding import decode, forbidder, sampler
+from batchcap.model.decoding import Generation, decode, logit_filter, sampler
 from batchcap.model.network import CaptionDecoder
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
 from batchcap.training.data import Tokens
@@ -107,8 +107,6 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
     ids that stand before the captions of each image, it makes `int32[B * S, T]` words and
     `int32[B * S]`, how many, and `bool[B * S]`, whether END follows.
     """
-    choose, forbid = sampler(1.0, None, 1.0), forbidder(0, REPEATED_NGRAM)
-    config = decoder.config
 
     @tf.function(jit_compile=True, autograph=False)
     def write(image: Any, uniforms: Any, starts: Any) -> Any:
@@ -116,19 +114,15 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
         image, starts = tf.nest.map_structure(
             lambda tensor: tf.repeat(tensor, samples, axis=0), (image, starts)
         )
-        live = tf.ones(rows, tf.bool)
-        cache = decoder.empty_cache(rows, 1, length)
-        return decode(
-            decoder.step,
-            cache,
-            image,
-            choose=choose,
-            forbid=forbid,
-            uniforms=uniforms,
-            live=live,
-            grid_cells=config.grid_cells,
-            start=starts,
+        generation = Generation(
+            step=decoder.step,
+            max_length=length,
+            grid_cells=decoder.config.grid_cells,
+            logit_filter=logit_filter(0, REPEATED_NGRAM),
+            choose=sampler(1.0, None, 1.0),
         )
+        cache = decoder.empty_cache(rows, 1, length)
+        return decode(generation, cache, image, uniforms, tf.ones(rows, tf.bool), starts)
 
     @tf.function(autograph=False)
     def draw(features: Any, uniforms: Any, starts: Any) -> tuple[Any, Any, Any]:

@@ -26,7 +26,7 @@ from notebook_loop import notebook_loop
 from batchcap.model import decoding
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecoderConfig
-from batchcap.model.decoding import decode, forbidder, greedy
+from batchcap.model.decoding import Generation, decode, greedy, logit_filter
 from batchcap.model.network import CaptionDecoder, build_decoder
 from batchcap.model.vocabulary import START_ID
 from batchcap.photos.images import LoadSettings, load_image
@@ -120,25 +120,31 @@ def compare_decoders() -> None:
 
 def cached_decoder(decoder: CaptionDecoder) -> Callable[[Any], Any]:
     config = decoder.config
-    live = tf.fill((BATCH,), True)
+    row_mask = tf.fill((BATCH,), True)
     uniforms = tf.zeros((BATCH, config.max_length))
-    forbid = forbidder(min_length=config.max_length, no_repeat_ngram=0)
+    generation = Generation(
+        step=decoder.step,
+        max_length=config.max_length,
+        grid_cells=config.grid_cells,
+        logit_filter=logit_filter(min_length=config.max_length, no_repeat_ngram=0),
+        choose=greedy,
+    )
 
     @tf.function(jit_compile=True)
     def write(image: Any) -> Any:
         cache = decoder.empty_cache(BATCH, 1, config.max_length)
-        return decode(decoder.step, cache, image, greedy, forbid, uniforms, live, config.grid_cells)
+        return decode(generation, cache, image, uniforms, row_mask)
 
     return tf.function(lambda features: write(decoder.keys_values(features)).tokens)
 
 
 def naive_decoder(decoder: CaptionDecoder) -> Callable[[Any], Any]:
-    forbid = forbidder(min_length=decoder.config.max_length, no_repeat_ngram=0)
+    bar = logit_filter(min_length=decoder.config.max_length, no_repeat_ngram=0)
 
     @tf.function
     def next_word(tokens: Any, features: Any) -> Any:
         logits = decoder(tokens, decoder.keys_values(features))[:, -1]
-        return greedy(forbid(logits, tokens, 0), None)
+        return greedy(bar(logits, tokens, 0), None)
 
     def write(features: Any) -> Any:
         tokens = tf.fill((BATCH, 1), START_ID)

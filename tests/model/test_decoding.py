@@ -14,7 +14,15 @@ from helpers.plain_beam import plain_beam_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchcap.model.decoding import Decoded, beam_search, decode, forbidder, greedy, sampler
+from batchcap.model.decoding import (
+    Decoded,
+    Generation,
+    beam_search,
+    decode,
+    greedy,
+    logit_filter,
+    sampler,
+)
 from batchcap.model.vocabulary import END_ID, PADDING_ID, SPECIAL_WORDS, START_ID
 
 LETTERS = string.ascii_lowercase
@@ -40,22 +48,29 @@ def spell(_tokens: Any, _position: Any, rest: Any, _image: Any) -> tuple[Any, An
     return logits, tf.one_hot(rest[:, :, 0], WORDS), tf.roll(rest, -1, axis=2)
 
 
+def generation_of(step: Any, grid_cells: int, **how: Any) -> Generation:
+    """Greedy, of LIMIT words, with nothing barred, unless asked otherwise."""
+    usual = {"max_length": LIMIT, "logit_filter": logit_filter(0, 0), "choose": greedy}
+    return Generation(step=step, grid_cells=grid_cells, **(usual | how))
+
+
 def decode_greedily(
-    step: Any, cache: Any, live: Any, max_length: int, cells: int, start: Any = START_ID
+    step: Any, cache: Any, row_mask: Any, max_length: int, cells: int, start: Any = START_ID
 ) -> Decoded:
-    uniforms = tf.zeros((len(live), max_length))
-    return decode(step, cache, (), greedy, forbidder(0, 0), uniforms, live, cells, start=start)
+    uniforms = tf.zeros((len(row_mask), max_length))
+    generation = generation_of(step, cells, max_length=max_length)
+    return decode(generation, cache, (), uniforms, row_mask, start)
 
 
 @tf.function
-def decode_rests(rests: Any, live: Any) -> Decoded:
-    uniforms = tf.zeros((live.shape[0], LIMIT))
-    return decode(spell, rests[:, None], (), greedy, forbidder(0, 0), uniforms, live, WORDS)
+def decode_rests(rests: Any, row_mask: Any) -> Decoded:
+    uniforms = tf.zeros((row_mask.shape[0], LIMIT))
+    return decode(generation_of(spell, WORDS), rests[:, None], (), uniforms, row_mask)
 
 
-def decode_scripts(*batch: str, live: list[bool] | None = None) -> Decoded:
-    live = live or [True] * len(batch)
-    decoded = decode_rests(tf.constant([*map(ids, batch)]), tf.constant(live))
+def decode_scripts(*batch: str, row_mask: list[bool] | None = None) -> Decoded:
+    row_mask = row_mask or [True] * len(batch)
+    decoded = decode_rests(tf.constant([*map(ids, batch)]), tf.constant(row_mask))
     return Decoded(*(tensor.numpy() for tensor in decoded))
 
 
@@ -93,8 +108,8 @@ def test_rows_begin_with_the_ids_they_are_given():
         asked.append(tokens.numpy().tolist())
         return spell(tokens, position, rest, image)
 
-    live, starts = tf.constant([True, True]), tf.constant([WORDS, START_ID])
-    decode_greedily(listen, tf.constant([[ids(".")]] * 2), live, LIMIT, WORDS, start=starts)
+    row_mask, starts = tf.constant([True, True]), tf.constant([WORDS, START_ID])
+    decode_greedily(listen, tf.constant([[ids(".")]] * 2), row_mask, LIMIT, WORDS, start=starts)
     assert asked == [[[WORDS], [START_ID]]]
 
 
@@ -122,9 +137,9 @@ def test_end_at_once_is_an_empty_finished_caption():
     assert decoded.log_probs[0, 0] < 0
 
 
-@pytest.mark.parametrize("live", [[False, True], [False, False]])
-def test_rows_born_finished_stay_empty(live):
-    decoded = decode_scripts("cat.", "a.", live=live)
+@pytest.mark.parametrize("row_mask", [[False, True], [False, False]])
+def test_padding_rows_stay_empty(row_mask):
+    decoded = decode_scripts("cat.", "a.", row_mask=row_mask)
     assert spelled(decoded)[0] == ""
     assert not decoded.finished[0]
     assert not decoded.tokens[0].any()
@@ -183,9 +198,9 @@ def test_log_probs_are_those_of_temperature_one(temperature):
         return table[:, None, position], tf.zeros((*tokens.shape, 1)), cache
 
     choose = sampler(temperature, None, 1.0) if temperature else greedy
-    live = tf.fill((rows,), True)
-    table = tf.constant(logits)
-    decoded = decode(step, (), table, choose, forbidder(0, 0), tf.constant(uniforms), live, 1)
+    generation = generation_of(step, 1, choose=choose)
+    row_mask = tf.fill((rows,), True)
+    decoded = decode(generation, (), tf.constant(logits), tf.constant(uniforms), row_mask)
     assert 0 < np.count_nonzero(decoded.finished) < rows
     expected = log_softmax(logits)
     for row in range(rows):
@@ -253,8 +268,8 @@ def test_each_position_has_its_own_uniform():
         return heads_or_tails[None, None], tf.zeros((*tokens.shape, 1)), cache
 
     uniforms = tf.constant([[0.1, 0.6, 0.9, 0.2]])
-    choose = sampler(1.0, None, 1.0)
-    decoded = decode(toss, (), (), choose, forbidder(0, 0), uniforms, tf.constant([True]), 1)
+    generation = generation_of(toss, 1, max_length=4, choose=sampler(1.0, None, 1.0))
+    decoded = decode(generation, (), (), uniforms, tf.constant([True]))
     assert (decoded.tokens[0].numpy() - FIRST_LETTER).tolist() == [0, 1, 1, 0]
 
 
@@ -338,10 +353,10 @@ def test_greedy_takes_the_most_probable_word():
 
 
 def test_end_is_barred_before_the_fewest_words_and_its_log_probability_stays():
-    forbid = forbidder(min_length=2, no_repeat_ngram=0)
+    bar = logit_filter(min_length=2, no_repeat_ngram=0)
     logits = 10 * tf.one_hot([END_ID], WORDS)
     tokens = tf.zeros((1, LIMIT), tf.int32)
-    barred = [int(greedy(forbid(logits, tokens, position), None)[0]) for position in (0, 1, 2)]
+    barred = [int(greedy(bar(logits, tokens, position), None)[0]) for position in (0, 1, 2)]
     assert barred == [0, 0, END_ID]
 
 
@@ -392,17 +407,15 @@ def test_beam_search_is_that_of_plain_python(
     batch, seed, beam_size, length_penalty, min_length, no_repeat_ngram
 ):
     tables = scripted_tables(np.random.default_rng(seed), batch)
-    decoded = beam_search(
+    generation = generation_of(
         read_table,
-        tf.zeros((batch, beam_size, FEW_WORDS)),
-        tf.constant(tables),
-        beam_size,
-        length_penalty,
-        forbidder(min_length, no_repeat_ngram),
-        tf.fill((batch,), True),
-        LIMIT,
         FEW_WORDS,
+        logit_filter=logit_filter(min_length, no_repeat_ngram),
+        beam_size=beam_size,
+        length_penalty=length_penalty,
     )
+    cache = tf.zeros((batch, beam_size, FEW_WORDS))
+    decoded = beam_search(generation, cache, tf.constant(tables), tf.fill((batch,), True))
     for row, table in enumerate(tables):
         best = plain_beam_search(
             next_in(table), beam_size, length_penalty, LIMIT, min_length, no_repeat_ngram
@@ -420,18 +433,12 @@ def test_beam_search_is_that_of_plain_python(
             np.testing.assert_array_equal(decoded.attention[row, place], read)
 
 
-def decode_tables(tables: npt.NDArray[np.float32], choose: Any, forbid: Any) -> Decoded:
+def decode_tables(tables: npt.NDArray[np.float32], choose: Any, bar: Any) -> Decoded:
     rows = len(tables)
-    return decode(
-        read_table,
-        tf.zeros((rows, 1, FEW_WORDS)),
-        tf.constant(tables),
-        choose,
-        forbid,
-        tf.constant(np.random.default_rng(0).random((rows, LIMIT), np.float32)),
-        tf.fill((rows,), True),
-        FEW_WORDS,
-    )
+    generation = generation_of(read_table, FEW_WORDS, choose=choose, logit_filter=bar)
+    uniforms = tf.constant(np.random.default_rng(0).random((rows, LIMIT), np.float32))
+    cache = tf.zeros((rows, 1, FEW_WORDS))
+    return decode(generation, cache, tf.constant(tables), uniforms, tf.fill((rows,), True))
 
 
 @settings(deadline=None, max_examples=30)
@@ -439,7 +446,7 @@ def decode_tables(tables: npt.NDArray[np.float32], choose: Any, forbid: Any) -> 
 def test_greedy_captions_repeat_no_ngram(seed, min_length, no_repeat_ngram):
     tables = scripted_tables(np.random.default_rng(seed), 4)
     tables[..., END_ID] -= 4
-    decoded = decode_tables(tables, greedy, forbidder(min_length, no_repeat_ngram))
+    decoded = decode_tables(tables, greedy, logit_filter(min_length, no_repeat_ngram))
     for row, table in enumerate(tables):
         expected = plain_beam_search(next_in(table), 1, 0.0, LIMIT, min_length, no_repeat_ngram)
         assert decoded.tokens[row, : decoded.lengths[row]].numpy().tolist() == expected.tokens
@@ -450,7 +457,7 @@ def test_greedy_captions_repeat_no_ngram(seed, min_length, no_repeat_ngram):
 def test_a_caption_ends_where_every_word_is_barred(choose):
     """It went on with padding, though three words can't fill eight positions without repeating."""
     tables = scripted_tables(np.random.default_rng(7), 20)
-    decoded = decode_tables(tables, choose, forbidder(min_length=LIMIT, no_repeat_ngram=1))
+    decoded = decode_tables(tables, choose, logit_filter(min_length=LIMIT, no_repeat_ngram=1))
     assert decoded.lengths.numpy().tolist() == [FEW_WORDS - FIRST_LETTER] * 20
     assert decoded.finished.numpy().all()
     for row in range(20):
@@ -463,17 +470,15 @@ def test_the_best_that_ended_is_returned_whatever_the_length_penalty(beam_size):
     tables = np.full((1, LIMIT, FEW_WORDS, FEW_WORDS), BANNED_LOGIT, np.float32)
     tables[..., FIRST_LETTER:] = 0
     tables[..., END_ID] = 1
-    decoded = beam_search(
+    generation = generation_of(
         read_table,
-        tf.zeros((1, beam_size, FEW_WORDS)),
-        tf.constant(tables),
-        beam_size,
-        -10.0,
-        forbidder(6, 0),
-        tf.constant([True]),
-        LIMIT,
         FEW_WORDS,
+        logit_filter=logit_filter(6, 0),
+        beam_size=beam_size,
+        length_penalty=-10.0,
     )
+    cache = tf.zeros((1, beam_size, FEW_WORDS))
+    decoded = beam_search(generation, cache, tf.constant(tables), tf.constant([True]))
     expected = plain_beam_search(next_in(tables[0]), beam_size, -10.0, LIMIT, 6)
     assert expected.finished
     assert bool(decoded.finished[0])
