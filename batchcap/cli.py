@@ -1,6 +1,6 @@
-"""The door: parse, call one verb, echo, exit code. Knows no pixels and no files of rows.
+"""The command line: parse flags, call one function, print, exit.
 
-Verbs are imported when called, so that `--help` starts without TensorFlow.
+Commands import their code when they are called, so that `--help` starts without TensorFlow.
 """
 
 import io
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     for name, table in tables.items():
         if name not in CONFIGURABLE_VERBS or not isinstance(table, dict):
             raise click.UsageError(
-                f"{path}: {name!r} is not known: settings stand under "
+                f"{path}: unknown table {name!r}; expected one of "
                 + ", ".join(f"[{verb}]" for verb in CONFIGURABLE_VERBS)
             )
     return tables
@@ -224,7 +224,7 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_configure,
-    help="TOML file whose table named like the verb holds flags.",
+    help="TOML file with a table of flags per command.",
 )
 verbose_option = click.option(
     "--verbose",
@@ -232,7 +232,7 @@ verbose_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_be_verbose,
-    help="Show tracebacks and details.",
+    help="Log tracebacks and details.",
 )
 
 
@@ -253,13 +253,13 @@ _output_argument = click.argument("output", metavar="OUTPUT", type=_path_or_url)
 def batchcap() -> None:
     """Chinese captions for directories of photos, in batch and unattended.
 
-    Every flag is also an environment variable, BATCHCAP_<VERB>_<FLAG>, and a setting of the file
-    that --config names. A flag beats the environment, which beats the file.
+    Every flag can also be set by an environment variable, BATCHCAP_<COMMAND>_<FLAG>, and in the
+    file given by --config. Flags override the environment, which overrides the file.
 
-    Exit codes: 0 done, or nothing to do; 1 failure; 2 wrong usage; 3 done, but more photos failed
-    than --max-failures; 4 the output belongs to another model or other settings; 5 another run
-    holds the output; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP, what was finished
-    committed.
+    Exit codes: 0 success, or nothing to do; 1 failure; 2 usage error; 3 success, but more photos
+    failed than --max-failures; 4 the output belongs to another model or other settings; 5 another
+    run holds the output; 130, 143 and 129 stopped by SIGINT, SIGTERM and SIGHUP after committing
+    all finished rows.
     """
 
 
@@ -270,15 +270,15 @@ def batchcap() -> None:
 @config_option
 @verbose_option
 def run(**asked: Any) -> None:
-    """Caption every photo under INPUT into OUTPUT, going on from the rows that are there.
+    """Caption all photos of INPUT into OUTPUT, and skip those that already have a row.
 
-    INPUT is a directory, searched with all below it, a .txt file with one path a line, - for such a
+    INPUT is a directory (searched recursively), a .txt file with one path per line, - for such a
     list on standard input, or tars or Parquet files of photos: a name, a glob, or
-    'photos-{000..999}.tar'. OUTPUT is a .parquet file, or a folder for a data set of parts. Both
+    'photos-{000..999}.tar'. OUTPUT is a .parquet file, or a directory for a data set of parts. Both
     may be URLs: s3://..., gs://...
 
-    Every photo gets one row; one that can't be read gets the reason. After a crash or a signal the
-    same command goes on where it was.
+    Every photo gets one row; if the photo cannot be read, the row says why. After a crash or a
+    signal, the same command resumes.
 
     Example: batchcap run ./images captions.parquet
     """
@@ -304,9 +304,9 @@ def run(**asked: Any) -> None:
 @config_option
 @verbose_option
 def merge(**asked: Any) -> None:
-    """Join the shares of CAPTIONS, which `batchcap run --shard` wrote, to OUTPUT.
+    """Merge the shards that `batchcap run --shard` wrote to CAPTIONS into OUTPUT.
 
-    CAPTIONS is the OUTPUT of these runs. One data set of many parts is made one of few, too.
+    CAPTIONS is the OUTPUT of these runs. A data set of many parts is also compacted to few.
 
     Example: batchcap merge captions/ captions.parquet
     """
@@ -321,10 +321,10 @@ def merge(**asked: Any) -> None:
 @config_option
 @verbose_option
 def train(**asked: Any) -> None:
-    """Train a model on photos with captions, and write it as a model directory.
+    """Train a model on captioned photos, and write it to a model directory.
 
-    Annotations are Flickr8k-CN text, AI Challenger JSON, COCO captions JSON or JSONL. A training
-    that was stopped goes on when the same command is given again.
+    Annotations are Flickr8k-CN text, AI Challenger JSON, COCO captions JSON or JSONL. After a crash
+    or a signal, the same command resumes.
 
     Example: batchcap train --config jobs/train-default.toml --annotations captions.zh.txt
     --images ./images --out my-model
@@ -349,10 +349,10 @@ _out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=P
 @config_option
 @verbose_option
 def evaluate(**asked: Any) -> None:
-    """Score CAPTIONS against REFERENCES, or, without these, say what they are like.
+    """Score CAPTIONS against REFERENCES; without REFERENCES, describe CAPTIONS.
 
-    CAPTIONS are an output of `batchcap run`, COCO results, an AI Challenger submission or JSONL.
-    REFERENCES are captions of people in any format that training reads.
+    CAPTIONS is an output of `batchcap run`, COCO results, an AI Challenger submission or JSONL.
+    REFERENCES are human captions in any format that training reads.
 
     Example: batchcap evaluate captions.parquet captions.zh.txt --per-image scores.parquet
     """
@@ -373,7 +373,7 @@ def evaluate(**asked: Any) -> None:
 @config_option
 @verbose_option
 def export(**asked: Any) -> None:
-    """Write CAPTIONS, an output of `batchcap run`, to OUT as other programs read them.
+    """Convert CAPTIONS, an output of `batchcap run`, to another program's format.
 
     Example: batchcap export captions.parquet results.json --format coco
     """
@@ -390,9 +390,9 @@ def export(**asked: Any) -> None:
 @config_option
 @verbose_option
 def report(**asked: Any) -> None:
-    """Make one page of CAPTIONS, an output of `batchcap run`: photos, captions, scores, attention.
+    """Write an HTML page of CAPTIONS, an output of `batchcap run`.
 
-    The page is complete in itself, and loads nothing.
+    It shows photos, captions, scores and attention. The page is self-contained.
 
     Example: batchcap report captions.parquet report.html --images ./images
     """
@@ -408,7 +408,7 @@ def report(**asked: Any) -> None:
 @config_option
 @verbose_option
 def caption(**asked: Any) -> None:
-    """Caption photos on the terminal, with the probability of each word.
+    """Print captions of photos, with the probability of each word.
 
     Example: batchcap caption photo.jpg --attention-figure attention.png
     """
@@ -429,7 +429,7 @@ def caption(**asked: Any) -> None:
 @config_option
 @verbose_option
 def bench(**asked: Any) -> None:
-    """Images per second on this machine: each stage of a run alone, and all together.
+    """Measure images per second on this machine: of each stage alone, and of a whole run.
 
     Example: batchcap bench --images ./images
     """
@@ -443,7 +443,7 @@ def bench(**asked: Any) -> None:
 
 @batchcap.group()
 def model() -> None:
-    """Look at a model directory."""
+    """Describe a model directory."""
 
 
 _model_argument = click.argument(
@@ -455,7 +455,7 @@ _model_argument = click.argument(
 @_model_argument
 @verbose_option
 def show(directory: Path) -> None:
-    """What a model is: sizes, fingerprint, metrics. The shipped model where none is named."""
+    """Print a model's sizes, fingerprint and metrics [default: the shipped model]."""
     from batchcap.training.model_card import describe
 
     _echo(describe(directory))
@@ -465,7 +465,7 @@ def show(directory: Path) -> None:
 @_model_argument
 @verbose_option
 def card(directory: Path) -> None:
-    """The model card: data, licence, results, limits."""
+    """Print the model card: data, licence, results, limits."""
     from batchcap.training.model_card import read_card
 
     _echo(read_card(directory))

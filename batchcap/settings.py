@@ -1,11 +1,12 @@
-"""What was asked for: one frozen dataclass a verb, checked once, passed whole.
+"""Settings: one frozen dataclass per command, checked once, passed whole.
 
-The fields are the command line's flags, in order: their defaults and help texts stand here only.
+The fields are the command line's flags, in order; defaults and help texts are defined here only.
 """
 
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from batchcap.errors import UsageError
 
 MAX_PIXELS = 100_000_000  # of a photo, unless more are allowed
 MAX_WORDS = 1_000_000  # of a vocabulary
-MAX_SHARES = 99_999  # of five digits in names
+MAX_SHARDS = 99_999  # of five digits in names
 MAX_STEPS = 10**9  # of training, or epochs
 MAX_PIXEL_VALUE = 1000.0  # for a backbone
 # A smaller rate, or a momentum nearer to 1, moves no weight in float32.
@@ -26,7 +27,7 @@ SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*",
 
 
 class Runtime(StrEnum):
-    """What runs the backbone. `auto` is OpenVINO where it is installed and there is no GPU."""
+    """What runs the backbone; `auto` is OpenVINO if it is installed and there is no GPU."""
 
     AUTO = "auto"
     TENSORFLOW = "tensorflow"
@@ -34,7 +35,7 @@ class Runtime(StrEnum):
 
 
 class Precision(StrEnum):
-    """What the backbone computes in; its weights and features are float32."""
+    """Precision of the backbone's computation; weights and features are float32."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -43,7 +44,7 @@ class Precision(StrEnum):
 
 
 class AttentionDetail(StrEnum):
-    """How much of the attention goes into the file."""
+    """How much attention a row holds."""
 
     SUMMARY = "summary"
     FULL = "full"
@@ -51,7 +52,7 @@ class AttentionDetail(StrEnum):
 
 
 class OnExisting(StrEnum):
-    """What to do with an output that exists."""
+    """What to do if the output exists."""
 
     RESUME = "resume"
     OVERWRITE = "overwrite"
@@ -59,7 +60,7 @@ class OnExisting(StrEnum):
 
 
 class Engine(StrEnum):
-    """What captions the photos."""
+    """Where photos are captioned."""
 
     LOCAL = "local"
     RAY = "ray"
@@ -73,7 +74,7 @@ class Truncated(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """How events are told on stderr."""
+    """Format of the log on stderr."""
 
     TEXT = "text"
     JSON = "json"
@@ -99,7 +100,7 @@ class MatchBy(StrEnum):
 
 
 class ExportFormat(StrEnum):
-    """What other programs read."""
+    """Formats of other programs."""
 
     COCO = "coco"
     AI_CHALLENGER = "ai-challenger"
@@ -109,21 +110,21 @@ class ExportFormat(StrEnum):
 
 
 class Objective(StrEnum):
-    """What training raises."""
+    """Objective of training."""
 
     LIKELIHOOD = "likelihood"
     CIDER = "cider"
 
 
 class Monitor(StrEnum):
-    """What is best on the validation photos."""
+    """Validation result that chooses the best epoch."""
 
     CIDER_D = "cider-d"
     LOSS = "loss"
 
 
 class Decay(StrEnum):
-    """What happens to the learning rate after the warm-up."""
+    """Learning rate after the warm-up."""
 
     COSINE = "cosine"
     CONSTANT = "constant"
@@ -138,21 +139,21 @@ def _option(default: Any, description: str, **more: float | str) -> Any:
 
 
 def _image_column_option() -> Any:
-    return _option("image", "Column of a Parquet INPUT: photos, or paths of photos.")
+    return _option("image", "Column of a Parquet INPUT with the photos or their paths.")
 
 
 def _id_column_option() -> Any:
     return _option(
-        None, "Column of a Parquet INPUT: ids of the photos [their paths, or file and row]."
+        None, "Column of a Parquet INPUT with unique ids [default: path, or file and row]."
     )
 
 
 def _match_by_option() -> Any:
     return _option(
         MatchBy.AUTO,
-        "How to match captions with references: by id, COCO id, file name without folders and "
-        "extension, or the number in the name. auto takes the strictest that fits, and stops where "
-        "two disagree.",
+        "How to match captions with references: by id, by COCO id, by file name without folders "
+        "and extension, or by the number in the name. auto uses the strictest way that fits, and "
+        "fails where two ways disagree.",
     )
 
 
@@ -175,150 +176,159 @@ def _check_output(output: Path | str) -> None:
     is_known = path.suffix == ".parquet" or (is_there and path.is_dir())
     if not is_known and (path.suffix or is_there):
         raise UsageError(
-            f"OUTPUT is a .parquet file or a folder without a suffix, not {path.name!r}"
+            f"OUTPUT must be a .parquet file or a directory without a suffix, not {path.name!r}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, what it runs on, and how its words are chosen."""
+    """The model, what it runs on, and how it generates captions."""
 
-    model: Path = _option(DEFAULT_MODEL, "Model directory  [default: the shipped model]")
+    model: Path = _option(DEFAULT_MODEL, "Model directory.  [default: the shipped model]")
     runtime: Runtime = _option(
-        Runtime.AUTO, "What runs the backbone; auto: OpenVINO if installed and there is no GPU."
+        Runtime.AUTO,
+        "What runs the backbone. auto: OpenVINO if it is installed and there is no GPU.",
     )
-    precision: Precision = _option(Precision.AUTO, "What the backbone computes in; auto: float32.")
+    precision: Precision = _option(Precision.AUTO, "Precision of the backbone. auto: float32.")
     style: str | None = _option(
-        None, "Style of the captions, one of the model's, such as short or detailed [any]."
+        None, "Caption style, if the model has styles: short or detailed [default: none]."
     )
-    max_length: int | None = _option(None, "Most words in a caption [the model's limit].", least=1)
-    min_length: int = _option(0, "Fewest words in a caption.", least=0)
-    no_repeat_ngram: int = _option(
-        0, "Say no sequence of this many words twice in a caption; 0 allows all.", least=0
+    max_length: int | None = _option(
+        None, "Maximum words per caption [default: the model's limit].", least=1
     )
-    beam_size: int = _option(
-        1, "Captions searched side by side for the most probable; 1 is greedy.", least=1, most=100
-    )
+    min_length: int = _option(0, "Minimum words per caption.", least=0)
+    no_repeat_ngram: int = _option(0, "Never repeat an n-gram of this size (0: off).", least=0)
+    beam_size: int = _option(1, "Beam size (1: greedy).", least=1, most=100)
     length_penalty: float = _option(
         1.0,
-        "A beam's score is log-probability / words ** this: 0 favours short captions, 1 none.",
+        "Score beams by log-probability / length ** PENALTY; 0 favours short captions.",
         least=-10,
         most=10,
     )
     temperature: float = _option(
         0.0,
-        "0 takes the most probable words; above 0 draws, more freely the higher.",
+        "Sampling temperature (0: take the most probable words).",
         least=0,
         most=100,
     )
-    seed: int = _option(0, "Seed of the draws; counts only with a temperature.")
-    top_k: int | None = _option(None, "Draw from this many most probable words [all].", least=1)
+    seed: int = _option(0, "RNG seed for sampling.")
+    top_k: int | None = _option(
+        None, "Sample from the K most probable words [default: all].", least=1
+    )
     top_p: float = _option(
-        1.0, "Draw from the most probable words that reach this probability.", least=0, most=1
+        1.0, "Sample from the most probable words that add up to this probability.", least=0, most=1
     )
 
     def __post_init__(self) -> None:
         _check_limits(self)
         if self.temperature > 0 and self.beam_size > 1:
-            raise UsageError("--beam-size searches, --temperature draws: give only one of them")
+            raise UsageError(
+                "--beam-size and --temperature exclude each other: beam search does not sample"
+            )
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise UsageError("--top-k and --top-p limit draws: give a --temperature above 0 too")
+            raise UsageError("--top-k and --top-p need a --temperature above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(ModelOptions):
-    """What `batchcap run` is asked."""
+    """Settings of `batchcap run`."""
 
     source: str
     output: Path | str  # a str is a URL
-    batch_size: int = _option(64, "Photos captioned at a time.", least=1)
+    batch_size: int = _option(64, "Photos per batch.", least=1)
     attention: AttentionDetail = _option(
-        AttentionDetail.SUMMARY, "What to keep of the attention of each word."
+        AttentionDetail.SUMMARY, "How much attention to write per word."
     )
-    limit: int | None = _option(None, "Take up at most this many photos in this run.", least=1)
+    limit: int | None = _option(None, "Caption at most this many photos in this run.", least=1)
     glob: str | None = _option(
-        None, "Take the files that match, whatever their extension; * crosses folders too."
+        None, "Caption the files that match, whatever their extension; * matches / too."
     )
     exclude: tuple[str, ...] = _option(
         (),
-        "Leave out files and folders that match, and all below these; repeatable. Always left out: "
+        "Skip files and folders that match, and everything below them; repeatable. Always skipped: "
         f"{', '.join(SYSTEM_FOLDERS[:-1])} and {SYSTEM_FOLDERS[-1]}.",
     )
     image_column: str = _image_column_option()
     id_column: str | None = _id_column_option()
     shard: str | None = _option(
-        None, "Caption share I of N only, as I/N with I from 0, into a part of OUTPUT of its own."
+        None,
+        "Caption only shard I of N, written I/N and counted from 0, into its own part of OUTPUT.",
     )
     engine: Engine = _option(
-        Engine.LOCAL, "What captions: this process, or workers on the machines of a Ray cluster."
+        Engine.LOCAL, "Caption in this process, or by workers on a Ray cluster."
     )
     address: str | None = _option(
-        None, "Ray cluster, auto for the one here [RAY_ADDRESS, or this machine alone]."
+        None,
+        "Ray cluster; auto: the one of this machine [default: RAY_ADDRESS, or start one here].",
     )
     workers: int | None = _option(
-        None, "Workers on Ray [one for each GPU or, without any, each machine].", least=1
+        None, "Ray workers [default: one per GPU, or one per machine without GPUs].", least=1
     )
     gpus_per_worker: float | None = _option(
-        None, "GPUs, or the part of one, of a worker on Ray [1 where there are any].", least=0
+        None, "GPUs per Ray worker, also fractions [default: 1 if there are GPUs].", least=0
     )
     on_existing: OnExisting = _option(
         OnExisting.RESUME,
-        "What to do with an OUTPUT that exists: go on with it, replace it, or refuse.",
+        "What to do if OUTPUT exists: resume it, replace it, or fail.",
     )
-    retry_failed: bool = _option(False, "Take up photos that failed before, too.")
-    reuse: bool = _option(True, "Give copies and renamed photos the caption that is there.")
-    prune: bool = _option(False, "Drop the rows of photos that INPUT no longer has.")
-    allow_empty: bool = _option(False, "No photo at all is a success.")
+    retry_failed: bool = _option(False, "Retry photos that failed earlier.")
+    reuse: bool = _option(True, "Reuse existing captions for copies and renamed photos.")
+    prune: bool = _option(False, "Drop rows whose photos are no longer in INPUT.")
+    allow_empty: bool = _option(False, "Succeed even if INPUT has no photos.")
     max_failures: int | None = _option(
-        None, "Exit with code 3 if more photos than this have failed [any number].", least=0
+        None, "Exit with code 3 if more photos than this failed [default: no limit].", least=0
     )
-    max_pixels: int = _option(MAX_PIXELS, "Refuse photos of more pixels, undecoded.", least=1)
+    max_pixels: int = _option(
+        MAX_PIXELS, "Reject photos with more pixels, without decoding them.", least=1
+    )
     truncated: Truncated = _option(
-        Truncated.ERROR, "Photos whose file ends early: refuse them, or take what there is."
+        Truncated.ERROR, "Reject photos whose file ends early, or caption the part that is there."
     )
-    rows_per_part: int = _option(2000, "Commit after this many photos,", least=1)
-    seconds_per_part: float = _option(60.0, "or after this many seconds.", least=0)
-    stall_timeout: float = _option(300.0, "End if nothing moves for this many seconds.", least=1)
-    dry_run: bool = _option(False, "Say what there is to do, and write nothing.")
-    log_format: LogFormat = _option(LogFormat.TEXT, "How to tell of events on stderr.")
+    rows_per_part: int = _option(2000, "Commit after this many photos.", least=1)
+    seconds_per_part: float = _option(60.0, "Commit after this many seconds.", least=0)
+    stall_timeout: float = _option(
+        300.0, "Abort if there is no progress for this many seconds.", least=1
+    )
+    dry_run: bool = _option(False, "Print what would be done, and write nothing.")
+    log_format: LogFormat = _option(LogFormat.TEXT, "Format of the log on stderr.")
     metrics_file: Path | None = _option(
-        None, "Write metrics for Prometheus's node exporter to this *.prom file."
+        None, "Write Prometheus metrics (node exporter, textfile) to this .prom file."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_output(self.output)
-        index, count = self.share
-        if not 0 <= index < count <= MAX_SHARES:
+        index, count = self.shard_numbers
+        if not 0 <= index < count <= MAX_SHARDS:
             raise UsageError(
-                f"--shard is I/N with I from 0 and below N, up to {MAX_SHARES:,}, not {self.shard}"
+                f"--shard must be I/N with 0 <= I < N <= {MAX_SHARDS:,}, not {self.shard}"
             )
         if self.engine is Engine.RAY and self.limit is not None:
-            raise UsageError("--engine ray takes up whole pieces of INPUT: leave out --limit")
+            raise UsageError("--engine ray captions whole pieces of INPUT: omit --limit")
         if self.engine is Engine.RAY and self.source == "-":
-            raise UsageError("--engine ray needs an INPUT that can be named, not standard input")
-        if self.engine is Engine.LOCAL and (self.address or self.workers or self.gpus_per_worker):
             raise UsageError(
-                "--address, --workers and --gpus-per-worker are for a cluster: add --engine ray"
+                "--engine ray cannot read INPUT from standard input: save the list to a file"
             )
+        if self.engine is Engine.LOCAL and (self.address or self.workers or self.gpus_per_worker):
+            raise UsageError("--address, --workers and --gpus-per-worker need --engine ray")
         if self.prune and self.limit is not None:
-            raise UsageError("--prune needs to see all of INPUT: leave out --limit")
+            raise UsageError("--prune needs a full listing of INPUT: omit --limit")
         if self.metrics_file is not None and self.metrics_file.suffix != ".prom":
             raise UsageError(
-                f"--metrics-file must end in .prom, which node-exporter reads, not "
+                f"--metrics-file must end in .prom, the suffix that node exporter reads, not "
                 f"{self.metrics_file.name!r}"
             )
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """Which share of the photos to caption, and of how many; (-1, 0) for what is none."""
+    @cached_property
+    def shard_numbers(self) -> tuple[int, int]:
+        """Index and count of `shard`; (-1, 0) if it is malformed."""
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard or "0/1")
         return (int(match[1]), int(match[2])) if match else (-1, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """What `batchcap merge` is asked; a str is a URL."""
+    """Settings of `batchcap merge`; a str is a URL."""
 
     captions: Path | str
     output: Path | str
@@ -329,51 +339,51 @@ class MergeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings(ModelOptions):
-    """What `batchcap caption` is asked."""
+    """Settings of `batchcap caption`."""
 
     images: tuple[str, ...]
     attention_figure: Path | None = _option(
-        None, "Draw where the model looked for each word of one IMAGE, as a PNG."
+        None, "Draw the attention of each word over one IMAGE, as a PNG."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attention_figure is not None and len(self.images) != 1:
-            raise UsageError(f"--attention-figure draws one IMAGE, not {len(self.images)}")
+            raise UsageError(f"--attention-figure needs exactly one IMAGE, not {len(self.images)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings(ModelOptions):
-    """What `batchcap bench` is asked."""
+    """Settings of `batchcap bench`."""
 
-    images: Path | None = _option(None, "Directory of the photos [generated ones].")
-    limit: int = _option(1000, "Most photos to time.", least=1)
-    batch_size: int = _option(64, "Photos captioned at a time.", least=1)
+    images: Path | None = _option(None, "Directory of photos [default: generated photos].")
+    limit: int = _option(1000, "Time at most this many photos.", least=1)
+    batch_size: int = _option(64, "Photos per batch.", least=1)
     json: bool = _option(False, "Print JSON instead of a table.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """What `batchcap evaluate` is asked."""
+    """Settings of `batchcap evaluate`."""
 
     captions: Path
     references: Path | None = None
     tokens: TokenKind = _option(
         TokenKind.WORDS,
-        "What is compared: words as jieba cuts them without punctuation, as AI Challenger 2017 "
-        "had it, characters, or what stands between spaces.",
+        "Unit of comparison: words as jieba cuts them, without punctuation; words as in AI "
+        "Challenger 2017; characters; or the text between spaces.",
     )
     match_by: MatchBy = _match_by_option()
     against: Path | None = _option(
-        None, "Other captions of the same images: compare the two, image by image."
+        None, "Other captions of the same images: compare both files, image by image."
     )
     per_image: Path | None = _option(None, "Write each image's scores to this .parquet file.")
     training_captions: Path | None = _option(
-        None, "Captions of the training: say how many captions stand there word by word."
+        None, "Training captions: report the share of captions that occur there verbatim."
     )
-    meteor: bool = _option(False, "METEOR too, which needs Java and knows no Chinese.")
-    resamples: int = _option(1000, "Resamples of the images for the intervals.", least=100)
-    seed: int = _option(0, "Seed of the resamples.", least=0)
+    meteor: bool = _option(False, "Add METEOR; needs Java, and knows no Chinese.")
+    resamples: int = _option(1000, "Bootstrap resamples for the intervals.", least=100)
+    seed: int = _option(0, "RNG seed of the bootstrap.", least=0)
     json: bool = _option(False, "Print JSON instead of tables.")
 
     def __post_init__(self) -> None:
@@ -381,166 +391,168 @@ class EvaluateSettings:
         needing = {"--against": self.against, "--per-image": self.per_image}
         for flag, value in needing.items():
             if value is not None and self.references is None:
-                raise UsageError(f"{flag} compares with references: name a file of REFERENCES")
+                raise UsageError(f"{flag} needs REFERENCES")
         if self.match_by is not MatchBy.AUTO and self.references is None:
-            raise UsageError("--match-by matches with references: name a file of REFERENCES")
+            raise UsageError("--match-by needs REFERENCES")
         if self.meteor and self.references is None:
-            raise UsageError("--meteor compares with references: name a file of REFERENCES")
+            raise UsageError("--meteor needs REFERENCES")
         if self.per_image is not None and self.per_image.suffix != ".parquet":
             raise UsageError(f"--per-image must end in .parquet, not {self.per_image.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What `batchcap export` is asked."""
+    """Settings of `batchcap export`."""
 
     captions: Path
     out: Path
-    format: ExportFormat = _option(MISSING, "Whose format to write.")
+    format: ExportFormat = _option(MISSING, "Format to write.")
     references: Path | None = _option(
         None,
-        "Give captions the ids that their images have in this file of references. Without FILE, "
-        "as the last flag: CAPTIONS are references. For coco only.",
+        "Use the image ids of this file of references. Without FILE, as the last flag: CAPTIONS "
+        "is a file of references itself. For coco only.",
         alone=str(CAPTIONS_THEMSELVES),
     )
     match_by: MatchBy = _match_by_option()
 
     def __post_init__(self) -> None:
         if self.references is not None and self.format is not ExportFormat.COCO:
-            raise UsageError("--references is for the format coco only")
+            raise UsageError("--references needs --format coco")
         if self.match_by is not MatchBy.AUTO and self.references in (None, CAPTIONS_THEMSELVES):
-            raise UsageError("--match-by matches with references: name a file of --references")
+            raise UsageError("--match-by needs --references FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """What `batchcap report` is asked."""
+    """Settings of `batchcap report`."""
 
     captions: Path
     out: Path
-    images: str | None = _option(
-        None, "INPUT of the run, a folder, list, archives or URL: the photos to show."
-    )
+    images: str | None = _option(None, "INPUT of the run: directory, list, archives or URL.")
     image_column: str = _image_column_option()
     id_column: str | None = _id_column_option()
     evaluation: Path | None = _option(
-        None, "What `evaluate --per-image` wrote: show scores and references too."
+        None, "File of `evaluate --per-image`: show scores and references too."
     )
-    sample: int = _option(5000, "Show this many photos at most, drawn at random.", least=1)
-    seed: int = _option(0, "Seed of the draw.", least=0)
+    sample: int = _option(5000, "Show at most this many photos, chosen at random.", least=1)
+    seed: int = _option(0, "RNG seed of the choice.", least=0)
 
     def __post_init__(self) -> None:
         _check_limits(self)
         if self.out.suffix not in (".html", ".htm"):
-            raise UsageError(f"OUT is an .html file, not {self.out.name!r}")
+            raise UsageError(f"OUT must end in .html, not {self.out.name!r}")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `batchcap train` is asked. jobs/train-default.toml is the shipped model's recipe."""
+    """Settings of `batchcap train`; jobs/train-default.toml has those of the shipped model."""
 
-    annotations: tuple[Path, ...] = _option(
-        MISSING, "Captions of the photos; repeatable, for several data sets."
-    )
-    images: tuple[Path, ...] = _option(MISSING, "Directory of the photos; one for each data set.")
-    out: Path = _option(MISSING, "Model directory to write; must not exist yet.")
+    annotations: tuple[Path, ...] = _option(MISSING, "Captions of a data set; repeatable.")
+    images: tuple[Path, ...] = _option(MISSING, "Directory of the photos; one per data set.")
+    out: Path = _option(MISSING, "Model directory to write; must not exist.")
     weight: tuple[float, ...] = _option(
         (),
-        "How often a data set's photos are seen in an epoch, on average; one for each [1].",
+        "How often an epoch shows each photo, on average; one per data set [default: 1].",
         least=0.01,
         most=100,
     )
     validation_annotations: Path | None = _option(
-        None, "Captions of the validation photos, which may be in the same directory [by split]."
+        None, "Captions of the validation photos in the same directory [default: by split]."
     )
     train_on_val: bool = _option(
         False,
-        "With --validation-annotations: train on the annotations' photos of split val too. Those "
-        "of split test are never trained on.",
+        "With --validation-annotations: also train on the val split of --annotations. The test "
+        "split is never trained on.",
     )
     validation_count: int = _option(
-        1000, "Photos held out for validation where nothing else names them.", least=1
+        1000, "Photos held out for validation if the data names no validation split.", least=1
     )
     backbone: str = _option(
-        "mobilenet", "CNN that sees the photos: mobilenet, efficientnet-lite0 to -lite2 and others."
+        "mobilenet",
+        "CNN that extracts features: mobilenet, efficientnet-lite0 to -lite2 and others.",
     )
     backbone_weights: str = _option(
-        "imagenet", 'Its weights: "imagenet" or a file of Keras named *.weights.h5.'
+        "imagenet", 'Weights of the backbone: "imagenet" or a Keras file named *.weights.h5.'
     )
-    image_size: int = _option(
-        224, "Side of the square that photos are resized to.", least=32, most=1024
-    )
+    image_size: int = _option(224, "Side of the input square, in pixels.", least=32, most=1024)
     input_range: tuple[float, float] | None = _option(
-        None, "What pixel values 0 and 255 become [what the backbone's weights expect]."
+        None, "Values of black and white pixels [default: what the weights expect]."
     )
-    vocabulary_size: int = _option(20_000, "Most words in the vocabulary.", least=5, most=MAX_WORDS)
-    min_count: int = _option(3, "Words seen less often become [UNK].", least=1)
+    vocabulary_size: int = _option(
+        20_000, "Maximum size of the vocabulary.", least=5, most=MAX_WORDS
+    )
+    min_count: int = _option(3, "Replace words that occur less often by [UNK].", least=1)
     max_length: int = _option(
-        20, "Most words in a caption; longer ones are cut.", least=1, most=1000
+        20, "Maximum words per caption; longer captions are cut.", least=1, most=1000
     )
-    units: int = _option(256, "Width of the decoder.", least=1)
-    layers: int = _option(2, "Layers of the decoder.", least=1)
+    units: int = _option(256, "Hidden size of the decoder.", least=1)
+    layers: int = _option(2, "Decoder layers.", least=1)
     heads: int = _option(2, "Attention heads.", least=1)
-    key_size: int = _option(128, "Size of a head's keys and values.", least=1)
-    feature_norm: bool = _option(True, "Normalise the features of each grid cell.")
-    dropout: float = _option(0.3, "Share of activations dropped in training.", least=0, most=0.99)
+    key_size: int = _option(128, "Size of each head's keys and values.", least=1)
+    feature_norm: bool = _option(True, "Layer-normalise the image features.")
+    dropout: float = _option(0.3, "Dropout rate.", least=0, most=0.99)
     input_dropout: float = _option(
-        0.3, "Share of features and embedded words dropped in training.", least=0, most=0.99
+        0.3, "Dropout rate of image features and embedded words.", least=0, most=0.99
     )
     label_smoothing: float = _option(
-        0.1, "Probability spread over all words in the training loss.", least=0, most=0.99
+        0.1, "Label smoothing of the training loss.", least=0, most=0.99
     )
-    flip: bool = _option(True, "Train on mirrored photos too.")
+    flip: bool = _option(True, "Also train on flipped photos.")
     crops: int = _option(
-        0, "Train on this many random parts of each photo too.", least=0, most=1000
+        0, "Also train on this many random crops of each photo.", least=0, most=1000
     )
-    batch_size: int = _option(32, "Photos in a training step.", least=1)
-    captions_per_image: int = _option(
-        0, "Captions of a photo in a training step; 0 for all it has.", least=0
+    batch_size: int = _option(32, "Photos per training step.", least=1)
+    captions_per_image: int = _option(0, "Captions per photo and training step (0: all).", least=0)
+    steps_per_epoch: int = _option(
+        0, "Steps per epoch (0: one pass over the data).", least=0, most=MAX_STEPS
     )
-    steps_per_epoch: int = _option(0, "Steps of an epoch; 0 for one pass.", least=0, most=MAX_STEPS)
-    epochs: int = _option(14, "Epochs at most.", least=1, most=MAX_STEPS)
-    patience: int = _option(5, "Epochs without a better validation result before the end.", least=1)
-    monitor: Monitor = _option(Monitor.CIDER_D, "Which validation result is the measure.")
+    epochs: int = _option(14, "Maximum epochs of the likelihood phase.", least=1, most=MAX_STEPS)
+    patience: int = _option(
+        5, "End a phase after this many epochs without a better validation result.", least=1
+    )
+    monitor: Monitor = _option(Monitor.CIDER_D, "Validation result that chooses the best epoch.")
     learning_rate: float = _option(6e-4, "Peak learning rate of Adam.", **LEARNING_RATES)
-    warmup_steps: int = _option(
-        500, "Steps in which the rate rises from 0.", least=0, most=MAX_STEPS
+    warmup_steps: int = _option(500, "Steps of linear warm-up.", least=0, most=MAX_STEPS)
+    decay: Decay = _option(
+        Decay.COSINE, "Learning rate after the warm-up: cosine decay to 0, or constant."
     )
-    decay: Decay = _option(Decay.COSINE, "How the rate falls afterwards, to 0 at the last epoch.")
     ema_momentum: float = _option(
         0.995,
-        "Momentum of the moving average of the weights that is kept; 0 for none.",
+        "Momentum of the weights' exponential moving average (0: off).",
         least=0,
         most=MAX_MOMENTUM,
     )
     objective: Objective = _option(
         Objective.LIKELIHOOD,
-        "What training raises: the likelihood of the captions, or after that their CIDEr-D "
-        "(self-critical training).",
+        "Train by likelihood only, or by likelihood and then self-critically by CIDEr-D.",
     )
     fine_tune_from: str = _option(
-        "", "Layer of the backbone after which it is trained too, once the decoder is; '' for none."
+        "", "Fine-tune the backbone's layers after this one, once the decoder is trained."
     )
-    fine_tune_epochs: int = _option(6, "Epochs of that at most.", least=1, most=MAX_STEPS)
-    fine_tune_learning_rate: float = _option(1e-4, "Its peak learning rate.", **LEARNING_RATES)
+    fine_tune_epochs: int = _option(
+        6, "Maximum epochs of the fine-tuning phase.", least=1, most=MAX_STEPS
+    )
+    fine_tune_learning_rate: float = _option(
+        1e-4, "Peak learning rate of fine-tuning.", **LEARNING_RATES
+    )
     cider_epochs: int = _option(
-        8, "Epochs of self-critical training at most.", least=1, most=MAX_STEPS
+        8, "Maximum epochs of the self-critical phase.", least=1, most=MAX_STEPS
     )
-    cider_learning_rate: float = _option(5e-5, "Its learning rate.", **LEARNING_RATES)
+    cider_learning_rate: float = _option(
+        5e-5, "Learning rate of the self-critical phase.", **LEARNING_RATES
+    )
     cider_samples: int = _option(
         5,
-        "Captions drawn of each photo, and compared with each other, in its steps.",
+        "Captions sampled per photo in the self-critical phase.",
         least=2,
         most=1000,
     )
     precision: Precision = _option(
         Precision.AUTO,
-        "What training computes in: float32, which auto is, or bfloat16, faster on newer GPUs.",
+        "Precision of training. auto: float32; bfloat16 is faster on recent GPUs.",
     )
-    seed: int = _option(
-        1, "Seed of the weights, the order, the flips and the dropout.", least=0, most=2**32 - 1
-    )
-    data_note: str = _option("", "What the model card says of the data and its licence.")
+    seed: int = _option(1, "RNG seed of training.", least=0, most=2**32 - 1)
+    data_note: str = _option("", "Text about the data and its licence for the model card.")
 
     def __post_init__(self) -> None:
         _check_limits(self)
@@ -548,36 +560,32 @@ class TrainSettings:
         for flag, given in (("--images", self.images), ("--weight", self.weight)):
             if len(given) != count and (given or flag == "--images"):
                 raise UsageError(
-                    f"{flag} is given {len(given)} times, --annotations {count} times: each data "
-                    "set needs one"
+                    f"{flag} occurs {len(given)} times but --annotations {count} times: give one "
+                    "per data set"
                 )
         if self.validation_annotations is not None and count > 1:
             raise UsageError(
-                "--validation-annotations is for one data set: name splits in the annotations of "
-                "several"
+                "--validation-annotations works with one data set only: with several, name the "
+                "split in the annotations"
             )
         low, high = self.input_range or (0, 1)
         if not -MAX_PIXEL_VALUE <= low < high <= MAX_PIXEL_VALUE:
             raise UsageError(
-                f"--input-range must rise, between -{MAX_PIXEL_VALUE:g} and {MAX_PIXEL_VALUE:g}, "
-                f"not go from {low} to {high}"
+                f"--input-range must be two rising values between -{MAX_PIXEL_VALUE:g} and "
+                f"{MAX_PIXEL_VALUE:g}, not {low} and {high}"
             )
         if self.train_on_val and self.validation_annotations is None:
-            raise UsageError(
-                "--train-on-val needs other validation photos: --validation-annotations"
-            )
+            raise UsageError("--train-on-val needs --validation-annotations")
         if self.precision is Precision.FLOAT16:
-            raise UsageError(
-                "--precision float16 loses small gradients: train in bfloat16, or float32"
-            )
+            raise UsageError("--precision float16 loses small gradients: use bfloat16 or float32")
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How words are chosen. Recorded in every file of captions: other settings, other captions.
+    """How captions are generated; recorded in every output, since they depend on it.
 
-    `temperature` 0 takes the most probable words, above 0 draws; `seed`, `top_k` and `top_p` count
-    only then, `length_penalty` only with a `beam_size` above 1. What each means stands in
+    `temperature` 0 takes the most probable words; above 0, words are sampled. `seed`, `top_k` and
+    `top_p` matter only then, `length_penalty` only with a `beam_size` above 1; see
     `model/decoding.py`.
     """
 

@@ -23,7 +23,7 @@ BYTES_PER_ROW = {  # on disk, with room to spare: 1,000 photos took 225 a row, w
 def count_photos(settings: RunSettings) -> int | None:
     """Return how many photos a run's input has; None where counting takes long or fails."""
     with suppress(BatchcapError):  # for the reader of the rows to meet
-        return sum(1 for _ in _listed_again(settings)) // settings.share[1] or None
+        return sum(1 for _ in _listed_again(settings)) // settings.shard_numbers[1] or None
     return None
 
 
@@ -47,7 +47,7 @@ def check_room(
         OutputError: it has not.
     """
     again = _listed_again(settings, progress)
-    listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.share[1]
+    listed = sum(1 for _ in islice(again, COUNTED_AHEAD)) // settings.shard_numbers[1]
     rows = max(least, min(listed - done, settings.limit or listed))
     needed = rows * BYTES_PER_ROW[settings.attention]
     if layout.is_file:  # the parts, and the file that they are joined to

@@ -194,7 +194,7 @@ class Inventory:
         """The photos of this share that have not been met, with their row numbers or -1."""
         self.is_empty = self.is_empty and not refs
         hashes = hashes_of([ref.image_id for ref in refs])
-        mine = in_share(hashes, *self.settings.share)
+        mine = in_share(hashes, *self.settings.shard_numbers)
         refs, hashes = _chosen(refs, mine), hashes[mine]
         is_new = self._met.add(hashes)
         for ref in _chosen(refs, ~is_new):

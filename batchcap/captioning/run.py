@@ -121,13 +121,13 @@ def plan_run(settings: RunSettings) -> str:
 
 
 def _layout(settings: RunSettings) -> Layout:
-    check_shares(settings.output, settings.share[1])
-    return layout_of(settings.output, settings.share)
+    check_shares(settings.output, settings.shard_numbers[1])
+    return layout_of(settings.output, settings.shard_numbers)
 
 
 def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder for its shards; the folder that contains it must exist."""
-    if settings.share[1] > 1 and not layout.is_file and layout.mirror is None:
+    if settings.shard_numbers[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
             make_folder(layout.output.parent)
 

@@ -259,9 +259,9 @@ def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"workers": 2}, "are for a cluster: add --engine ray"),
+        ({"workers": 2}, "need --engine ray"),
         ({"engine": Engine.RAY, "limit": 5}, "leave out --limit"),
-        ({"engine": Engine.RAY, "source": "-"}, "an INPUT that can be named"),
+        ({"engine": Engine.RAY, "source": "-"}, "cannot read INPUT from standard input"),
     ],
 )
 def test_what_does_not_go_together_is_refused(asked: dict[str, object], message: str) -> None:

@@ -194,7 +194,7 @@ def test_captions_in_another_script_are_warned_of(tmp_path: Path, references: Pa
 def test_what_needs_references_asks_for_them(good: Path, flag: str) -> None:
     result = invoke(good, flag, "x.parquet")
     assert isinstance(result.exception, UsageError)
-    assert f"{flag} compares with references" in str(result.exception)
+    assert f"{flag} needs REFERENCES" in str(result.exception)
 
 
 def test_without_the_metrics_it_says_how_to_get_them(

@@ -58,7 +58,7 @@ def test_each_pod_has_a_share_of_its_own(asked_of_run: list[RunSettings]) -> Non
         arguments = [
             arg.replace("$(JOB_COMPLETION_INDEX)", f"{index}") for arg in container["args"]
         ]
-        assert asked_by(arguments, asked_of_run).share == (index, SHARES)
+        assert asked_by(arguments, asked_of_run).shard_numbers == (index, SHARES)
 
 
 def test_the_pods_are_the_nightly_run_s() -> None:
@@ -101,7 +101,7 @@ def test_each_task_has_a_share_of_its_own(tmp_path: Path, asked_of_run: list[Run
         command = ["bash", JOBS / "shards.sbatch", "my photos", "captions"]
         done = subprocess.run(command, env=task, capture_output=True, text=True, check=True)
         asked = asked_by(done.stdout.splitlines(), asked_of_run)
-        assert (asked.source, asked.output, asked.share) == (
+        assert (asked.source, asked.output, asked.shard_numbers) == (
             "my photos",
             Path("captions"),
             (index, SHARES),

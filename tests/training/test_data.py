@@ -381,8 +381,8 @@ def test_equal_weights_change_nothing():
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"images": 1}, "--images is given 1 times, --annotations 2 times"),
-        ({"weight": (1.0,)}, "--weight is given 1 times, --annotations 2 times"),
+        ({"images": 1}, "--images occurs 1 times but --annotations 2 times"),
+        ({"weight": (1.0,)}, "--weight occurs 1 times but --annotations 2 times"),
         ({"weight": (1.0, 0.0)}, "--weight must be at least 0.01, not 0.0"),
         ({"weight": (1.0, float("nan"))}, "--weight must be at least 0.01, not nan"),
         ({"validation_annotations": Path()}, "--validation-annotations is for one data set"),

@@ -173,7 +173,7 @@ def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path
     assert "cannot make /dev/null" in str(done.exception)
     config.write_text(config.read_text().replace("weight = [1, 0.5]", "weight = [1]"))
     done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
-    assert "--weight is given 1 times" in str(done.exception)
+    assert "--weight occurs 1 times" in str(done.exception)
 
 
 def test_captions_have_the_style_that_is_asked_for(squares: Path, tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_values_that_train_nothing_or_never_end_are_refused_with_their_limit(
     "bounds", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (-1e30, 1e30)]
 )
 def test_pixel_values_that_make_no_features_are_refused(bounds: tuple[float, float]) -> None:
-    with pytest.raises(UsageError, match="--input-range must rise, between -1000 and 1000"):
+    with pytest.raises(UsageError, match="--input-range must be two rising values between -1000 and 1000"):
         settings_for(Path("squares"), Path("model"), input_range=bounds)
 
 
