@@ -223,7 +223,7 @@ def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
     (tmp_path / "sitecustomize.py").write_text(stub)
     done = run(photos, tmp_path / "o", env=finding_first(tmp_path))
     assert done.returncode == 1
-    assert "can be started to read photos: each ended with exit code 9" in done.stderr
+    assert "cannot start a process that reads photos: each ended with exit code 9" in done.stderr
     assert committed(tmp_path / "o") == frozenset()
 
 
@@ -690,7 +690,7 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
         errors = process.stderr.read() if process.stderr else ""
     assert "_read_list" in errors  # where the main thread stands
     last = errors.splitlines()[-1]
-    assert last.startswith("batchcap: nothing has moved for")
+    assert last.startswith("batchcap: no progress for")
     assert "in flight: none" not in last
     told = summary_of(output)
     assert told["exit_code"] == 1
@@ -706,7 +706,7 @@ def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
         assert process.wait(LONG_S) == 1
         errors = process.stderr.read() if process.stderr else ""
     assert "_read_list" in errors  # where the main thread stands
-    assert errors.splitlines()[-1].startswith("batchcap: nothing has moved for 2 s")
+    assert errors.splitlines()[-1].startswith("batchcap: no progress for 2 s")
 
 
 def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
@@ -726,7 +726,7 @@ def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
             time.sleep(0.5)
         _, errors = process.communicate(timeout=LONG_S)
     assert process.returncode == 1
-    assert "nothing has moved" not in errors
+    assert "no progress" not in errors
     assert "no photo in -" in errors
 
 
@@ -768,4 +768,4 @@ def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -
     done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=finding_first(tmp_path))
     assert done.returncode == 1
     assert f'File "{module}", line 2' in done.stderr
-    assert "batchcap: nothing has moved for 3 s; in flight: none" in done.stderr
+    assert "batchcap: no progress for 3 s; in flight: none" in done.stderr

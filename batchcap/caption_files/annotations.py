@@ -99,7 +99,7 @@ class _Annotations:
     ) -> bool:
         """Add a photo, or return False if its name is wrong; it may be added several times."""
         if not isinstance(image_id, str) or not image_id:
-            self.problems.report(place, f"the name of the photo is {shown(image_id)}, not a text")
+            self.problems.report(place, f"the photo's name must be a string, not {shown(image_id)}")
             return False
         self.captions.setdefault(image_id, [])
         if type(number) is int:
@@ -132,7 +132,7 @@ class _Annotations:
                 self.leave_out(UNCAPTIONED, image_id)
         for noun, examples in self._left_out.items():
             left_out = f"{counted(len(examples), *noun)}, such as {printable(examples[0])}"
-            log.warning("%s: left out %s", self.path, left_out)
+            log.warning("%s: skipped %s", self.path, left_out)
         if not captioned:
             raise InputError(f"{self.path} has no captions. {KNOWN_FORMATS}")
         return [self._image(image_id, captions) for image_id, captions in captioned.items()]
@@ -176,7 +176,7 @@ def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
         name, caption = line[: match.start()], line[match.end() :]
         kind, number = match.groups()
         if (name, kind, number) in seen:
-            annotations.problems.report(place, f"caption {number} of {name} stands twice")
+            annotations.problems.report(place, f"duplicate caption {number} of {name}")
         seen.add((name, kind, number))
         annotations.add_image(place, name)
         annotations.add_caption(place, name, caption)
@@ -283,7 +283,9 @@ def _add_karpathy(annotations: _Annotations, place: str, image: dict[str, Any]) 
         if isinstance(sentence, dict):
             annotations.add_caption(place, name, sentence.get("raw"))
         else:
-            annotations.problems.report(place, f"a sentence is {shown(sentence)}, not an object")
+            annotations.problems.report(
+                place, f"a sentence must be an object, not {shown(sentence)}"
+            )
 
 
 def _add_coco(
@@ -297,15 +299,15 @@ def _add_coco(
     for place, image in images:
         key, name = image.get("id"), image.get("file_name")
         if not _is_id(key):
-            annotations.problems.report(place, f"the id is {shown(key)}")
+            annotations.problems.report(place, f"invalid id {shown(key)}")
         elif names.get(key, name) != name:
-            annotations.problems.report(place, "the id is taken")
+            annotations.problems.report(place, "duplicate id")
         elif annotations.add_image(place, name, image.get("split"), key):
             names[key] = str(name)
     for place, caption in captions:
         key = caption.get("image_id")
         if not _is_id(key):
-            annotations.problems.report(place, f"the image_id is {shown(key)}")
+            annotations.problems.report(place, f"unknown image_id {shown(key)}")
         elif key in names:
             annotations.add_caption(place, names[key], caption.get("caption"))
         else:

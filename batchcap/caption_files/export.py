@@ -72,8 +72,8 @@ def export_captions(settings: ExportSettings) -> str:
 def _check_captions(settings: ExportSettings) -> None:
     if not holds_rows(settings.captions):
         raise UsageError(
-            f"--format {settings.format} is made of the rows of a run, which {settings.captions} "
-            "does not have: name an output of batchcap run, or choose --format coco or "
+            f"--format {settings.format} needs the rows of a run, which {settings.captions} "
+            "does not have: give an output of batchcap run, or use --format coco or "
             "ai-challenger"
         )
 
@@ -157,8 +157,8 @@ def _write_references(settings: ExportSettings) -> str:
     path = settings.captions
     if holds_rows(path):
         raise UsageError(
-            f"--references without a file is for a file of references, and {path} is an output of "
-            "batchcap run: name a file of references, or leave out --references"
+            f"--references without a file means that CAPTIONS has references, but {path} is an "
+            "output of batchcap run: give a file of references, or omit --references"
         )
     images = read_annotations(path)
     numbers, clashing = _coco_numbers(path, [(image.image_id, image.number) for image in images])
@@ -290,7 +290,7 @@ def _write_imagefolder(settings: ExportSettings) -> str:
     out = settings.out
     if out.name != FOLDER_METADATA:
         raise UsageError(
-            f"--format imagefolder writes {FOLDER_METADATA}, the only name that is looked for, "
+            f"--format imagefolder writes {FOLDER_METADATA}, the only file name that works, "
             f"into INPUT of the run, beside the photos; OUT is {out.name}"
         )
     _check_captions(settings)

@@ -58,7 +58,7 @@ def match(
         InputError: two ways pair different images, or no image is in both files.
     """
     if not generated:
-        raise InputError(f"{names[0]} has no captions to match with {names[1]}: name another")
+        raise InputError(f"{names[0]} has no captions to match with {names[1]}: check both files")
     if by is MatchBy.AUTO:
         found = _agreed(generated, annotated, names)
     else:
@@ -85,7 +85,7 @@ def _nothing_in_common(
         return repr(printable(image[0]))
 
     possible = _fullest(WAYS_ON_REQUEST, generated, annotated)
-    advice = "check that both are of the same photos"
+    advice = "check that both files are about the same photos"
     if possible.pairs:
         i, j = possible.pairs[0]
         advice = (

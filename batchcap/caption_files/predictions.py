@@ -83,7 +83,7 @@ def row_paths(path: Path) -> list[Path]:
         return [path]
     paths = Layout(path).row_files()
     if not paths:
-        raise InputError(f"{path} has no rows: name an output of batchcap run")
+        raise InputError(f"{path} has no rows: give an output of batchcap run")
     return paths
 
 
@@ -98,14 +98,16 @@ def check_out(out: Path, captions: Path, *others: Path | None) -> None:
     with saying_where(out):
         out = followed(out)
     if out.is_dir():
-        raise UsageError(f"{out} is a folder: name a file in it")
+        raise UsageError(f"{out} is a directory: give a file in it")
     if captions.is_dir() and os.path.realpath(out.parent) == os.path.realpath(captions):
-        raise UsageError(f"{captions} is the folder of a run: name a file outside of it, not {out}")
+        raise UsageError(
+            f"{captions} is the directory of a run: give a file outside of it, not {out}"
+        )
     if out.exists() and not out.is_file():  # a rename would put a file in the place of /dev/null
-        raise UsageError(f"{out} is no plain file, and would be replaced by one: name another")
+        raise UsageError(f"{out} is not a regular file: choose another")
     for read in (captions, *others):
         if read is not None and out.exists() and read.exists() and out.samefile(read):
-            raise UsageError(f"{out} would be written over {read}: name another file")
+            raise UsageError(f"{out} would overwrite {read}: choose another file")
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:
@@ -121,7 +123,7 @@ def read_rows(path: Path) -> Iterator[pa.Table]:
         yield from newest_rows(row_paths(path))
     except DamagedError as error:
         raise InputError(
-            f"{error}; name an output of batchcap run, or run it again, which redoes damaged rows"
+            f"{error}; give an output of batchcap run, or repeat the run, which redoes damaged rows"
         ) from error
 
 
@@ -153,7 +155,7 @@ def _read_records(path: Path) -> list[GeneratedCaption]:
             problems.report(place, str(error))
             continue
         if captions.setdefault(read.image_id, read) is not read:
-            problems.report(place, f"a second caption of {read.image_id}")
+            problems.report(place, f"duplicate caption of {read.image_id}")
     problems.raise_if_any("" if captions else KNOWN_FORMATS)
     if not captions:
         raise InputError(f"{path} has no captions. {KNOWN_FORMATS}")
@@ -166,7 +168,7 @@ def _caption_of(record: Any) -> GeneratedCaption:
         raise TypeError(f"{shown(record)} is not an object")
     image_id, caption = name_of(record), first_of(record, "caption", "text")
     if type(image_id) not in (str, int) or image_id == "":
-        raise TypeError(f"image_id is {shown(image_id)}, neither a text nor a whole number")
+        raise TypeError(f"image_id must be a string or an integer, not {shown(image_id)}")
     if record.get("status") == "failed":
         caption = None
     elif "caption" not in record and "text" not in record:

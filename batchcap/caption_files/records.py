@@ -93,7 +93,7 @@ def _csv_rows(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str
     try:
         for row in reader:
             if None in row:
-                problems.report(f":{reader.line_num}", "more cells than the header has")
+                problems.report(f":{reader.line_num}", "more cells than the header")
             else:
                 yield f":{reader.line_num}", row
     except csv.Error as error:
@@ -162,7 +162,7 @@ def _decoded(path: Path, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8; save the file as UTF-8.") from error
+        raise InputError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -247,8 +247,8 @@ class _Waiting:
             pickle.dump(rows, self._file)
         except OSError as error:
             raise BatchcapError(
-                f"rows that wait for others have no room in {tempfile.gettempdir()} "
-                f"({error.strerror}): free some, or set TMPDIR, and run again"
+                f"no room for waiting rows in {tempfile.gettempdir()} "
+                f"({error.strerror}): free some space or set TMPDIR, and run again"
             ) from error
         self._places.setdefault((number, again), []).append(place)
 

@@ -73,7 +73,7 @@ def find_font(text: str) -> Any:
         except (OSError, RuntimeError):  # a font that matplotlib can't open is not ours to judge
             continue
     raise InputError(
-        "no font here can write these captions: install one "
+        "no installed font has these characters: install one "
         "(pip install noto-cjk-sans-otc, or your system's Noto Sans CJK) and run again"
     )
 

@@ -150,7 +150,7 @@ def _readable(refs: list[ImageRef], worker: CaptionWorker) -> list[ImageRef]:
     photos = worker.load(refs, worker.settings.batch_size)
     readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
     if not readable:
-        raise InputError("none of the photos can be read: there is nothing to time")
+        raise InputError("none of the photos can be read: check --images")
     return readable
 
 

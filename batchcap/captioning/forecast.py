@@ -55,8 +55,8 @@ def check_room(
     free = shutil.disk_usage(layout.lock.parent).free
     if free < needed:
         raise OutputError(
-            f"{layout} will need some {needed / 2**20:,.1f} MiB for {rows:,} rows, and "
-            f"its disk has {free / 2**20:,.1f} MiB: free some, or choose another OUTPUT"
+            f"{layout} needs about {needed / 2**20:,.1f} MiB for {rows:,} rows, but "
+            f"its disk has {free / 2**20:,.1f} MiB: free some space, or choose another OUTPUT"
         )
 
 

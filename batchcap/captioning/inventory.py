@@ -170,7 +170,7 @@ class Inventory:
         if self.is_empty and not self.settings.allow_empty:
             raise InputError(
                 f"no photo in {self.settings.source}: check the path, or --glob; "
-                "--allow-empty takes this for a success"
+                "with --allow-empty, this is a success"
             )
 
     def check_whole(self) -> None:
@@ -178,15 +178,15 @@ class Inventory:
         told = []
         if self.unlisted:
             left_out = counted(self.unlisted, "folder or archive", "folders or archives")
-            told.append(f"{left_out} of {self.settings.source} could not be read, or not whole")
+            told.append(f"{left_out} of {self.settings.source} could not be fully read")
         if self.doubled:
             told.append(
-                f"{counted(self.doubled, 'photo')} of {self.settings.source} had ids that came "
-                "before, and no rows"
+                f"{counted(self.doubled, 'photo')} of {self.settings.source} had the ids of "
+                "earlier photos, and got no rows"
             )
         if told:
             raise InputError(
-                f"{self.settings.output} is written, but {' and '.join(told)}: see to that, and "
+                f"{self.settings.output} is written, but {' and '.join(told)}: fix that, and "
                 "run again"
             )
 
@@ -239,7 +239,7 @@ class Inventory:
             self.left_out = name
             log.info(
                 "skipping system folders (%s), such as %s; "
-                "to caption the photos of one, give it as INPUT",
+                "to caption their photos, give one as INPUT",
                 ", ".join(SYSTEM_FOLDERS),
                 printable(name),
             )
@@ -255,9 +255,9 @@ class Inventory:
         if is_first:
             is_parquet = self.settings.source.lower().endswith(PARQUET_SUFFIX)
             log.warning(
-                "%s has the id of a photo before it; such photos are left out%s",
+                "%s has the id of an earlier photo; skipping such photos%s",
                 printable(name),
-                "; name a column of unique ids with --id-column" if is_parquet else "",
+                "; choose a column of unique ids with --id-column" if is_parquet else "",
             )
 
 

@@ -208,12 +208,13 @@ class CaptionWorker:
 
     def _shrink(self, too_large: int, error: MemoryError) -> None:
         if too_large == 1:
-            raise ModelError("there is no memory to caption even one photo at a time") from error
+            raise ModelError("not enough memory to caption a single photo: free some") from error
         if self.settings.batch_size == too_large:  # else another thread has met the same
             size = too_large // 2
             self.settings = replace(self.settings, batch_size=size)
             log.warning(
-                "no memory for %d photos at a time: going on with %d; --batch-size %d avoids this",
+                "not enough memory for batches of %d photos; continuing with %d "
+                "(--batch-size %d avoids this)",
                 too_large,
                 size,
                 size,

@@ -32,7 +32,7 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
     max_length = options.max_length or longest
     if options.min_length > max_length:
         raise UsageError(
-            f"--min-length {options.min_length} is more than the {max_length} words of a caption"
+            f"--min-length {options.min_length} exceeds the maximum of {max_length} words"
         )
     if options.style not in (None, *model.decoder.styles):
         advice = (

@@ -105,7 +105,7 @@ def caption_on_ray(task: Task) -> Chunks:
                 break
         yield from arrivals.rest()
         if arrivals.untallied and not task.stop():
-            raise RuntimeError(f"Ray has left out {arrivals.untallied} pieces")
+            raise RuntimeError(f"Ray returned no tally for {arrivals.untallied} pieces: run again")
     if not task.stop():
         inventory.complete = not inventory.unlisted
         inventory.check_any()
@@ -238,8 +238,8 @@ def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[]
         elif now >= next_warning:
             next_warning = now + warn_s
             log.warning(
-                "the Ray cluster has machines for %d of %d workers of %d processors and %g GPUs, "
-                "and none of them is busy; waiting for machines",
+                "the Ray cluster has room for %d of %d workers of %d CPUs and %g GPUs, and none is "
+                "busy; waiting for machines",
                 there,
                 *workers,
             )
@@ -446,8 +446,8 @@ def workers_on(
     if not able:
         if number is None:
             raise UsageError(
-                f"no machine of the Ray cluster has a processor and {gpus:g} GPUs to spare: lower "
-                "--gpus-per-worker, or give --workers and let the cluster grow"
+                f"no machine of the Ray cluster has a CPU and {gpus:g} GPUs: lower "
+                "--gpus-per-worker, or set --workers and let the cluster grow"
             )
         return Workers(number, 1, gpus)
     room = [int(node["GPU"] // gpus) if gpus else 1 for node in able]
@@ -473,7 +473,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise UsageError("--engine ray: install it with pip install 'batchcap[ray]'") from error
+        raise UsageError("--engine ray needs Ray: pip install 'batchcap[ray]'") from error
     address = address or os.environ.get("RAY_ADDRESS")
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -483,8 +483,8 @@ def _connected(address: str | None) -> Iterator[Any]:
             ray.init(address, **INIT)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no Ray cluster can be reached at {address} ({first_line(error)}): start "
-            "one, or leave out --address for this machine alone"
+            f"cannot reach a Ray cluster at {address} ({first_line(error)}): start one, or omit "
+            "--address to use this machine only"
         ) from error
     try:
         for number, handler in handlers.items():  # Ray's own would end the program
@@ -521,8 +521,8 @@ def _check_version(ray: Any) -> None:
             there = "none"
     if there != here:
         raise UsageError(
-            f"the Ray cluster has another batchcap ({there}) than this one ({here}): install the "
-            "same on all its machines"
+            f"the Ray cluster has batchcap {there}, but this is {here}: install the same version "
+            "on all machines"
         )
 
 
@@ -536,5 +536,5 @@ def _reporting_failure() -> Iterator[None]:
     except RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise BatchcapError(
-            f"the Ray cluster has failed ({reason}): what was committed is safe; run again"
+            f"the Ray cluster failed ({reason}); committed rows are safe: run again"
         ) from error

@@ -198,7 +198,7 @@ def _finish(inventory: Inventory, folder: CaptionFolder, summary: RunSummary) ->
         counts.pruned = folder.prune(excluded_by(settings))
     folder.finish(inventory.complete and not inventory.doubled)
     if counts.taken != counts.given:
-        raise RuntimeError(f"{counts.taken} photos were taken up, but {counts.given} have rows")
+        raise RuntimeError(f"{counts.taken} photos needed a row, but {counts.given} got one")
     inventory.check_whole()
     summary.finish(settings.max_failures)
 

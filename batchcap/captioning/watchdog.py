@@ -125,8 +125,8 @@ def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
     faulthandler.dump_traceback(watchdog.traces, all_threads=True)
     with contextlib.suppress(Exception):
         last_words(
-            f"nothing has moved for {watchdog.timeout_s:g} s; in flight: {shown}{more}; what was "
-            "committed is safe: run again, without these files if it happens again"
+            f"no progress for {watchdog.timeout_s:g} s; in flight: {shown}{more}; committed rows "
+            "are safe: run again, without these files if it happens again"
         )
     watchdog.traces.flush()
     os._exit(EXIT_CODE)

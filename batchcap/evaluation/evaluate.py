@@ -167,7 +167,7 @@ def _references(
     if not references:
         raise InputError(
             f"no image of {evaluation.captions} has both a caption and a reference with words in "
-            f"{evaluation.references}: check that both are of the same photos"
+            f"{evaluation.references}: check that both files are about the same photos"
         )
     return references
 

@@ -62,8 +62,7 @@ def _ask(lines: Sequence[str]) -> list[str]:
     package = importlib.util.find_spec("pycocoevalcap")
     if java is None or package is None or not package.submodule_search_locations:
         raise UsageError(
-            "METEOR needs a Java runtime (`java`) and pycocoevalcap: install them, or leave out "
-            "--meteor"
+            "METEOR needs Java (`java`) and pycocoevalcap: install them, or omit --meteor"
         )
     jar = Path(package.submodule_search_locations[0]) / JAR
     command = [java, *LOCALE, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -78,7 +77,7 @@ def _ask(lines: Sequence[str]) -> list[str]:
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise BatchcapError(f"METEOR's program failed: {_reason(error)}") from error
+        raise BatchcapError(f"the METEOR program failed: {_reason(error)}") from error
     return done.stdout.splitlines()
 
 

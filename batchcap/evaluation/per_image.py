@@ -61,7 +61,7 @@ def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str, dict[str, fl
         with saying_which(path), path.open("rb") as file:
             table = pq.read_table(file, page_checksum_verification=True)
         if not table.schema.equals(SCHEMA):
-            raise ValueError("its columns are others")
+            raise ValueError("it has other columns")
         metadata = table.schema.metadata
         return (
             table.to_pylist(),
@@ -70,5 +70,5 @@ def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str, dict[str, fl
         )
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is not what `batchcap evaluate --per-image` writes ({error}): make it again"
+            f"{path} is not a file of `batchcap evaluate --per-image` ({error}): create it again"
         ) from error

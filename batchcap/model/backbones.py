@@ -71,7 +71,7 @@ def _efficientnet_b0(weights: Weights, shape: Shape) -> keras.Model:
 def _lite(name: str) -> Build:
     def build(weights: Weights, shape: Shape) -> keras.Model:
         if weights == "imagenet":
-            raise ValueError("they are made by jobs/convert_efficientnet_lite.py")
+            raise ValueError("create them with jobs/convert_efficientnet_lite.py")
         backbone = build_efficientnet_lite(name, shape)
         if weights is not None:
             backbone.load_weights(weights)
@@ -99,8 +99,8 @@ def choose_input_range(name: str, asked: Range | None) -> Range:
     low, high = asked or own
     if max(abs(low - own[0]), abs(high - own[1])) > MOST_UNUSUAL * (own[1] - own[0]):
         log.warning(
-            "--input-range %g %g: the ImageNet weights of %s expect pixels from %g to %g; leave "
-            "out --input-range unless the weights are others",
+            "--input-range %g %g: the ImageNet weights of %s expect pixels from %g to %g; omit "
+            "--input-range unless you use other weights",
             low,
             high,
             name,
@@ -172,8 +172,8 @@ def place_of(layer: str, backbone: keras.Model) -> int:
     names = [each.name for each in backbone.layers]
     if layer not in names[:-1]:
         raise ModelError(
-            f"nothing comes after {layer!r} in the backbone {backbone.name}: choose one of its "
-            f"layers, such as {', '.join(names[-46:-1:9])}"
+            f"the backbone {backbone.name} has no layer after {layer!r}: choose a layer "
+            f"such as {', '.join(names[-46:-1:9])}"
         )
     return names.index(layer)
 

@@ -190,7 +190,7 @@ def load_captioner(
     if len(vocabulary) != config.decoder.vocabulary_size:
         raise ModelError(
             f"{directory / VOCABULARY_FILE} has {len(vocabulary)} words, but {CONFIG_FILE} says "
-            f"{config.decoder.vocabulary_size}: the files are of different models"
+            f"{config.decoder.vocabulary_size}: the files belong to different models"
         )
     execution = execution or Execution()
     precision = execution.precision
@@ -223,8 +223,8 @@ def _check_sizes(config: DecoderConfig, weights: Weights, source: Path) -> None:
         found = weights[name].shape if name in weights else "not there"
         if found != shape:
             raise ModelError(
-                f"{source}: decoder.{field}: it wants {name} to be {shape}, but {WEIGHTS_FILE} "
-                f"says {found}"
+                f"{source}: decoder.{field}: {name} must have shape {shape}, but {WEIGHTS_FILE} "
+                f"has {found}"
             )
 
 

@@ -141,7 +141,7 @@ def _exported(
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, graph=arrays["graph"], weights=arrays["weights"])
     except OSError as error:
-        log.warning("the exported backbone is not kept: %s cannot be written (%s)", path, error)
+        log.warning("cannot cache the exported backbone: %s is not writable (%s)", path, error)
     return arrays
 
 

@@ -35,7 +35,7 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
     if runtime is Runtime.AUTO:
         runtime = Runtime.OPENVINO if installed and device == "CPU" else Runtime.TENSORFLOW
     elif runtime is Runtime.OPENVINO and not installed:
-        raise UsageError("--runtime openvino: install it with pip install 'batchcap[openvino]'")
+        raise UsageError("--runtime openvino needs OpenVINO: pip install 'batchcap[openvino]'")
     precision = precision_of(precision)
     if runtime is Runtime.OPENVINO:
         device = "CPU"
@@ -57,8 +57,8 @@ def _check_openvino_computes_in(precision: Precision) -> None:
     name = {Precision.BFLOAT16: "BF16", Precision.FLOAT16: "FP16"}.get(precision, "FP32")
     if name not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UsageError(
-            f"this CPU does not compute in {precision}: choose --precision float32, "
-            "or --runtime tensorflow, which imitates it slowly"
+            f"this CPU does not support {precision}: use --precision float32, "
+            "or --runtime tensorflow, which emulates it slowly"
         )
 
 
@@ -84,8 +84,8 @@ def start_tensorflow() -> str:
             import tensorflow as tf
         except Exception as error:
             raise BatchcapError(
-                f"TensorFlow cannot be imported ({_first_cause(error)}): see to its installation "
-                "and to the machine's memory"
+                f"cannot import TensorFlow ({_first_cause(error)}): check its installation and the "
+                "machine's memory"
             ) from error
         # Else float32 has 10 bits on newer GPUs, and captions change with the batch.
         tf.config.experimental.enable_tensor_float_32_execution(False)

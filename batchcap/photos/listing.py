@@ -132,7 +132,7 @@ def list_images(
     source = path
     if source == "-":
         if sys.stdin is None:
-            raise InputError("standard input is closed: give the list of photos there, or name it")
+            raise InputError("standard input is closed: pipe the list of photos, or give its file")
         return _read_list(sys.stdin.buffer, "standard input", "", selection)
     if not is_url(source) and Path(source).is_dir():
         return _list_folder(source, _local_entries, selection, unlisted)
@@ -152,8 +152,7 @@ def list_images(
     if is_url(source):
         return _list_folder(source, _remote_entries, selection, unlisted)
     raise InputError(
-        f"{source} is neither a folder nor a .txt file of paths nor a .tar or .parquet file; name "
-        "one of these."
+        f"{source} is neither a directory nor a .txt, .tar or .parquet file: give one of these"
     )
 
 
@@ -179,7 +178,7 @@ def _names_archives(source: str) -> bool:
         return False
     if name.endswith(OTHER_ARCHIVES):
         raise UsageError(
-            f"{source} is an archive of a kind that is not read: unpack it, or pack the photos as "
+            f"{source} is an unsupported archive: unpack it, or pack the photos as "
             f"{', '.join(TAR_SUFFIXES)} or {PARQUET_SUFFIX}"
         )
     return name.endswith((*TAR_SUFFIXES, PARQUET_SUFFIX))

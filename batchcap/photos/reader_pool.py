@@ -70,7 +70,7 @@ class _Reader:
         with self._noticing_death():
             # In short waits: if this process is suspended, only the wait that it is in passes.
             if not any(self._connection.poll(timeout_s / WAITS) for _ in range(WAITS)):
-                raise _DiedError(f"did not come to an end in {timeout_s:.0f} s")
+                raise _DiedError(f"did not answer within {timeout_s:.0f} s")
             return self._connection.recv()
 
     @contextmanager
@@ -78,7 +78,7 @@ class _Reader:
         try:
             yield
         except BlockingIOError as error:  # in the middle of a message
-            raise _DiedError(f"stood still for {self._timeout_s:.0f} s") from error
+            raise _DiedError(f"took no data for {self._timeout_s:.0f} s") from error
         except (EOFError, OSError) as error:
             self._process.join(timeout=10)
             raise _DiedError(_ending(self._process.exitcode)) from error
@@ -182,13 +182,13 @@ class Readers:
                 how = str(death)
                 reader = self._replace(reader, f"{how} while it started")
         raise BatchcapError(
-            f"no process can be started to read photos: each {how}; see to the machine's memory "
-            "and process limits, and run again"
+            f"cannot start a process that reads photos: each {how}; check the machine's memory and "
+            "process limits, and run again"
         )
 
     def _replace(self, reader: _Reader, what_happened: str) -> _Reader | None:
         if not self._stopped:
-            log.warning("a reader of photos %s; starting another", what_happened)
+            log.warning("a reader process %s; starting another", what_happened)
         with self._changing:
             self._alive.discard(reader)
         reader.stop()

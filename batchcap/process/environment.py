@@ -103,7 +103,9 @@ def _usable(folder: Path) -> Path:
         problem = "this user has no home directory"
     temporary = _temporary_folder()
     log.warning(
-        "caches are kept in %s: %s; set XDG_CACHE_HOME to a folder of your own", temporary, problem
+        "using the cache directory %s: %s; set XDG_CACHE_HOME to a directory of your own",
+        temporary,
+        problem,
     )
     return temporary
 

@@ -264,12 +264,12 @@ def check_shares(output: Path | str, count: int) -> None:
     others = {number for _, number in shares} - {count}
     if others:
         raise OtherOutputError(
-            f"{output} is in {max(others)} shards: give --shard I/{max(others)}, or choose "
+            f"{output} has {max(others)} shards: use --shard I/{max(others)}, or choose "
             "another OUTPUT"
         )
     if count > 1 and rows and not shares:
         raise OtherOutputError(
-            f"{output} is not in shards: run without --shard, or choose another OUTPUT"
+            f"{output} has no shards: run without --shard, or choose another OUTPUT"
         )
     if count > 1 and rows and not is_file:
         raise OtherOutputError(
@@ -325,8 +325,8 @@ def _followed(output: Path | str) -> Path | str:
         target = followed(output)
     if _is_file(target.name) != _is_file(output.name):
         raise UsageError(
-            f"OUTPUT {output} is a link to {target}, but both must end in .parquet, or none: "
-            "name the target"
+            f"OUTPUT {output} links to {target}; both must end in .parquet, or neither: give the "
+            "target"
         )
     return target
 

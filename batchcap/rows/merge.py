@@ -59,7 +59,7 @@ def merge_captions(settings: MergeSettings) -> str:
     shares, target = _shares(settings.captions), layout_of(settings.output)
     metadata = _common_metadata(shares)
     if not metadata:
-        raise InputError(f"{settings.captions} has no rows: name an output of batchcap run")
+        raise InputError(f"{settings.captions} has no rows: give an output of batchcap run")
     with _building(target, settings.output) as place:
         schema = _common_schema(shares)
         tables = regrouped(
@@ -83,13 +83,12 @@ def _shares(captions: Path | str) -> list[Layout]:
     count = max(number for _, number in there)
     if any(number != count for _, number in there):
         raise InputError(
-            f"{captions} is there in different numbers of shares, {count} for one: remove those "
-            "that are out of use"
+            f"{captions} has shards of different counts, such as {count}: remove the obsolete ones"
         )
     missing = [index for index in range(count) if (index, count) not in there]
     if missing:
         raise InputError(
-            f"{captions} lacks {counted(len(missing), 'share')} of {count}: run --shard "
+            f"{captions} lacks {counted(len(missing), 'shard')} of {count}: run --shard "
             f"{missing[0]}/{count} first"
         )
     check_shares(captions, count)
@@ -122,8 +121,8 @@ def _check_same(found: Mapping[str, str], metadata: Mapping[str, str], share: La
     for key, name in IDENTITY.items():
         if there[key] != first[key]:
             raise OtherOutputError(
-                f"{share} has rows of another {name} than those before them: run it again, with "
-                "--on-existing overwrite and the settings of the others"
+                f"{share} has rows of another {name} than the other shards: run it again with "
+                "--on-existing overwrite and their settings"
             )
 
 
@@ -133,7 +132,7 @@ def _whole_files(share: Layout) -> list[Path]:
     except DamagedError as error:
         raise InputError(f"{error}; {REDO}") from error
     if not is_whole(share, files):
-        raise InputError(f"{share} is not finished: run it to its end, and merge then")
+        raise InputError(f"{share} is unfinished: complete its run, then merge")
     return [file.path for file in files]
 
 
@@ -150,7 +149,7 @@ def _distinct_rows(shares: list[Layout], metadata: Mapping[str, str]) -> Iterato
                 if not is_new.all():
                     doubled = printable(image_ids[int(np.argmin(is_new))])
                     raise InputError(
-                        f"{share} has a second row of {doubled}: run the shares on one INPUT, "
+                        f"{share} has a second row of {doubled}: run all shards on one INPUT, "
                         "each with its own --shard"
                     )
                 yield table
@@ -257,7 +256,7 @@ def _put_in_place(place: Layout, target: Layout, manifest: str) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise OutputError(
-                f"{target} was made by another run meanwhile: merge to another OUTPUT"
+                f"another run has created {target} meanwhile: choose another OUTPUT"
             ) from error
         raise
     try:

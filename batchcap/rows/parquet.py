@@ -54,7 +54,7 @@ def write_rows(
         OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
     """
     if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a .parquet file")
+        raise OutputError(f"{path} is a directory: give a .parquet file")
     schema = schema.with_metadata(dict(metadata))
     with saying_where(path), replacing(path, staged, like) as temporary:
         rows = 0
@@ -117,12 +117,12 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     """
     with _noticing_damage(path):
         if not _seems_parquet(path):
-            raise OutputError(f"{path} is no Parquet file, and is left as it is: {WAYS_OUT}")
+            raise OutputError(f"{path} is not a Parquet file, and stays as it is: {WAYS_OUT}")
     with _opened(path) as file:
         found = file.schema_arrow.metadata or {}
         metadata = {key.decode(): value.decode() for key, value in found.items()}
     if "batchcap.schema" not in metadata:
-        raise OutputError(f"{path} was not written by batchcap, and is left as it is: {WAYS_OUT}")
+        raise OutputError(f"{path} was not written by batchcap, and stays as it is: {WAYS_OUT}")
     return metadata
 
 
@@ -168,7 +168,7 @@ def _check_columns(path: Path, found: pa.Schema) -> None:
         expected -= set(SINCE_SCHEMA_2)
     for field in expected:
         if field.name not in found.names or found.field(field.name).type != field.type:
-            raise DamagedError(f"{path}: its columns are not those of batchcap")
+            raise DamagedError(f"{path} has other columns than batchcap's")
 
 
 def _is_of_schema_1(found: pa.Schema) -> bool:
@@ -229,7 +229,7 @@ def _noticing_damage(path: Path) -> Iterator[None]:
             raise OutputError(f"cannot read {path}: {reason}; correct it and run again") from error
         if _is_shortage(error):
             raise OutputError(
-                f"cannot read {path}: this machine is short of memory or threads "
+                f"cannot read {path}: this machine lacks memory or threads "
                 f"({first_line(error)}); free some, or raise the limits, and run again"
             ) from error
         raise DamagedError(f"{path}: {error}") from error

@@ -464,7 +464,7 @@ def _like_of(layout: Layout) -> os.stat_result | None:
 
 def _check_writable(folder: Path) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "its folder does not exist")
+        raise FileNotFoundError(errno.ENOENT, "its directory does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
         reason = "the file system is read-only" if is_read_only else "its folder may not be written"
@@ -479,12 +479,12 @@ def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
     """
     files = layout.row_files()
     if layout.is_file and layout.output.is_dir():
-        raise OutputError(f"{layout} is a directory: name a .parquet file")
+        raise OutputError(f"{layout} is a directory: give a .parquet file")
     if not layout.is_file and not files and layout.output.is_dir():
         others = [path.name for path in layout.output.iterdir() if path.name[0] not in "._"]
         if others:
             raise OutputError(
-                f"{layout} has other files ({others[0]}, for one): choose a new folder"
+                f"{layout} has other files, such as {others[0]}: choose a new directory"
             )
     if on_existing is OnExisting.ERROR and files:
         raise OutputError(f"{layout} exists: choose another OUTPUT, or --on-existing resume")
@@ -624,7 +624,7 @@ def _set_aside(layout: Layout, path: Path, error: DamagedError) -> None:
     with saying_where(path):
         path.rename(aside)
     layout.publish(path)
-    log.warning("%s: kept as %s; its photos are captioned again", error, aside)
+    log.warning("%s: kept as %s; captioning its photos again", error, aside)
 
 
 def _remove_leftovers(layout: Layout) -> None:

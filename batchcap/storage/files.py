@@ -87,15 +87,15 @@ def check_replaceable(path: Path) -> os.stat_result | None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no plain file, which could be replaced")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "it is read-only")
     if is_mounted_apart(path, path.parent):
-        raise OSError(errno.EBUSY, "it is a mount point: mount its folder instead")
+        raise OSError(errno.EBUSY, "it is a mount point: mount its directory instead")
     folder = path.parent.stat()
     owners = (0, status.st_uid, folder.st_uid)
     if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
-        raise PermissionError(errno.EPERM, "it belongs to another user and its folder is sticky")
+        raise PermissionError(errno.EPERM, "it belongs to another user and its directory is sticky")
     return status
 
 

@@ -49,13 +49,13 @@ def _acquire(path: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise LockedError(
-                f"another run is writing this output (it holds {path}): wait for it to end"
+                f"another run is writing this output (it holds {path}): wait until it ends"
             ) from error
         except OSError as error:
             os.close(descriptor)
             raise OutputError(
-                f"{path} cannot be locked ({error.strerror}), so that two runs could write at "
-                "once: choose an OUTPUT on a file system with locks"
+                f"cannot lock {path} ({error.strerror}), so two runs could write at once: choose "
+                "an OUTPUT on a file system with locks"
             ) from error
         os.close(descriptor)
 

@@ -108,7 +108,7 @@ def _below_nameless(url: str, folder: str, store: Any) -> list[RemoteFile]:
     infos = store.find(named, prefix=f"/{below}", detail=True)
     names = [name for name in infos if name.startswith(folder) and not name.endswith("/")]
     if not names:
-        raise FileNotFoundError(errno.ENOENT, "no names that begin like this")
+        raise FileNotFoundError(errno.ENOENT, "no name with this prefix")
     return [_remote_file(url + name.removeprefix(folder), infos[name]) for name in names]
 
 
@@ -266,7 +266,7 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
         raise UsageError(f"{scheme}:// needs a package: pip install '{package}'") from error
     except Exception as error:  # each store has its own
         if not isinstance(error, OSError) and scheme not in fsspec.available_protocols():
-            raise UsageError(f"{scheme}:// is no kind of URL that batchcap knows") from error
+            raise UsageError(f"unknown URL scheme {scheme}://") from error
         raise _as_os_error(_answer_of(error) if _is_web(url) else error) from error
 
 
@@ -323,7 +323,7 @@ def _import_fsspec() -> Any:
         return import_module("fsspec")
     except ValueError as error:
         raise UsageError(
-            f"fsspec cannot read its settings ({_reason(error)}): see to the files in "
+            f"fsspec cannot read its settings ({_reason(error)}): check the files in "
             "~/.config/fsspec and to the variables FSSPEC_*"
         ) from error
 

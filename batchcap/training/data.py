@@ -112,8 +112,8 @@ def check_each_set(
         for number, sources in enumerate(zip(settings.annotations, settings.images, strict=True)):
             if number not in found:
                 raise InputError(
-                    f"{sources[0]} and {sources[1]} give no {side} photo: check that both are of "
-                    "the same data set, and its split"
+                    f"{sources[0]} and {sources[1]} have no {side} photo: check that both belong "
+                    "to the same data set, and its split"
                 )
 
 
@@ -142,7 +142,7 @@ def _split(
         validating = read_annotations(settings.validation_annotations)
         validation = [image for image in validating if image.split == "val"] or validating
         if others := len(validating) - len(validation):
-            log.info("left out of validation: %s of other splits", counted(others, "photo"))
+            log.info("skipped for validation: %s of other splits", counted(others, "photo"))
         wanted = {None, "train", "val"} if settings.train_on_val else {None, "train"}
         test += [image for image in validating if image.split == "test"]
         return _of_splits(annotated, wanted), validation, test
@@ -170,7 +170,7 @@ def _of_splits(
     """The photos of these splits; the others are logged, less those that are used elsewhere."""
     chosen = [image for image in annotated if image.split in splits]
     if others := len(annotated) - len(chosen) - counted_elsewhere:
-        log.info("left out of training: %s of other splits", counted(others, "photo"))
+        log.info("skipped for training: %s of other splits", counted(others, "photo"))
     return chosen
 
 
@@ -184,7 +184,7 @@ def _without(training: list[Example], held_out: Container[str | None]) -> list[E
     """Training photos that are not validation or test photos too, under whatever name."""
     kept = [example for example in training if example.sha256 not in held_out]
     if both := len(training) - len(kept):
-        log.warning("%d training photos are validation or test photos too, and left out", both)
+        log.warning("skipped %d training photos that are validation or test photos too", both)
     return kept
 
 
@@ -214,7 +214,7 @@ def _read_all(annotated: Sequence[AnnotatedImage], images: Path, data_set: int) 
         )
     if wordless:
         photos = f"{counted(len(wordless), 'photo')}, such as {printable(wordless[0])}"
-        log.warning("left out captions that have no words (%s)", photos)
+        log.warning("skipped captions without words (%s)", photos)
     return examples
 
 
@@ -350,7 +350,7 @@ def extract_all(
     with cache.writing():
         if damaged := cache.drop_damaged(v.key(e.sha256) for v in views for e in examples):
             log.warning(
-                "%s of the cache %s damaged: made anew",
+                "%s of the cache %s damaged; extracting again",
                 counted(damaged, "row"),
                 "is" if damaged == 1 else "are",
             )

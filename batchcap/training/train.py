@@ -118,7 +118,7 @@ def train_captioner(settings: TrainSettings) -> Path:
 
     record = Record(_run_digest(settings, backbone, training, validation))
     log.info(
-        "training on %s: %d photos with %d captions, judged on %d; %d words, %.1f M weights",
+        "training on %s: %d photos with %d captions, validation on %d; %d words, %.1f M weights",
         f"{strategy.num_replicas_in_sync} x {device}",
         len(training),
         sum(len(example.captions) for example in training),
@@ -193,12 +193,12 @@ def _check_validation(settings: TrainSettings, validation: Sequence[Example]) ->
         if count == 1:
             raise UsageError(
                 f"{name} has one validation photo, and CIDEr-D of a single photo is always 0: hold "
-                "out more photos, or choose the best epoch by --monitor loss"
+                "out more photos, or use --monitor loss"
             )
         if count < FEW_VALIDATION_PHOTOS:
             log.warning(
                 "CIDEr-D of the %d validation photos of %s is uncertain: hold out %d or more, or "
-                "choose the best epoch by --monitor loss",
+                "use --monitor loss",
                 count,
                 name,
                 FEW_VALIDATION_PHOTOS,
@@ -214,7 +214,7 @@ def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabul
     vocabulary = Vocabulary.build(captions, settings.vocabulary_size, settings.min_count)
     if len(vocabulary) == len(SPECIAL_WORDS):
         raise InputError(
-            f"no word is {settings.min_count} times in "
+            f"no word occurs {settings.min_count} times in "
             f"{', '.join(map(str, settings.annotations))}: lower --min-count"
         )
     return vocabulary
@@ -227,7 +227,7 @@ def _make_work_folder(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"cannot make {folder}: {error.strerror}; choose another --out"
+            f"cannot create {folder}: {error.strerror}; choose another --out"
         ) from error
     return folder
 

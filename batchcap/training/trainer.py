@@ -71,8 +71,8 @@ class Trainer:
         replicas = strategy.num_replicas_in_sync
         if batches.batch_size % replicas:
             raise UsageError(
-                f"--batch-size {batches.batch_size} can't be shared by {replicas} GPUs: choose a "
-                f"multiple of {replicas}"
+                f"--batch-size {batches.batch_size} does not divide among {replicas} GPUs: choose "
+                f"a multiple of {replicas}"
             )
         self.settings, self.phase, self.batches = settings, phase, batches
         self.steps_per_epoch = settings.steps_per_epoch or batches.steps_per_pass
@@ -159,9 +159,7 @@ class Trainer:
     def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
         sums = self.sums.numpy()
         if not np.isfinite(sums[0]):
-            raise InputError(
-                f"the loss is no number any more in epoch {epoch}: lower the learning rate"
-            )
+            raise InputError(f"the loss is not finite in epoch {epoch}: lower the learning rate")
         self.sums.assign(tf.zeros(3))
         row = {"epoch": epoch, **self.phase.measured(sums)}
         with self._averaged_weights():
@@ -243,21 +241,21 @@ class Trainer:
             if record.run != self.record.run:
                 raise UsageError(
                     f"{self.folder} holds a training with other settings or data: "
-                    "go on with those, choose another --out, or delete it"
+                    "use those, choose another --out, or delete it"
                 )
             self.record = record
             for name, variable in self._state().items():
                 variable.assign(saved.get_tensor(name))
             best = [name for name in saved.keys() if name.startswith("best/")]  # noqa: SIM118
             self.best = {name.removeprefix("best/"): saved.get_tensor(name) for name in best}
-        log.info("going on from %s: %d steps done", self.folder, record.step)
+        log.info("resuming from %s: %d steps done", self.folder, record.step)
 
     def _open_checkpoint(self, path: Path) -> Any:
         try:
             return safe_open(path, framework="numpy")
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{path} is damaged ({error}): delete {self.folder} to start anew"
+                f"{path} is damaged ({error}): delete {self.folder} to start over"
             ) from error
 
 

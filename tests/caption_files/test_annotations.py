@@ -258,7 +258,7 @@ WRONG = {
     "line without a caption number": ("a.jpg 一只狗\n", ":1: not `<file name>"),
     "caption number that stands twice": (
         "a.jpg#zhc#0 甲\na.jpg#zhc#0 乙\n",
-        ":2: caption 0 of a.jpg stands twice",
+        ":2: duplicate caption 0 of a.jpg",
     ),
     "stringified list": (
         jsonl({"image_id": "a", "caption": "['甲', '乙']"}),
@@ -293,17 +293,17 @@ WRONG = {
     "array entry that is no object": ([3], ": entry 1: 3 is not an object"),
     "image id that is a list": (
         {**COCO, "annotations": [{"image_id": [3], "caption": "狗"}]},
-        ": annotations entry 1: the image_id is \\[3\\]",
+        ": annotations entry 1: unknown image_id \\[3\\]",
     ),
     "image id that stands twice": (
         {**COCO, "images": [*COCO["images"], {"id": 7, "file_name": "c.jpg"}]},
-        ": images entry 3: the id is taken",
+        ": images entry 3: duplicate id",
     ),
     "COCO without images": ({"annotations": []}, ": no list `images`"),
     "COCO without captions": ({"images": []}, ": no list `annotations`"),
     "sentence that is no object": (
         {"images": [{"filename": "a.jpg", "sentences": ["狗"]}]},
-        ": images entry 1: a sentence is '狗', not an object",
+        ": images entry 1: a sentence must be an object, not '狗'",
     ),
     "row with too many cells": ("file_name,text\na.jpg,狗,猫\n", ":2: more cells than"),
     "quote without an end": ('file_name,text\na.jpg,"狗\nb.jpg,猫\n', ":2: unexpected end of data"),
@@ -374,7 +374,7 @@ def test_unusable_photos_and_captions_are_left_out_and_counted(tmp_path, caplog,
     path = write(tmp_path / "captions.in", content)
     assert read(path) == [("a.jpg", ("狗",))]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: left out {reason.format(path)}" for reason in left_out
+        f"{path}: skipped {reason.format(path)}" for reason in left_out
     ]
 
 

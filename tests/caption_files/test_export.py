@@ -396,7 +396,7 @@ def test_references_that_fit_in_two_ways_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("references", [None, CAPTIONS_THEMSELVES])
 def test_what_matches_without_a_file_of_references_is_refused(references: Path | None) -> None:
-    with pytest.raises(UsageError, match="name a file of --references"):
+    with pytest.raises(UsageError, match="needs --references FILE"):
         ExportSettings(
             captions=Path(),
             out=Path(),
@@ -404,7 +404,7 @@ def test_what_matches_without_a_file_of_references_is_refused(references: Path |
             references=references,
             match_by=MatchBy.NAME,
         )
-    with pytest.raises(UsageError, match="name a file of REFERENCES"):
+    with pytest.raises(UsageError, match="needs REFERENCES"):
         EvaluateSettings(captions=Path(), match_by=MatchBy.NAME)
 
 
@@ -654,7 +654,7 @@ def test_a_folder_that_is_missing_is_named(captions: Path) -> None:
 def test_rows_are_made_of_rows_only(form: ExportFormat, tmp_path: Path) -> None:
     source = tmp_path / "results.json"
     source.write_text('[{"image_id": 1, "caption": "狗"}]', "utf-8")
-    with pytest.raises(UsageError, match=r"made of the rows of a run, which .*results"):
+    with pytest.raises(UsageError, match=r"needs the rows of a run, which .*results"):
         export(source, "metadata.jsonl", form)
 
 
@@ -668,7 +668,7 @@ def test_captions_of_other_programs_become_coco(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_run_are_no_references(captions: Path) -> None:
-    with pytest.raises(UsageError, match="leave out --references"):
+    with pytest.raises(UsageError, match="omit --references"):
         export(captions, "references.json", ExportFormat.COCO, references=True)
 
 
@@ -676,7 +676,7 @@ def test_captions_are_never_written_over(captions: Path) -> None:
     results = export(captions, "results.json", ExportFormat.COCO)
     mapping = results.rename(captions.with_name("results.images.json"))
     for source, name in [(captions, captions.name), (mapping, mapping.name), (mapping, "results")]:
-        with pytest.raises(UsageError, match="written over"):
+        with pytest.raises(UsageError, match="overwrite"):
             export(source, name, ExportFormat.COCO)
 
 
@@ -685,9 +685,9 @@ def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
     folder.mkdir()
     part = folder / "part-000000.parquet"
     write_rows(part, [table_of([captioned_row()])], METADATA)
-    with pytest.raises(UsageError, match="the folder of a run"):
+    with pytest.raises(UsageError, match="the directory of a run"):
         export(folder, "captions/part-000000.parquet", ExportFormat.CSV)
-    with pytest.raises(UsageError, match="name a file in it"):
+    with pytest.raises(UsageError, match="give a file in it"):
         export(part, "../captions", ExportFormat.CSV)
 
 
@@ -698,7 +698,7 @@ def test_pipes_and_devices_are_not_replaced(form: ExportFormat, captions: Path) 
     os.mkfifo(pipe)
     link.symlink_to("pipe")
     for out in (pipe, link):
-        with pytest.raises(UsageError, match="no plain file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             export(captions, out.name, form)
     assert pipe.is_fifo()
 
@@ -714,7 +714,7 @@ def test_writes_where_a_symlink_leads(captions: Path) -> None:
         assert link.is_symlink()
     link.unlink()
     link.symlink_to(captions)
-    with pytest.raises(UsageError, match="written over"):
+    with pytest.raises(UsageError, match="overwrite"):
         export(captions, link.name, ExportFormat.COCO)
     link.unlink()
     link.symlink_to(link)

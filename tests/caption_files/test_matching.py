@@ -106,7 +106,7 @@ def test_files_without_a_common_image_are_refused() -> None:
     ("theirs", "advice"),
     [
         ("000000391895.jpg", "say --match-by number, which pairs 1 image"),
-        ("dog.jpg", "check that both are of the same photos"),
+        ("dog.jpg", "check that both files are about the same photos"),
     ],
 )
 def test_a_way_that_would_pair_images_is_named_where_none_is_in_common(

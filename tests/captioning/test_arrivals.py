@@ -186,9 +186,9 @@ def test_a_second_photo_of_an_id_is_warned_of(
     with caplog.at_level(logging.WARNING):
         _, counted, _ = of_workers(sent, len(archives), [])
     (warning,) = caplog.messages
-    assert "has the id of a photo before it; such photos are left out" in warning
+    assert "has the id of an earlier photo; skipping such photos" in warning
     assert warning.startswith(("x.tar: a", "a photo of /photos/1.tar"))
-    with pytest.raises(InputError, match=r"1 photo of .* had ids that came before"):
+    with pytest.raises(InputError, match=r"1 photo of .* had the ids of earlier photos"):
         counted.check_whole()
 
 
@@ -207,7 +207,9 @@ def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatc
     sent = sent_for(1, [("a", "y")], rows)
     with Path("/dev/full").open("w+b", 0) as full:
         monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda _size: full)
-        with pytest.raises(BatchcapError, match=r"no room in .*No space left.*TMPDIR"):
+        with pytest.raises(
+            BatchcapError, match=r"no room for waiting rows in .*No space left.*TMPDIR"
+        ):
             of_workers(sent, 2, rows)
 
 

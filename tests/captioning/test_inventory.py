@@ -80,8 +80,8 @@ def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
         refs = list(left(found))
     assert [ref.image_id for ref in refs] == ["0.jpg", "same.jpg", "1.jpg"]
     assert refs[1].data == b"0"
-    assert "1.tar: same.jpg has the id of a photo before it" in caplog.text
-    with pytest.raises(InputError, match=r"1 photo of .* ids that came before"):
+    assert "1.tar: same.jpg has the id of an earlier photo" in caplog.text
+    with pytest.raises(InputError, match=r"1 photo of .* ids of earlier photos"):
         found.check_whole()
 
 
@@ -98,7 +98,7 @@ def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path, caplog):
         write_parquet(file, image=[f"{number}.jpg"], key=["same"])
     found = inventory(f"{tmp_path}/*.parquet", id_column="key")
     assert [Path(ref.path).name for ref in left(found)] == ["0.jpg"]
-    assert "left out; name a column of unique ids with --id-column" in caplog.text
+    assert "skipping such photos; choose a column of unique ids with --id-column" in caplog.text
     assert found.doubled == 1
 
 

@@ -91,13 +91,13 @@ def test_batches_are_halved_until_they_fit_and_stay_so(small, photo_crops, caplo
     assert [photo.ref for photo in in_parts] == [photo.ref for photo in photos]
     assert tokens_of(in_parts) == tokens_of(whole)
     assert caplog.messages == [
-        "no memory for 8 photos at a time: going on with 4; --batch-size 4 avoids this",
-        "no memory for 4 photos at a time: going on with 2; --batch-size 2 avoids this",
+        "not enough memory for batches of 8 photos; continuing with 4 (--batch-size 4 avoids this)",
+        "not enough memory for batches of 4 photos; continuing with 2 (--batch-size 2 avoids this)",
     ]
 
 
 def test_no_memory_for_a_single_photo_ends_the_run(small, photo_crops):
-    with pytest.raises(ModelError, match="even one photo"):
+    with pytest.raises(ModelError, match="a single photo"):
         worker_of(SmallDevice(small, room=0), 2).caption(photos_of(photo_crops, 2))
 
 

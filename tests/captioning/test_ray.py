@@ -212,7 +212,7 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
     for _ in range(2):
         done = run(archives, output, *FLAGS, "--engine", "ray", "--address", address)
         assert (done.returncode, local.returncode) == (1, 1), done.stderr
-        assert "has the id of a photo before it" in done.stderr
+        assert "has the id of an earlier photo" in done.stderr
         assert done.stderr.splitlines()[-1] == local.stderr.splitlines()[-1].replace("local", "o")
         assert difference(rows_of(output), rows_of(tmp_path / "local")) <= ROUNDING
         parts.append(sorted(f"{path.name} {path.stat().st_mtime_ns}" for path in output.iterdir()))
@@ -252,7 +252,7 @@ def test_a_cluster_that_dies_ends_the_run(tars: str, tmp_path: Path) -> None:
 def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
     done = run(tars, tmp_path / "o", "--engine", "ray", "--address", "127.0.0.1:9")
     assert done.returncode == 2
-    assert "no Ray cluster can be reached at 127.0.0.1:9" in done.stderr
+    assert "cannot reach a Ray cluster at 127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -315,5 +315,5 @@ def test_listing_for_workers_is_progress_at_each_file_though_it_is_no_photo(tmp_
 
 
 def test_a_cluster_without_room_for_a_worker_is_refused() -> None:
-    with pytest.raises(UsageError, match="lower --gpus-per-worker, or give --workers"):
+    with pytest.raises(UsageError, match="lower --gpus-per-worker, or set --workers"):
         workers_on([CPU_NODE], None, 2)

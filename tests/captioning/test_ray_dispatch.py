@@ -119,7 +119,7 @@ def of_one_machine(doubled: str, tmp_path_factory: pytest.TempPathFactory) -> di
     output = tmp_path_factory.mktemp("local") / "o.parquet"
     done = batchcap_here("run", doubled, output, "--batch-size", 2)
     assert done.returncode == 1
-    assert "has the id of a photo before it" in done.stderr
+    assert "has the id of an earlier photo" in done.stderr
     return sums_of(output)
 
 
@@ -139,7 +139,7 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
         before = files_of(tmp_path)
         done = ray_run(doubled, output, "--rows-per-part", 2)
         assert done.returncode == 1
-        assert "has the id of a photo before it" in done.stderr
+        assert "has the id of an earlier photo" in done.stderr
         assert "3 photos of" in done.stderr
         assert sums_of(output) == of_one_machine
         if number:

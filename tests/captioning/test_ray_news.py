@@ -159,8 +159,8 @@ def test_waiting_for_machines_is_logged_now_and_then(
 
     assert [logged_at(seconds) for seconds in (50, 150, 200, 300)] == [0, 1, 1, 2]
     assert caplog.messages[0] == (
-        "the Ray cluster has machines for 0 of 2 workers of 4 processors and 1 GPUs, and none of "
-        "them is busy; waiting for machines"
+        "the Ray cluster has room for 0 of 2 workers of 4 CPUs and 1 GPUs, and none is busy; "
+        "waiting for machines"
     )
     cluster.pulse.report("1", "a", 1)
     assert [logged_at(seconds) for seconds in (500, 700)] == [2, 2]

@@ -388,7 +388,7 @@ def test_a_run_with_a_limit_is_not_complete_and_not_merged(photos_folder, tmp_pa
     assert batchcap_here("run", photos_folder, output, "--limit", 2).returncode == 0
     refused = batchcap_here("merge", output, merged)
     assert refused.returncode == 1
-    assert f"{name} is not finished: run it to its end" in refused.stderr
+    assert f"{name} is unfinished: complete its run" in refused.stderr
     assert batchcap_here("run", photos_folder, output).returncode == 0
     assert batchcap_here("merge", output, merged).returncode == 0
     assert pq.read_metadata(merged).num_rows == 10

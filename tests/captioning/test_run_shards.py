@@ -198,14 +198,14 @@ def test_one_output_and_shards_of_it_are_not_mixed(name: str, a_photo: Path) -> 
     """Every photo had two rows, with exit code 0."""
     output = a_photo.with_name(name)
     run(a_photo, output)
-    with pytest.raises(OtherOutputError, match="is not in shards: run without --shard"):
+    with pytest.raises(OtherOutputError, match="has no shards: run without --shard"):
         run(a_photo, output, shard="0/2")
     other = a_photo.with_name(f"other-{name}")
     for index in range(2):
         run(a_photo, other, shard=f"{index}/2")
-    with pytest.raises(OtherOutputError, match="is in 2 shards: give --shard I/2"):
+    with pytest.raises(OtherOutputError, match="has 2 shards: use --shard I/2"):
         run(a_photo, other)
-    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+    with pytest.raises(OtherOutputError, match="has 2 shards"):
         plan_run(RunSettings(source=str(a_photo), output=other))
 
 

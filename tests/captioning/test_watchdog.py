@@ -40,7 +40,7 @@ stand_still()""")
     assert "in stand_still" in run.stderr
     assert run.stderr.count("most recent call first") >= 2  # of all threads
     assert run.stderr.endswith(
-        "last words: nothing has moved for 0.5 s; in flight: 0.jpg, 2.jpg; what was committed is "
+        "last words: no progress for 0.5 s; in flight: 0.jpg, 2.jpg; committed rows are "
         "safe: run again, without these files if it happens again\n"
     )
 
@@ -49,7 +49,7 @@ def test_names_are_made_fit_for_a_terminal_and_are_not_too_many():
     run = ended(r"""list(watching.in_flight([ImageRef("a\x1b[2J\n.jpg", ""), *refs(30)]))
 stand_still()""")
     assert "in flight: a?[2J?.jpg, 0.jpg, 1.jpg" in run.stderr
-    assert "18.jpg and 11 more; what" in run.stderr
+    assert "18.jpg and 11 more; committed" in run.stderr
 
 
 def test_nothing_in_flight_is_said():

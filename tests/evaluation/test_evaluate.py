@@ -136,7 +136,7 @@ def test_scores_of_each_image_are_written(tmp_path: Path, good: Path, references
 def test_a_file_that_is_no_evaluation_is_told_of(tmp_path: Path) -> None:
     path = tmp_path / "captions.parquet"
     write_rows(path, [table_of([captioned_row()])], METADATA)
-    with pytest.raises(InputError, match="not what `batchcap evaluate --per-image` writes"):
+    with pytest.raises(InputError, match="not a file of `batchcap evaluate --per-image`"):
         read_evaluation(path)
 
 

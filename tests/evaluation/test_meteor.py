@@ -49,5 +49,5 @@ def test_why_java_does_not_start_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_java_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UsageError, match="needs a Java runtime"):
+    with pytest.raises(UsageError, match="needs Java"):
         scored()

@@ -95,7 +95,7 @@ def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
     (cache_folder / "batchcap" / "openvino").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         openvino_features(small, noise[:1])
-    assert "is not kept" in caplog.text
+    assert "cannot cache the exported backbone" in caplog.text
 
 
 def test_several_threads_extract_at_once(small, noise, cache_folder):
@@ -145,7 +145,7 @@ def test_auto_is_openvino_where_it_is_installed_and_there_is_no_gpu(monkeypatch)
 def test_a_precision_that_openvino_would_not_compute_in_is_refused(monkeypatch):
     openvino = pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
-    with pytest.raises(UsageError, match="does not compute in bfloat16"):
+    with pytest.raises(UsageError, match="does not support bfloat16"):
         choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)
 
 

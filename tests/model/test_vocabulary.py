@@ -83,7 +83,7 @@ def test_segmenting_works_where_no_cache_can_be_written(tmp_path):
     no_folder = str(tmp_path / "file")
     done = python(code, XDG_CACHE_HOME=no_folder, TMPDIR=str(tmp_path))
     assert done.stdout == "['一只', '狗']\n"
-    assert done.stderr.startswith(f"caches are kept in {tmp_path}/batchcap-")
+    assert done.stderr.startswith(f"using the cache directory {tmp_path}/batchcap-")
     assert done.stderr.count("\n") == 1
 
 

@@ -191,7 +191,7 @@ def test_a_later_file_without_the_columns_is_reported_and_the_others_are_read(tm
 
 @pytest.mark.parametrize("name", ["x.tar.zst", "photos-{0..9}.tar.zst", "x.zip", "s3://b/x.7z"])
 def test_other_archives_are_refused(name):
-    with pytest.raises(UsageError, match="a kind that is not read: unpack it"):
+    with pytest.raises(UsageError, match="an unsupported archive: unpack it"):
         listed(name)
 
 

@@ -340,7 +340,7 @@ def test_missing_source_is_a_usage_error(tmp_path):
 
 def test_source_that_is_neither_folder_nor_list_is_an_input_error(tmp_path):
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(InputError, match="neither a folder nor a"):
+    with pytest.raises(InputError, match="neither a directory nor a"):
         list_images(str(tmp_path / "a.jpg"))
 
 

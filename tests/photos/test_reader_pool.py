@@ -171,7 +171,7 @@ def test_a_file_that_hangs_its_readers_is_given_up_in_time():
     assert time.monotonic() - started < 20
     assert isinstance(image.pixels, Rejection)
     assert image.pixels.error_type is ErrorType.QUARANTINED
-    assert "did not come to an end in 1 s" in image.pixels.message
+    assert "did not answer within 1 s" in image.pixels.message
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

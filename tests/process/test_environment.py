@@ -70,8 +70,8 @@ def test_a_user_without_a_home_has_a_temporary_cache(
     assert cache_folder("keras") == cache_folder("keras") == folder / "keras"
     assert_is_private(folder)
     assert caplog.messages == [
-        f"caches are kept in {folder}: this user has no home directory; "
-        "set XDG_CACHE_HOME to a folder of your own"
+        f"using the cache directory {folder}: this user has no home directory; "
+        "set XDG_CACHE_HOME to a directory of your own"
     ]
 
 

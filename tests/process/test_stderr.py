@@ -40,7 +40,7 @@ def test_a_start_that_is_stopped_is_silent(capfd: pytest.CaptureFixture[str]) ->
 
 def test_a_tensorflow_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(BatchcapError, match="TensorFlow cannot be imported"):
+    with pytest.raises(BatchcapError, match="cannot import TensorFlow"):
         start_tensorflow()
 
 

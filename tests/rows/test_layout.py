@@ -77,7 +77,7 @@ def test_other_names_are_no_parts(other, tmp_path):
 @OUTPUTS
 def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
     write(tmp_path / name, "a", share=(1, 4))
-    with pytest.raises(OtherOutputError, match="is in 4 shards: give --shard I/4") as refusal:
+    with pytest.raises(OtherOutputError, match="has 4 shards: use --shard I/4") as refusal:
         check_shares(tmp_path / name, 1)
     assert refusal.value.exit_code == 4
 
@@ -87,7 +87,7 @@ def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
 def test_one_output_is_not_written_in_shards(name, ends, tmp_path):
     write(tmp_path / name, "a", ends=ends)
     check_shares(tmp_path / name, 1)
-    with pytest.raises(OtherOutputError, match="is not in shards: run without --shard"):
+    with pytest.raises(OtherOutputError, match="has no shards: run without --shard"):
         check_shares(tmp_path / name, 4)
 
 
@@ -95,7 +95,7 @@ def test_a_data_set_with_rows_in_and_outside_of_shards_is_refused(tmp_path):
     """As versions before this check left them."""
     write(tmp_path / "captions", "a")
     write(tmp_path / "captions", "a", share=(0, 1_000))
-    with pytest.raises(OtherOutputError, match="is in 1000 shards"):
+    with pytest.raises(OtherOutputError, match="has 1000 shards"):
         check_shares(tmp_path / "captions", 1)
     with pytest.raises(OtherOutputError, match=r"outside of its shards, in part-000001\.parquet"):
         check_shares(tmp_path / "captions", 1_000)
@@ -108,7 +108,7 @@ def test_shards_go_on_beside_the_file_that_they_were_merged_to(tmp_path):
     merge_captions(MergeSettings(captions=output, output=output))
     for count in (1, 2):
         check_shares(output, count)
-    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+    with pytest.raises(OtherOutputError, match="has 2 shards"):
         check_shares(output, 4)
 
 

@@ -106,7 +106,7 @@ def test_shares_are_whole_wherever_they_are_moved(tmp_path):
 def test_a_share_that_lacks_a_part_is_not_whole(tmp_path):
     write(tmp_path / "captions", "a", "b")
     (tmp_path / "captions" / "part-000002.parquet").unlink()
-    with pytest.raises(InputError, match="is not finished"):
+    with pytest.raises(InputError, match="is unfinished"):
         merged(tmp_path / "captions", tmp_path / "merged")
 
 
@@ -131,17 +131,17 @@ def test_follows_symlinked_shares(tmp_path, name):
 def test_another_number_of_shares_is_refused(tmp_path, name):
     write(tmp_path / name, 1, share=(0, 2))
     check_shares(tmp_path / name, 2)
-    with pytest.raises(OtherOutputError, match="is in 2 shards: give --shard I/2"):
+    with pytest.raises(OtherOutputError, match="has 2 shards: use --shard I/2"):
         check_shares(tmp_path / name, 4)
     write(tmp_path / name, 1, share=(0, 1_000))
-    with pytest.raises(InputError, match="different numbers of shares"):
+    with pytest.raises(InputError, match="shards of different counts"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
 @OUTPUTS
 def test_a_share_that_is_missing_is_named(tmp_path, name):
     write(tmp_path / name, 1, share=(0, 3))
-    with pytest.raises(InputError, match="lacks 2 shares of 3: run --shard 1/3 first"):
+    with pytest.raises(InputError, match="lacks 2 shards of 3: run --shard 1/3 first"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
@@ -153,7 +153,7 @@ def test_a_share_that_is_not_finished_is_named(tmp_path, name):
         folder.append([captioned_row(2)])
         folder.commit()
     assert shares_there(tmp_path / name) == {(0, 2), (1, 2)}
-    with pytest.raises(InputError, match=r"00001-of-00002.* is not finished"):
+    with pytest.raises(InputError, match=r"00001-of-00002.* is unfinished"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
@@ -240,7 +240,7 @@ def test_a_data_set_that_a_run_makes_meanwhile_is_kept(tmp_path):
     write(tmp_path / "captions", "a")
     with (
         while_merging(lambda: write(tmp_path / "merged", "b")),
-        pytest.raises(OutputError, match="was made by another run meanwhile"),
+        pytest.raises(OutputError, match="another run has created"),
     ):
         merged(tmp_path / "captions", tmp_path / "merged")
     assert ids_in(tmp_path / "merged") == ["b"]
@@ -304,7 +304,7 @@ def test_a_share_that_was_taken_up_again_meanwhile_is_refused(tmp_path):
             folder.append([captioned_row("new")])
             folder.commit()
 
-    with while_merging(go_on), pytest.raises(InputError, match="00001-of-00002 is not finished"):
+    with while_merging(go_on), pytest.raises(InputError, match="00001-of-00002 is unfinished"):
         merged(tmp_path / "captions", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -226,7 +226,7 @@ def test_only_what_the_store_holds_damaged_is_set_aside(url, store, tmp_path, mo
     on_machine(tmp_path / "other", monkeypatch)
     with opened(layout_of(url)) as folder:
         assert len(folder.index) == (0 if url.endswith(".parquet") else 1)
-    assert ".damaged; its photos are captioned again" in caplog.text
+    assert ".damaged; captioning its photos again" in caplog.text
     assert name not in store.store
 
 
@@ -256,7 +256,7 @@ def test_a_damaged_part_that_is_nowhere_else_is_set_aside(caplog):
     flip_a_bit(layout.parts / "part-000001.parquet")
     with opened(layout) as folder:
         assert len(folder.index) == 0
-    assert ".damaged; its photos are captioned again" in caplog.text
+    assert ".damaged; captioning its photos again" in caplog.text
 
 
 def test_a_part_that_another_run_has_replaced_meanwhile_is_not_fetched(tmp_path, monkeypatch):
@@ -288,12 +288,12 @@ def test_parts_above_999999_are_found_on_another_machine(store, tmp_path, monkey
 @OUTPUTS
 def test_an_output_in_a_store_is_in_shards_or_not(url):
     run(url, 1, share=(0, 2))
-    with pytest.raises(OtherOutputError, match="is in 2 shards"):
+    with pytest.raises(OtherOutputError, match="has 2 shards"):
         check_shares(url, 1)
     other = url.replace("out", "other")
     run(other, 1)
     check_shares(other, 1)
-    with pytest.raises(OtherOutputError, match="is not in shards"):
+    with pytest.raises(OtherOutputError, match="has no shards"):
         check_shares(other, 2)
 
 

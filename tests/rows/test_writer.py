@@ -400,7 +400,7 @@ def test_a_process_with_little_memory_touches_no_output(file, free_mib, tmp_path
     before = file.output.read_bytes()
     command = [sys.executable, "-c", LIMITED, file.output, str(free_mib), json.dumps(METADATA)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert not done.stdout or "short of memory or threads" in done.stdout
+    assert not done.stdout or "lacks memory or threads" in done.stdout
     assert file.output.read_bytes() == before
     assert not [*tmp_path.glob(".*damaged")]
 
@@ -508,7 +508,7 @@ def test_damaged_parts_are_set_aside_and_their_images_done_again(folder, caplog)
     assert aside.read_bytes() == damaged
     (message,) = caplog.messages
     assert str(part) in message
-    assert message.endswith(f"kept as {aside}; its photos are captioned again")
+    assert message.endswith(f"kept as {aside}; captioning its photos again")
 
 
 def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
@@ -816,7 +816,7 @@ def modes_of(layout: Layout) -> set[int]:
 
 def test_refuses_an_output_that_cannot_be_replaced_before_any_work(file):
     os.mkfifo(file.output)
-    with pytest.raises(OutputError, match="no plain file"), opened(file):
+    with pytest.raises(OutputError, match="not a regular file"), opened(file):
         pass
     assert file.output.is_fifo()
 

@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
 def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     """As root, writing to /dev/full made a plain file of it."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="not a regular file"):
         replace_text(tmp_path / "pipe", "new")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -252,7 +252,7 @@ def test_keeps_read_only_files_and_other_users_files(tmp_path_factory) -> None:
         )
         assert done.stdout.splitlines() == [
             "it is read-only",
-            "it belongs to another user and its folder is sticky",
+            "it belongs to another user and its directory is sticky",
         ]
         assert read_only.read_text() == sticky.read_text() == ""
 

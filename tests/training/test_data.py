@@ -114,7 +114,7 @@ def test_validation_photos_are_not_trained_on_under_another_name(tmp_path, caplo
     (tmp_path / "2").write_bytes(b"3")
     training, validation = load_examples(settings)
     assert (ids(training), ids(validation)) == (["1"], ["3"])
-    assert "1 training photos are validation or test photos too" in caplog.text
+    assert "skipped 1 training photos that are validation or test photos too" in caplog.text
 
 
 def test_test_photos_are_not_trained_on_under_another_name(tmp_path):
@@ -128,7 +128,7 @@ def test_photos_of_no_known_split_are_counted(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": None})
     with caplog.at_level(logging.INFO):
         load_examples(settings)
-    assert "left out of training: 2 photos of other splits" in caplog.text
+    assert "skipped for training: 2 photos of other splits" in caplog.text
 
 
 def test_more_photos_held_out_than_there_are_is_refused(tmp_path):
@@ -182,7 +182,7 @@ def test_captions_without_a_word_are_left_out(tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (training,), _ = load_examples(settings)
     assert (training.image_id, training.captions) == ("1", (("一只", "狗"),))
-    assert "left out captions that have no words (2 photos, such as 1)" in caplog.text
+    assert "skipped captions without words (2 photos, such as 1)" in caplog.text
 
 
 def test_karpathys_test_photos_are_never_trained_on(tmp_path):
@@ -547,7 +547,7 @@ def test_damaged_rows_are_made_anew(backbone, photos, tmp_path, caplog):
     rows[3, 0, 7] = np.nan
     rows.flush()
     cache, good = extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
-    assert "1 row of the cache is damaged: made anew" in caplog.text
+    assert "1 row of the cache is damaged; extracting again" in caplog.text
     features = CachedFeatures(cache, good).whole(0, len(good))
     np.testing.assert_allclose(features, whole, rtol=2e-3, atol=1e-3)
 

@@ -398,7 +398,7 @@ def test_a_layer_with_nothing_after_it_is_refused_before_work(
     layer: str, squares: Path, tmp_path: Path
 ) -> None:
     wanted = settings_for(squares, tmp_path / "model", fine_tune_from=layer)
-    with pytest.raises(ModelError, match=rf"nothing comes after '{layer}'.* such as conv_"):
+    with pytest.raises(ModelError, match=rf"has no layer after '{layer}'.* such as conv_"):
         train_captioner(wanted)
 
 
@@ -522,7 +522,7 @@ def test_values_that_train_nothing_or_never_end_are_refused_with_their_limit(
     "bounds", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (-1e30, 1e30)]
 )
 def test_pixel_values_that_make_no_features_are_refused(bounds: tuple[float, float]) -> None:
-    with pytest.raises(UsageError, match="--input-range must be two rising values between -1000 and 1000"):
+    with pytest.raises(UsageError, match="--input-range must be two rising values"):
         settings_for(Path("squares"), Path("model"), input_range=bounds)
 
 
@@ -586,7 +586,7 @@ def test_a_diverging_training_says_so(
 ) -> None:
     monkeypatch.setattr("batchcap.settings._check_limits", lambda _: None)
     wanted = settings_for(squares, tmp_path / "model", learning_rate=1e30)
-    with pytest.raises(InputError, match="no number any more in epoch 1"):
+    with pytest.raises(InputError, match="not finite in epoch 1"):
         train_captioner(wanted)
 
 
