@@ -634,7 +634,7 @@ def test_an_output_of_other_settings_is_exit_code_4_and_stays(
     done = batchcap_here("run", photos, whole.output, *flags)
     assert done.returncode == 4
     assert "beam_size" in done.stderr
-    assert "batchcap_run_exit_code 4\n" in metrics.read_text()
+    assert "batchcap_run_exit_code 4.0\n" in metrics.read_text()
     after = entries_of(whole.output)
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] in ([], [str(whole.output)])
@@ -653,7 +653,7 @@ def test_every_line_on_stderr_is_json_and_metrics_are_written(whole: Watched) ->
     told = json.loads(whole.done.stdout)
     assert events[0]["run_id"] == told["run_id"] == whole.summary["run_id"]
     assert told == whole.summary
-    assert 'batchcap_run_images{state="captioned"} 200\n' in whole.metrics.read_text()
+    assert 'batchcap_run_images{state="captioned"} 200.0\n' in whole.metrics.read_text()
 
 
 @pytest.mark.parametrize(("flag", "code"), [("--glob=*.none", 1), ("--rows-per-part=0", 2)])
@@ -666,7 +666,7 @@ def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path
     (event,) = events_of(done.stderr)
     assert (event["event"], event["level"], event["exit_code"]) == ("run_failed", "error", code)
     if code == 1:
-        assert "batchcap_run_exit_code 1\n" in metrics.read_text()
+        assert "batchcap_run_exit_code 1.0\n" in metrics.read_text()
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """What the documents say is so: flags, columns, reasons, recipes."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.commands import batchcap_here
 from helpers.places import ROOT
 
 from batchcap.cli import batchcap
@@ -13,6 +15,10 @@ from batchcap.schema import ARROW_SCHEMA, ErrorType
 from batchcap.settings import Decay, Monitor, TrainSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "jobs").glob("*.md"))]
+# Commands that need a store, a cluster, archives, weights or minutes: only their flags are checked.
+NOT_HERE = ("s3://", "--engine ray", "photos-", "/0/4", " train ", " bench ", "my-model", "--shard")
+CAPTIONS = "{name}#0 一只 猫\n{name}#1 一只猫 在 睡觉\n"
 JOBS = sorted((ROOT / "jobs").glob("train-*.toml"))
 
 
@@ -54,21 +60,69 @@ def test_the_readme_names_every_reason() -> None:
         assert f"`{reason}`" in README
 
 
-def test_every_flag_in_the_readme_exists() -> None:
-    shown = "".join(
+@pytest.fixture(scope="module")
+def shown() -> str:
+    """The help of all commands."""
+    return "".join(
         CliRunner().invoke(batchcap, [verb, "--help"]).output
-        for verb in ("run", "merge", "train", "evaluate", "export", "report", "caption")
+        for verb in ("run", "merge", "train", "evaluate", "export", "report", "caption", "bench")
     )
-    commands = [line for line in README.splitlines() if "batchcap " in line]
-    flags: set[Any] = set(re.findall(r"(?<=\s)--[a-z-]+", " ".join(commands)))
-    docker = {"--rm"}
-    assert flags - docker
-    for flag in flags - docker:
-        assert flag in shown, flag
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands_of(document: Path) -> list[str]:
+    """The lines of shell that run batchcap, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [re.sub(r"\s#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.search(r"(^|[ /|])batchcap ", line)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_every_flag_in_a_document_exists(document: Path, shown: str) -> None:
+    for command in commands_of(document):
+        for flag in re.findall(r"(?<=\s)--[a-z-]+", command.partition("batchcap ")[2]):
+            assert flag in shown, (command, flag)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_files_that_a_document_names_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (document.parent / name).exists(), name
+    for name in re.findall(r"`(jobs/[\w.-]+|tests/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`(jobs/[\w.-]+|tests/[\w./-]+)`", README):
-        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_links_into_documents_lead_to_headings(document: Path) -> None:
+    for name, anchor in re.findall(
+        r"\]\(([^)#:]+\.md)#([^)]+)\)", document.read_text(encoding="utf-8")
+    ):
+        text = (document.parent / name).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_the_commands_of_a_document_work(
+    document: Path, tmp_path: Path, photos_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photos_folder, tmp_path / "images")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "photos").symlink_to(photos_folder)
+    names = [str(path.relative_to(photos_folder)) for path in photos_folder.rglob("*.jpg")]
+    references = "".join(CAPTIONS.format(name=name) for name in names)
+    (tmp_path / "references.txt").write_text(references, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for command in commands_of(document):
+        if command.startswith("batchcap ") and not any(part in command for part in NOT_HERE):
+            done = batchcap_here(*shlex.split(command)[1:])
+            assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200

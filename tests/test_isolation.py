@@ -126,8 +126,8 @@ def test_a_clock_that_is_set_back_skips_no_photo(
     metrics, output = tmp_path / "m.prom", tmp_path / "o"
     command = ("run", photos_folder, output, "--rows-per-part", 1, "--metrics-file", metrics)
     with monkeypatch.context() as patch:
-        for module in ("run", "engines"):
-            patch.setattr(f"batchcap.{module}.datetime", SetBack)
+        for module in ("run", "local_engine"):
+            patch.setattr(f"batchcap.captioning.{module}.datetime", SetBack)
         assert batchcap_here(*command, "--batch-size", 2, "--limit", 3).returncode == 0
         assert batchcap_here(*command, "--batch-size", 2).returncode == 0
     assert SetBack.times > 4

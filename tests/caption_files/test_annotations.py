@@ -267,7 +267,7 @@ WRONG = {
     "caption that is a number": (jsonl({"image_id": "a", "caption": 3}), ":1: the caption is 3"),
     "caption that is missing": (jsonl({"image_id": "a"}), ":1: the caption is missing"),
     "lone surrogate": (r'{"image_id": "a", "caption": "\ud800"}', ":1: the caption holds half"),
-    "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the name of the photo"),
+    "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the photo's name"),
     "record that is no object": ('{"image_id": "a", "caption": "甲"}\n[1]\n', ":2: \\[1\\] is not"),
     "fewer styles than captions": (
         jsonl({"image_id": "a", "captions": ["甲", "乙"], "styles": ["short"]}),

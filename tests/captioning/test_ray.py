@@ -260,7 +260,7 @@ def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None
     ("asked", "message"),
     [
         ({"workers": 2}, "need --engine ray"),
-        ({"engine": Engine.RAY, "limit": 5}, "leave out --limit"),
+        ({"engine": Engine.RAY, "limit": 5}, "omit --limit"),
         ({"engine": Engine.RAY, "source": "-"}, "cannot read INPUT from standard input"),
     ],
 )

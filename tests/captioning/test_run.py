@@ -308,7 +308,10 @@ def test_wrong_usage_is_said_and_is_exit_code_2(photos_folder: Path, tmp_path: P
     assert_refused([photos_folder, output, "--min-length", 99], 2, "--min-length 99")
     assert_refused([photos_folder, output, "--top-k", 5], 2, "--temperature")
     assert_refused(
-        [photos_folder, output, "--beam-size", 3, "--temperature", 1], 2, "--beam-size", "only one"
+        [photos_folder, output, "--beam-size", 3, "--temperature", 1],
+        2,
+        "--beam-size",
+        "exclude each other",
     )
     assert_refused([photos_folder], 2, "OUTPUT")
 
@@ -376,7 +379,7 @@ def test_captions_of_equal_files_are_reused_and_counted(
 def test_an_output_is_replaced_only_by_a_whole_one(photos_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.parquet"
     output.write_text("what was here before")
-    assert_refused([photos_folder, output], 1, "is no Parquet file", "--on-existing overwrite")
+    assert_refused([photos_folder, output], 1, "is not a Parquet file", "--on-existing overwrite")
     assert_refused([photos_folder, output, "--model", tmp_path], 1)
     assert output.read_text() == "what was here before"
     assert len(run_with(photos_folder, output)) == 10

@@ -177,7 +177,7 @@ def test_prune_keeps_the_rows_of_excluded_photos(
 
 @pytest.mark.parametrize("shard", ["4/4", "-1/4", "1", "1/0", "a/b", "0/100000"])
 def test_a_share_that_is_none_is_wrong_usage(shard: str) -> None:
-    with pytest.raises(UsageError, match="--shard is I/N"):
+    with pytest.raises(UsageError, match="--shard must be I/N"):
         RunSettings(source="images", output=Path("out"), shard=shard)
 
 

@@ -340,7 +340,7 @@ def test_an_id_that_is_a_url_is_asked_for_in_lists_only(
 def test_an_input_that_is_not_there_is_a_wrong_use(
     tmp_path: Path, write: Callable[..., Path], source: str
 ) -> None:
-    with pytest.raises((UsageError, InputError), match=r"check the path|is not read"):
+    with pytest.raises((UsageError, InputError), match=r"check the path|unsupported archive"):
         write([captioned_row(0)], images=tmp_path / source)
 
 
@@ -373,7 +373,7 @@ def test_the_page_may_not_replace_what_it_is_made_of(
     page = write([captioned_row(0)])
     page.unlink()
     os.link(tmp_path / "captions.parquet", page)
-    with pytest.raises(UsageError, match="written over"):
+    with pytest.raises(UsageError, match="overwrite"):
         write([])
 
 
@@ -387,12 +387,12 @@ def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[...,
     assert (tmp_path / "other.html").stat().st_ino != before
     page.unlink()
     page.mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="is a directory"):
         write([])
 
 
 def test_a_page_is_no_file_of_a_run_s_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
-    with pytest.raises(UsageError, match="the folder of a run"):
+    with pytest.raises(UsageError, match="the directory of a run"):
         write([], captions=tmp_path)
 
 

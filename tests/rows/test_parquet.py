@@ -165,7 +165,7 @@ def test_read_only_disk_is_named(read_only_disk):
 def test_file_that_is_no_parquet_is_refused_and_left(tmp_path):
     path = tmp_path / "out.parquet"
     path.write_text("image_id,caption\n")
-    with pytest.raises(OutputError, match=r"no Parquet file.*--on-existing overwrite"):
+    with pytest.raises(OutputError, match=r"not a Parquet file.*--on-existing overwrite"):
         read_file_metadata(path)
     assert path.read_text() == "image_id,caption\n"
 

@@ -385,7 +385,10 @@ def test_equal_weights_change_nothing():
         ({"weight": (1.0,)}, "--weight occurs 1 times but --annotations 2 times"),
         ({"weight": (1.0, 0.0)}, "--weight must be at least 0.01, not 0.0"),
         ({"weight": (1.0, float("nan"))}, "--weight must be at least 0.01, not nan"),
-        ({"validation_annotations": Path()}, "--validation-annotations is for one data set"),
+        (
+            {"validation_annotations": Path()},
+            "--validation-annotations works with one data set only",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_several_data_sets_are_refused(asked, reason):

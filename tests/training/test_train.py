@@ -170,7 +170,7 @@ def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path
     lines = [f"{name} = {json.dumps(value)}" for name, value in paths.items()]
     config.write_text("\n".join(["[train]", *lines, "weight = [1, 0.5]", "max-length = 8", ""]))
     done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
-    assert "cannot make /dev/null" in str(done.exception)
+    assert "cannot create /dev/null" in str(done.exception)
     config.write_text(config.read_text().replace("weight = [1, 0.5]", "weight = [1]"))
     done = CliRunner().invoke(batchcap, ["train", "--config", str(config), "--out", "/dev/null/x"])
     assert "--weight occurs 1 times" in str(done.exception)
@@ -488,7 +488,7 @@ def test_bfloat16_trains_a_model_of_float32(
 
 
 def test_float16_is_refused(squares: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="bfloat16, or float32"):
+    with pytest.raises(UsageError, match="bfloat16 or float32"):
         settings_for(squares, tmp_path / "model", precision=Precision.FLOAT16)
 
 
