@@ -69,13 +69,13 @@ def photos_folder() -> Path:
 def photo_crops(photos_folder: Path) -> npt.NDArray[np.uint8]:
     """`uint8[200, S, S, 3]`: random parts of the photos, the same ones in every session."""
     photos = [Image.open(path).convert("RGB") for path in sorted(photos_folder.rglob("*.jpg"))]
-    draws = np.random.default_rng(0)
-    return np.stack([_random_crop(photos[i % len(photos)], draws) for i in range(CROPS)])
+    rng = np.random.default_rng(0)
+    return np.stack([_random_crop(photos[i % len(photos)], rng) for i in range(CROPS)])
 
 
-def _random_crop(photo: Image.Image, draws: np.random.Generator) -> npt.NDArray[np.uint8]:
-    side = int(min(photo.size) * draws.uniform(0.3, 1.0))
-    left, top = (int(draws.integers(room - side + 1)) for room in photo.size)
+def _random_crop(photo: Image.Image, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    side = int(min(photo.size) * rng.uniform(0.3, 1.0))
+    left, top = (int(rng.integers(room - side + 1)) for room in photo.size)
     crop = photo.crop((left, top, left + side, top + side))
     return np.asarray(crop.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BILINEAR))
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from batchcap.errors import BatchcapError, InputError, UsageError
 from batchcap.rows import layout as layouts
-from batchcap.rows.id_hashes import hashes_of, in_share
+from batchcap.rows.id_hashes import hashes_of, in_shard
 from batchcap.rows.index import Known, newest_rows
 from batchcap.rows.layout import Layout, layout_of
 from batchcap.rows.merge import merge_captions
@@ -229,7 +229,7 @@ class World:
         return self.machines[step.machine if self.history.is_in_store else 0]
 
     def _photos_of(self, number: int) -> dict[str, int]:
-        mine = in_share(hashes_of([*self.photos]), number, self.history.shards).tolist()
+        mine = in_shard(hashes_of([*self.photos]), number, self.history.shards).tolist()
         return {p: v for (p, v), is_mine in zip(self.photos.items(), mine, strict=True) if is_mine}
 
     def _output(self, step: Run | Merge, name: str | None = None) -> Path | str:

@@ -69,9 +69,9 @@ def photos(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPath
     """JPEGs, no two alike."""
     folder = tmp_path_factory.mktemp("crashes") / "photos"
     folder.mkdir()
-    draws = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for number in range(PHOTOS):
-        crop = np.roll(photo_crops[number % len(photo_crops)], draws.integers(224), axis=1)
+        crop = np.roll(photo_crops[number % len(photo_crops)], rng.integers(224), axis=1)
         Image.fromarray(crop).save(folder / f"{number:03}.jpg", quality=90)
     return folder
 
@@ -114,10 +114,10 @@ def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
     name: str, photos: Path, whole: Watched, tmp_path: Path
 ) -> None:
     """Between two kills everything is readable, and no committed row is ever gone or done again."""
-    draws = random.Random(f"1 {name}")
+    rng = random.Random(f"1 {name}")
     phases = ["starting", "captioning", "committing"]
     phases += ["joining"] if name.endswith(".parquet") else ["captioning", "committing"]
-    chain = Chain((photos, tmp_path / name, *FLAGS), draws)
+    chain = Chain((photos, tmp_path / name, *FLAGS), rng)
     chain.go(phases, signal.SIGKILL)
     assert chain.kills == phases
     rows, expected = rows_of(chain.output), rows_of(whole.output)

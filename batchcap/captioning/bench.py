@@ -213,10 +213,10 @@ def _refs(settings: BenchSettings, folder: Path) -> list[ImageRef]:
 
 def _generate(path: Path, seed: int) -> ImageRef:
     """Coloured clouds as a JPEG, whose size and decoding time are those of a photo."""
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     photo = np.zeros((*GENERATED_SIZE[::-1], 3), np.float32)
     for cells, strength in ((4, 90), (32, 40), (160, 20)):
-        noise = draws.normal(128, strength, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
+        noise = rng.normal(128, strength, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
         photo += np.asarray(Image.fromarray(noise).resize(GENERATED_SIZE), np.float32) / 3
     Image.fromarray(photo.astype(np.uint8)).save(path, quality=90)
     return ImageRef(path.name, str(path))

@@ -27,7 +27,7 @@ from batchcap.photos.listing import (
     warn_unlisted,
 )
 from batchcap.process.wording import counted, printable
-from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of, in_share
+from batchcap.rows.id_hashes import Hashes, IdSet, hashes_of, in_shard
 from batchcap.rows.index import UNKNOWN, Known, RowIndex
 from batchcap.schema import ImageRef, int64_or_none
 from batchcap.settings import SYSTEM_FOLDERS, RunSettings
@@ -191,10 +191,10 @@ class Inventory:
             )
 
     def _looked_up(self, refs: list[ImageRef]) -> Iterator[tuple[ImageRef, int]]:
-        """The photos of this share that have not been met, with their row numbers or -1."""
+        """The photos of this shard that have not been met, with their row numbers or -1."""
         self.is_empty = self.is_empty and not refs
         hashes = hashes_of([ref.image_id for ref in refs])
-        mine = in_share(hashes, *self.settings.shard_numbers)
+        mine = in_shard(hashes, *self.settings.shard_numbers)
         refs, hashes = _chosen(refs, mine), hashes[mine]
         is_new = self._met.add(hashes)
         for ref in _chosen(refs, ~is_new):

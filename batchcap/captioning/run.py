@@ -25,7 +25,7 @@ from batchcap.model.runtime import precision_of
 from batchcap.process.logs import log_event
 from batchcap.process.signals import Stopped, StopRequest, stopping_softly
 from batchcap.process.wording import printable
-from batchcap.rows.layout import Layout, check_shares, layout_of
+from batchcap.rows.layout import Layout, check_shards, layout_of
 from batchcap.rows.parquet import DamagedError, read_file_metadata, saying_where
 from batchcap.rows.writer import (
     CaptionFolder,
@@ -77,7 +77,7 @@ def run_captioning(settings: RunSettings) -> RunSummary:
     with _accounting(settings, layout, summary) as accept:
         decode_settings = decode_settings_of(settings, read_config(settings.model))
         summary.metadata = _identity(settings, decode_settings)
-        _make_room_for_share(settings, layout)
+        _make_room_for_shard(settings, layout)
         upgrades = _upgrades(settings)
         with open_captions(layout, summary.metadata, settings.on_existing, upgrades) as folder:
             accept()
@@ -121,11 +121,11 @@ def plan_run(settings: RunSettings) -> str:
 
 
 def _layout(settings: RunSettings) -> Layout:
-    check_shares(settings.output, settings.shard_numbers[1])
+    check_shards(settings.output, settings.shard_numbers[1])
     return layout_of(settings.output, settings.shard_numbers)
 
 
-def _make_room_for_share(settings: RunSettings, layout: Layout) -> None:
+def _make_room_for_shard(settings: RunSettings, layout: Layout) -> None:
     """Make the data set's folder for its shards; the folder that contains it must exist."""
     if settings.shard_numbers[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):

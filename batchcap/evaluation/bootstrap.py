@@ -13,11 +13,11 @@ def resampled(statistics: Array, resamples: int, seed: int) -> Array:
 
     The bootstrap of Efron (1979), with replacement; equal seeds draw the same images.
     """
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     images = len(statistics)
     return np.stack(
         [
-            np.bincount(draws.integers(images, size=images), minlength=images) @ statistics
+            np.bincount(rng.integers(images, size=images), minlength=images) @ statistics
             for _ in range(resamples)
         ]
     )

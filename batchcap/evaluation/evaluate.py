@@ -19,10 +19,10 @@ from batchcap.evaluation.result import Difference, Evaluation, Score
 from batchcap.evaluation.tokenisation import Profile, profile_of
 from batchcap.evaluation.traits import FIFTHS, Calibration, calibrate, traits_of
 from batchcap.evaluation.warnings import (
-    doubts_about_ids,
-    doubts_about_scores,
-    doubts_about_words,
-    doubts_about_writing,
+    id_warnings,
+    score_warnings,
+    script_warnings,
+    word_warnings,
 )
 from batchcap.process.wording import counted, printable
 from batchcap.settings import EvaluateSettings, MatchBy
@@ -100,14 +100,14 @@ def _compare(
         evaluation.signature += f"|{METEOR_SIGNATURE}"
     evaluation.scores = _with_intervals(scored.scores, settings)
     texts = [one.texts for one in references.values()]
-    evaluation.doubt(doubts_about_words(scored.texts, scored.words, texts))
-    evaluation.doubt(doubts_about_writing(evaluation.captions, scored.texts, texts))
+    evaluation.warn(word_warnings(scored.texts, scored.words, texts))
+    evaluation.warn(script_warnings(evaluation.captions, scored.texts, texts))
     if evaluation.against is not None:
         against = _score(theirs, references, profile, settings)
-        evaluation.doubt(doubts_about_writing(evaluation.against, against.texts, texts))
+        evaluation.warn(script_warnings(evaluation.against, against.texts, texts))
         evaluation.differences = _differences(scored.scores, against.scores, settings)
     evaluation.calibration = _calibration(scored, settings)
-    evaluation.doubt(doubts_about_scores(scored.scores.overall, len(references)))
+    evaluation.warn(score_warnings(scored.scores.overall, len(references)))
     if settings.per_image is not None:
         columns = {
             "image_id": [one.image_id for one in scored.captions],
@@ -135,7 +135,7 @@ def _by_place(
         names=(name, str(evaluation.references)),
     )
     evaluation.matched_by = evaluation.matched_by or matched.way.name
-    evaluation.doubt(doubts_about_ids(name, generated, annotated, matched))
+    evaluation.warn(id_warnings(name, generated, annotated, matched))
     return {place: generated[i] for i, place in matched.pairs if generated[i].caption is not None}
 
 
@@ -149,7 +149,7 @@ def _references(
     """References of the images that are compared, by place; those without words are left out."""
     if alone := len(ours.keys() ^ theirs.keys()):
         images = counted(alone, "image")
-        evaluation.doubt([f"{images} with one of the two captions only, left out"])
+        evaluation.warn([f"{images} with one of the two captions only, left out"])
     references: dict[int, Reference] = {}
     wordless = 0
     for place in sorted(ours.keys() & theirs.keys()):
@@ -163,7 +163,7 @@ def _references(
         if reference.texts:
             references[place] = reference
     if wordless:
-        evaluation.doubt([f"{counted(wordless, 'reference')} without a word, left out"])
+        evaluation.warn([f"{counted(wordless, 'reference')} without a word, left out"])
     if not references:
         raise InputError(
             f"no image of {evaluation.captions} has both a caption and a reference with words in "

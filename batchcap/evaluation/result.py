@@ -49,8 +49,8 @@ class Evaluation:
     differences: dict[str, Difference] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
 
-    def doubt(self, reasons: Iterable[str]) -> None:
-        """Say, and keep, what makes the scores other than they seem."""
+    def warn(self, reasons: Iterable[str]) -> None:
+        """Log and keep warnings about the scores."""
         for reason in reasons:
             log.warning("%s", reason)
             self.doubts.append(reason)

@@ -1,4 +1,4 @@
-"""What makes scores other than they seem: each as a sentence for the user."""
+"""Warnings about scores, each a sentence for the user."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ MOST_SCRIPT_DIFFERENCE = 0.1
 LEAST_CIDER_D = 1.0
 
 
-def doubts_about_ids(
+def id_warnings(
     name: str,
     generated: Sequence[GeneratedCaption],
     annotated: Sequence[AnnotatedImage],
@@ -40,7 +40,7 @@ def _several(image_ids: list[str], noun: str) -> str:
     return f"{counted(len(image_ids), noun)} ({printable(image_ids[0])!r}, for one)"
 
 
-def doubts_about_words(
+def word_warnings(
     captions: Sequence[str], words: Sequence[list[str]], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     """Captions without words, too few references.
@@ -59,7 +59,7 @@ def doubts_about_words(
         )
 
 
-def doubts_about_writing(
+def script_warnings(
     name: str, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     """Captions of the file `name` in another language or script than the references."""
@@ -88,7 +88,7 @@ def _han_share(texts: Iterable[str]) -> float:
     return len(re.findall(f"[{HAN}]", text)) / max(letters, 1)
 
 
-def doubts_about_scores(scores: dict[str, float], images: int) -> Iterator[str]:
+def score_warnings(scores: dict[str, float], images: int) -> Iterator[str]:
     """CIDEr-D that can't be anything else, or that tells of a mistake."""
     if images == 1:
         yield "CIDEr-D of a single image is always 0: its weights come from the other images"

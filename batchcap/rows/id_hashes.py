@@ -1,4 +1,4 @@
-"""Ids as 64-bit hashes, the same on every machine: sets of many of them, and shares of them.
+"""Ids as 64-bit hashes, the same on every machine: sets of many of them, and shards of them.
 
 Ids of one hash are taken for one id. Among 10^8 that befalls a pair once in 3,700 data sets.
 """
@@ -20,8 +20,8 @@ def hashes_of(image_ids: Iterable[str]) -> Hashes:
     return np.frombuffer(digests, ">i8").astype(np.int64)
 
 
-def in_share(hashes: Hashes, index: int, count: int) -> npt.NDArray[np.bool_]:
-    """`bool[N]`: which ids are in share `index` of `count`; each is in one."""
+def in_shard(hashes: Hashes, index: int, count: int) -> npt.NDArray[np.bool_]:
+    """`bool[N]`: which ids are in shard `index` of `count`; each is in one."""
     return hashes % count == index
 
 

@@ -1,4 +1,4 @@
-"""Where the files of an output are: on this machine, in a store, in shares.
+"""Where the files of an output are: on this machine, in a store, in shards.
 
 A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
 other file. All other files are beside the folder under hidden names. They are in the folder only
@@ -228,10 +228,10 @@ def part_name(number: int) -> str:
 FIRST_PART = part_name(0)  # what `OUTPUT.parquet` was before
 
 
-def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
-    """The layout of an output, or of one of its shares (which, of how many); a str is a URL.
+def layout_of(output: Path | str, shard: tuple[int, int] = (0, 1)) -> Layout:
+    """The layout of an output, or of one of its shards (which, of how many); a str is a URL.
 
-    A share of `OUTPUT/` is `OUTPUT/shard-00000-of-00004/`, of `OUTPUT.parquet` it is
+    A shard of `OUTPUT/` is `OUTPUT/shard-00000-of-00004/`, of `OUTPUT.parquet` it is
     `OUTPUT-00000-of-00004.parquet`. A symbolic link is followed: all lies where its target does.
     The working copy of what is in a store lies in the user's cache folder, which is made.
 
@@ -239,14 +239,14 @@ def layout_of(output: Path | str, share: tuple[int, int] = (0, 1)) -> Layout:
         UsageError: it is a link named like a file to a folder, or the other way round.
         OutputError: it is a link that leads in a circle, or the cache folder can't be made.
     """
-    index, count = share
+    index, count = shard
     output = _followed(output)
     if count > 1:
-        output = _followed(_share_of(output, f"{index:05}-of-{count:05}"))
+        output = _followed(_shard_of(output, f"{index:05}-of-{count:05}"))
     return Layout(output) if isinstance(output, Path) else _mirrored(output)
 
 
-def check_shares(output: Path | str, count: int) -> None:
+def check_shards(output: Path | str, count: int) -> None:
     """See that an output does not exist in another number of shards than `count`; 1 is unsharded.
 
     Only `OUTPUT.parquet` may be beside its shards: `merge` puts it there.
@@ -260,14 +260,14 @@ def check_shares(output: Path | str, count: int) -> None:
     if count == 1 and is_file and _has_rows(output):
         return
     names = _names_around(output)
-    shares, rows = _shares_among(names, output), _rows_among(names, output)
-    others = {number for _, number in shares} - {count}
+    shards, rows = _shards_among(names, output), _rows_among(names, output)
+    others = {number for _, number in shards} - {count}
     if others:
         raise OtherOutputError(
             f"{output} has {max(others)} shards: use --shard I/{max(others)}, or choose "
             "another OUTPUT"
         )
-    if count > 1 and rows and not shares:
+    if count > 1 and rows and not shards:
         raise OtherOutputError(
             f"{output} has no shards: run without --shard, or choose another OUTPUT"
         )
@@ -278,14 +278,14 @@ def check_shares(output: Path | str, count: int) -> None:
         )
 
 
-def shares_there(output: Path | str) -> set[tuple[int, int]]:
-    """Which shares of an output are there, finished or not, and of how many.
+def existing_shards(output: Path | str) -> set[tuple[int, int]]:
+    """Which shards of an output are there, finished or not, and of how many.
 
     Raises:
         OutputError: the store can't be reached.
     """
     output = _followed(output)
-    return _shares_among(_names_around(output), output)
+    return _shards_among(_names_around(output), output)
 
 
 def _names_around(output: Path | str) -> list[str]:
@@ -295,9 +295,9 @@ def _names_around(output: Path | str) -> list[str]:
         return _names_in(folder if _is_file(name) else output)
 
 
-def _shares_among(names: Iterable[str], output: Path | str) -> set[tuple[int, int]]:
-    _, share = _parted(_share_of(output, "NUMBERS"))
-    numbered = re.escape(share).replace("NUMBERS", r"(\d{5})-of-(\d{5})")
+def _shards_among(names: Iterable[str], output: Path | str) -> set[tuple[int, int]]:
+    _, shard = _parted(_shard_of(output, "NUMBERS"))
+    numbered = re.escape(shard).replace("NUMBERS", r"(\d{5})-of-(\d{5})")
     pattern = re.compile(rf"\.?{numbered}(\.parts)?")
     matches = map(pattern.fullmatch, names)
     return {(int(match[1]), int(match[2])) for match in matches if match}
@@ -340,7 +340,7 @@ def _data_set_of(output: Path | str) -> tuple[Path | str, str]:
     return folder, name
 
 
-def _share_of(output: Path | str, mark: str) -> Path | str:
+def _shard_of(output: Path | str, mark: str) -> Path | str:
     folder, name = _parted(output)
     if _is_file(name):
         return _joined(folder, f"{name.removesuffix('.parquet')}-{mark}.parquet")

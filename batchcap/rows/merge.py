@@ -1,4 +1,4 @@
-"""Verb: join the shares of an output, or the many parts of one, to one file or few parts."""
+"""Verb: join the shards of an output, or the many parts of one, to one file or few parts."""
 
 import errno
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchcap.errors import InputError, OtherOutputError, OutputError
 from batchcap.process.wording import counted, printable, saying_which
 from batchcap.rows.id_hashes import IdSet, hashes_of
-from batchcap.rows.layout import Layout, check_shares, layout_of, part_name, shares_there
+from batchcap.rows.layout import Layout, check_shards, existing_shards, layout_of, part_name
 from batchcap.rows.parquet import (
     DamagedError,
     count_rows,
@@ -43,7 +43,7 @@ ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 
 
 def merge_captions(settings: MergeSettings) -> str:
-    """Write the rows of all shares to a new output; returns what to tell the user.
+    """Write the rows of all shards to a new output; returns what to tell the user.
 
     The output appears under its final name when it is whole. In a store a data set grows part by
     part; its mark and its manifest come last. A few row groups are in memory at a time, and 8 bytes
@@ -51,30 +51,30 @@ def merge_captions(settings: MergeSettings) -> str:
 
     Raises:
         UsageError: there are no captions of this name.
-        InputError: there are no rows, a share is missing or unfinished, or two rows are of one id.
-        OtherOutputError: shares are of different models or settings, or there are rows outside.
-        LockedError: a run is writing a share, or a run or another merge is writing the output.
-        OutputError: the output exists, or can't be written; or a share can't be read.
+        InputError: there are no rows, a shard is missing or unfinished, or two rows are of one id.
+        OtherOutputError: shards are of different models or settings, or there are rows outside.
+        LockedError: a run is writing a shard, or a run or another merge is writing the output.
+        OutputError: the output exists, or can't be written; or a shard can't be read.
     """
-    shares, target = _shares(settings.captions), layout_of(settings.output)
-    metadata = _common_metadata(shares)
+    shards, target = _shards(settings.captions), layout_of(settings.output)
+    metadata = _common_metadata(shards)
     if not metadata:
         raise InputError(f"{settings.captions} has no rows: give an output of batchcap run")
     with _building(target, settings.output) as place:
-        schema = _common_schema(shares)
+        schema = _common_schema(shards)
         tables = regrouped(
-            with_columns_of(schema, table) for table in _distinct_rows(shares, metadata)
+            with_columns_of(schema, table) for table in _distinct_rows(shards, metadata)
         )
         if target.is_file:
             rows = write_rows(target.output, tables, metadata, schema=schema)
             target.publish(target.output)
         else:
             rows = _write_parts(place, target, tables, metadata, schema)
-    return f"{printable(str(target))}: {rows} rows of {counted(len(shares), 'output')}"
+    return f"{printable(str(target))}: {rows} rows of {counted(len(shards), 'output')}"
 
 
-def _shares(captions: Path | str) -> list[Layout]:
-    there = shares_there(captions)
+def _shards(captions: Path | str) -> list[Layout]:
+    there = existing_shards(captions)
     if not there:
         if isinstance(captions, Path):
             with saying_which(captions):
@@ -91,65 +91,65 @@ def _shares(captions: Path | str) -> list[Layout]:
             f"{captions} lacks {counted(len(missing), 'shard')} of {count}: run --shard "
             f"{missing[0]}/{count} first"
         )
-    check_shares(captions, count)
+    check_shards(captions, count)
     return [layout_of(captions, (index, count)) for index in range(count)]
 
 
-def _common_metadata(shares: list[Layout]) -> dict[str, str]:
-    """What the files of all shares say of themselves."""
+def _common_metadata(shards: list[Layout]) -> dict[str, str]:
+    """What the files of all shards say of themselves."""
     metadata: dict[str, str] = {}
-    for share in shares:
-        with locked(share.lock):
-            share.refresh()
-            for path in _whole_files(share):
+    for shard in shards:
+        with locked(shard.lock):
+            shard.refresh()
+            for path in _whole_files(shard):
                 found = read_file_metadata(path)
                 metadata = metadata or found
-                _check_same(found, metadata, share)
+                _check_same(found, metadata, shard)
     return metadata | {"batchcap.schema": str(SCHEMA_VERSION)} if metadata else {}
 
 
-def _common_schema(shares: list[Layout]) -> pa.Schema:
-    """The columns of all shares, with those that other programs have added."""
+def _common_schema(shards: list[Layout]) -> pa.Schema:
+    """The columns of all shards, with those that other programs have added."""
     try:
-        return schema_of(path for share in shares for path in share.row_files())
+        return schema_of(path for shard in shards for path in shard.row_files())
     except DamagedError as error:
         raise InputError(f"{error}; {REDO}") from error
 
 
-def _check_same(found: Mapping[str, str], metadata: Mapping[str, str], share: Layout) -> None:
+def _check_same(found: Mapping[str, str], metadata: Mapping[str, str], shard: Layout) -> None:
     there, first = UPGRADES.comparable(found), UPGRADES.comparable(metadata)
     for key, name in IDENTITY.items():
         if there[key] != first[key]:
             raise OtherOutputError(
-                f"{share} has rows of another {name} than the other shards: run it again with "
+                f"{shard} has rows of another {name} than the other shards: run it again with "
                 "--on-existing overwrite and their settings"
             )
 
 
-def _whole_files(share: Layout) -> list[Path]:
+def _whole_files(shard: Layout) -> list[Path]:
     try:
-        files = [RowFile(path, count_rows(path)) for path in share.row_files()]
+        files = [RowFile(path, count_rows(path)) for path in shard.row_files()]
     except DamagedError as error:
         raise InputError(f"{error}; {REDO}") from error
-    if not is_whole(share, files):
-        raise InputError(f"{share} is unfinished: complete its run, then merge")
+    if not is_whole(shard, files):
+        raise InputError(f"{shard} is unfinished: complete its run, then merge")
     return [file.path for file in files]
 
 
-def _distinct_rows(shares: list[Layout], metadata: Mapping[str, str]) -> Iterator[pa.Table]:
+def _distinct_rows(shards: list[Layout], metadata: Mapping[str, str]) -> Iterator[pa.Table]:
     met = IdSet()
-    for share in shares:
-        with locked(share.lock):
-            files = _whole_files(share)  # a run may have gone on since the metadata was read
+    for shard in shards:
+        with locked(shard.lock):
+            files = _whole_files(shard)  # a run may have gone on since the metadata was read
             for path in files:
-                _check_same(read_file_metadata(path), metadata, share)
+                _check_same(read_file_metadata(path), metadata, shard)
             for table in (table for path in files for table in verified(path)):
                 image_ids = table["image_id"].to_pylist()
                 is_new = met.add(hashes_of(image_ids))
                 if not is_new.all():
                     doubled = printable(image_ids[int(np.argmin(is_new))])
                     raise InputError(
-                        f"{share} has a second row of {doubled}: run all shards on one INPUT, "
+                        f"{shard} has a second row of {doubled}: run all shards on one INPUT, "
                         "each with its own --shard"
                     )
                 yield table
@@ -199,7 +199,7 @@ def _check_absent(target: Layout, output: Path | str) -> None:
     if target.is_file or target.mirror is None:
         exists = target.output.exists() or target.parts.exists()
     else:  # the working copy's folder always does
-        exists = bool(target.row_files() or shares_there(output))
+        exists = bool(target.row_files() or existing_shards(output))
     if exists:
         raise OutputError(f"{target} exists: choose another OUTPUT, or remove it")
 

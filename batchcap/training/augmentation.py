@@ -56,16 +56,16 @@ def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> A
 
 
 def augmented(
-    pixels: npt.NDArray[np.uint8], mirrored: npt.NDArray[np.bool_], draws: np.random.Generator
+    pixels: npt.NDArray[np.uint8], mirrored: npt.NDArray[np.bool_], rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
     """A random part of each photo of `uint8[B, S, S, 3]`, in random light; some of them mirrored.
 
     Hues stay, since captions name colours.
     """
-    boxes = np.array([_box(draws) for _ in pixels], np.float32)
+    boxes = np.array([_box(rng) for _ in pixels], np.float32)
     boxes[mirrored] = boxes[mirrored][:, [0, 3, 2, 1]]  # from right to left
     seen = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
-    change = draws.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
+    change = rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
     return _jitter_colours(seen, *change.astype(np.float32)).numpy()
 
 
@@ -84,11 +84,11 @@ def part_of(sha256: str, crop: int) -> list[float]:
     return _box(np.random.default_rng((int(sha256, 16), crop)))
 
 
-def _box(draws: np.random.Generator) -> list[float]:
+def _box(rng: np.random.Generator) -> list[float]:
     """Top, left, bottom and right of a random part, 0 to 1."""
-    area = draws.uniform(LEAST_AREA, 1)
-    elongation = math.exp(draws.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)
+    area = rng.uniform(LEAST_AREA, 1)
+    elongation = math.exp(rng.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)
     height = min(1.0, math.sqrt(area) * elongation)
     width = min(1.0, math.sqrt(area) / elongation)
-    top, left = draws.uniform(0, 1 - height), draws.uniform(0, 1 - width)
+    top, left = rng.uniform(0, 1 - height), rng.uniform(0, 1 - width)
     return [top, left, top + height, left + width]

@@ -261,7 +261,7 @@ class Sight(Protocol):
     """What a model is trained on sees of photos."""
 
     def __call__(
-        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+        self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Something drawn of each photo of these numbers, and which of them are mirrored."""
 
@@ -282,10 +282,10 @@ class CachedFeatures:
         )
 
     def __call__(
-        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+        self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """`float32[n, G, D]`."""
-        views = draws.integers(len(self.places), size=len(photos))
+        views = rng.integers(len(self.places), size=len(photos))
         return self._read(self.places[views, photos]), self.mirrored[views]
 
     def whole(self, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -303,12 +303,12 @@ class AugmentedPhotos:
         self.examples, self.side, self.flip = examples, side, flip
 
     def __call__(
-        self, photos: npt.NDArray[np.int64], draws: np.random.Generator
+        self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """`uint8[n, S, S, 3]`."""
-        mirrored = self.flip & (draws.random(len(photos)) < 0.5)
+        mirrored = self.flip & (rng.random(len(photos)) < 0.5)
         pixels = load_pixels([self.examples[photo] for photo in photos], self.side)
-        return augmented(pixels, mirrored, draws), mirrored
+        return augmented(pixels, mirrored, rng), mirrored
 
 
 def load_pixels(examples: Sequence[Example], side: int) -> npt.NDArray[np.uint8]:
@@ -447,17 +447,17 @@ class TrainingBatches:
         """
         number, index = divmod(step, self.steps_per_pass)
         chosen = self._order(number)[index * self.batch_size :][: self.batch_size]
-        draws = np.random.default_rng((self.seed, number, 1 + index))
-        seen, mirrored = self.sight(chosen, draws)
-        captions = self._draw_captions(self.captions[chosen], draws)
+        rng = np.random.default_rng((self.seed, number, 1 + index))
+        seen, mirrored = self.sight(chosen, rng)
+        captions = self._draw_captions(self.captions[chosen], rng)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
         starts = captions[:, :, 0]
-        starts[(starts >= self.first_style) & (draws.random(starts.shape) < ANY_STYLE)] = START_ID
+        starts[(starts >= self.first_style) & (rng.random(starts.shape) < ANY_STYLE)] = START_ID
         return seen, trim(captions), self.data_sets[chosen]
 
     def _order(self, number: int) -> npt.NDArray[np.int64]:
         """The photos of a pass, some of them several times or not at all."""
-        draws = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((self.seed, number))
         parts = []
         for data_set, weight in enumerate(self.weights):
             photos = np.flatnonzero(self.data_sets == data_set)
@@ -465,15 +465,15 @@ class TrainingBatches:
             parts += [photos] * int(times)
             if rest:
                 count = max(round(rest * len(photos)), int(times == 0))
-                parts.append(draws.permutation(photos)[:count])
-        return draws.permutation(np.concatenate(parts))
+                parts.append(rng.permutation(photos)[:count])
+        return rng.permutation(np.concatenate(parts))
 
-    def _draw_captions(self, captions: Tokens, draws: np.random.Generator) -> Tokens:
+    def _draw_captions(self, captions: Tokens, rng: np.random.Generator) -> Tokens:
         if self.captions_per_image == captions.shape[1]:
             return captions
         # Real captions come before rows of padding, whatever was drawn for them.
         is_padding = captions[:, :, 1] == PADDING_ID
-        order = np.argsort(draws.random(is_padding.shape) + is_padding, axis=1)
+        order = np.argsort(rng.random(is_padding.shape) + is_padding, axis=1)
         drawn = order[:, : self.captions_per_image, None]
         return np.take_along_axis(captions, drawn, axis=1)
 

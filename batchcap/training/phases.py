@@ -15,7 +15,7 @@ from batchcap.model.network import CaptionDecoder
 from batchcap.settings import Decay, TrainSettings
 from batchcap.training.data import Tokens, trim
 from batchcap.training.loss import loss_function
-from batchcap.training.replicas import joined, share
+from batchcap.training.replicas import joined, replica_batch
 from batchcap.training.self_critical import (
     CiderD,
     advantages,
@@ -89,10 +89,11 @@ class Likelihood:
         loss = loss_function(self.decoder, self.settings.label_smoothing)
 
         def learn(seen: Any, captions: Any) -> None:
-            def share_of_loss() -> tuple[Any, Any]:
-                return loss(self.features(share(seen)), share(captions), training=True)
+            def part_of_loss() -> tuple[Any, Any]:
+                features = self.features(replica_batch(seen))
+                return loss(features, replica_batch(captions), training=True)
 
-            sums.assign_add(_descend(optimizer, self.variables, share_of_loss))
+            sums.assign_add(_descend(optimizer, self.variables, part_of_loss))
 
         @tf.function(reduce_retracing=True, autograph=False)
         def step(seen: Any, captions: Any, data_sets: Any) -> None:
@@ -153,25 +154,25 @@ class SelfCritical:
 
     def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
         samples, length = self.settings.cider_samples, self.decoder.config.max_length
-        draw_share = draw_function(self.decoder, samples)
+        draw_part = draw_function(self.decoder, samples)
         loss = policy_loss(self.decoder)
 
         @tf.function(autograph=False)
         def draw(*given: Any) -> Any:
-            return strategy.run(lambda *parts: draw_share(*map(share, parts)), given)
+            return strategy.run(lambda *parts: draw_part(*map(replica_batch, parts)), given)
 
-        def learn_share(*given: Any) -> None:
-            _descend(optimizer, self.variables, lambda: (loss(*map(share, given)), None))
+        def learn_part(*given: Any) -> None:
+            _descend(optimizer, self.variables, lambda: (loss(*map(replica_batch, given)), None))
 
         @tf.function(reduce_retracing=True, autograph=False)
         def learn(*given: Any) -> None:
-            strategy.run(learn_share, given)
+            strategy.run(learn_part, given)
 
         def step(features: Any, captions: Any, data_sets: Any) -> None:
-            draws = np.random.default_rng((self.settings.seed, int(optimizer.iterations.numpy())))
-            uniforms = draws.random((len(features) * samples, length), np.float32)
+            rng = np.random.default_rng((self.settings.seed, int(optimizer.iterations.numpy())))
+            uniforms = rng.random((len(features) * samples, length), np.float32)
             references = captions.numpy()
-            starts = draw_starts(references, draws)
+            starts = draw_starts(references, rng)
             drawn = draw(features, tf.constant(uniforms), tf.constant(starts))
             words, lengths, finished = (joined(strategy, one).numpy() for one in drawn)
             drawn = as_captions(np.repeat(starts, samples), words, lengths, finished)

@@ -1,4 +1,4 @@
-"""Training on all GPUs of a machine: each learns from its share of a batch, gradients add up."""
+"""Training on all GPUs of a machine: each replica learns from its part of a batch."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ def training_strategy() -> Any:
     return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
 
 
-def share(batch: Any) -> Any:
-    """A replica's part of a tensor along its first axis, whose length the replicas divide."""
+def replica_batch(batch: Any) -> Any:
+    """Return this replica's part of a tensor along its first axis, a multiple of the replicas."""
     replica = tf.distribute.get_replica_context()
     rows = batch.shape[0] // replica.num_replicas_in_sync
     start = rows * replica.replica_id_in_sync_group
@@ -20,9 +20,9 @@ def share(batch: Any) -> Any:
     return tf.slice(batch, [start, *[0] * rest], [rows, *[-1] * rest])
 
 
-def joined(strategy: Any, shares: Any) -> Any:
-    """A tensor from what each replica has made of its share."""
-    return tf.concat(strategy.experimental_local_results(shares), axis=0)
+def joined(strategy: Any, parts: Any) -> Any:
+    """Concatenate the tensors of all replicas along the first axis."""
+    return tf.concat(strategy.experimental_local_results(parts), axis=0)
 
 
 def summed_over_replicas(value: Any) -> Any:

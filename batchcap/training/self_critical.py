@@ -132,10 +132,10 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
     return draw
 
 
-def draw_starts(captions: Tokens, draws: np.random.Generator) -> Tokens:
+def draw_starts(captions: Tokens, rng: np.random.Generator) -> Tokens:
     """`int32[B]`: what one of each image's captions, of `int32[B, C, T + 1]`, begins with."""
     count = (captions[:, :, 1] != PADDING_ID).sum(axis=1)  # padding rows are the last
-    return captions[np.arange(len(captions)), draws.integers(count), 0]
+    return captions[np.arange(len(captions)), rng.integers(count), 0]
 
 
 def of_style(captions: Tokens, starts: Tokens) -> Tokens:

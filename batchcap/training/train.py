@@ -63,7 +63,7 @@ from batchcap.training.model_card import write_card
 from batchcap.training.phases import FineTuning, Likelihood, Phase, SelfCritical
 from batchcap.training.replicas import training_strategy
 from batchcap.training.trainer import Record, Trainer
-from batchcap.training.validation import Features, Judge
+from batchcap.training.validation import Features, Validator
 
 FEW_VALIDATION_PHOTOS = 20
 RESULTS = ("val_loss", "val_accuracy", *METRICS)
@@ -72,7 +72,7 @@ log = logging.getLogger(__name__)
 
 
 # A phase, with what it learns from and what it is judged by.
-Stage = tuple[Phase, TrainingBatches, Judge]
+Stage = tuple[Phase, TrainingBatches, Validator]
 
 
 def train_captioner(settings: TrainSettings) -> Path:
@@ -128,9 +128,9 @@ def train_captioner(settings: TrainSettings) -> Path:
     )
     stages = _stages(settings, captioner, training, validation, tokens, strategy)
     was_kept: dict[str, bool] = {}
-    for phase, batches, judge in stages:
+    for phase, batches, validator in stages:
         trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
-        record = trainer.run(judge)
+        record = trainer.run(validator)
         was_kept[phase.name] = record.best_epoch > record.before
     return _write_model(settings, captioner, record, was_kept, work_folder, training, validation)
 
@@ -151,12 +151,12 @@ def _stages(
     def batches(sight: Sight) -> TrainingBatches:
         return TrainingBatches(sight, tokens, data_sets, captioner.vocabulary, settings)
 
-    def frozen() -> tuple[TrainingBatches, Judge]:
+    def frozen() -> tuple[TrainingBatches, Validator]:
         views = _views(settings)
         extract_all(training, backbone, config, views)
         cache, _ = extract_all(validation, backbone, config)
-        judge = Judge(captioner, validation, CachedFeatures(cache, validation).whole, names)
-        return batches(CachedFeatures(cache, training, views)), judge
+        validator = Validator(captioner, validation, CachedFeatures(cache, validation).whole, names)
+        return batches(CachedFeatures(cache, training, views)), validator
 
     yield Likelihood(settings, decoder), *frozen()
     if settings.fine_tune_from:
@@ -165,8 +165,8 @@ def _stages(
         tuned.set_weights(backbone.get_weights())
         train_after(settings.fine_tune_from, tuned)
         sight = AugmentedPhotos(training, config.image_size, settings.flip)
-        judge = Judge(captioner, validation, _features_by(tuned, config, validation), names)
-        yield FineTuning(settings, decoder, tuned, config), batches(sight), judge
+        validator = Validator(captioner, validation, _features_by(tuned, config, validation), names)
+        yield FineTuning(settings, decoder, tuned, config), batches(sight), validator
         backbone.set_weights(tuned.get_weights())
         round_weights(backbone.weights)
     if settings.objective is Objective.CIDER:
@@ -314,8 +314,8 @@ def _write_model(
     stored = load_captioner(unfinished)
     cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
     names = data_set_names(settings.annotations)
-    judge = Judge(stored, validation, CachedFeatures(cache, validation).whole, names)
-    results = judge.results()
+    validator = Validator(stored, validation, CachedFeatures(cache, validation).whole, names)
+    results = validator.results()
     metrics = {
         "validation": {key: results[key] for key in RESULTS},
         "data_sets": [
@@ -323,7 +323,7 @@ def _write_model(
             for number, name in enumerate(names)
         ],
         "decoding": "greedy",
-        "signature": signature(profile_of(TokenKind.WORDS).described, judge.references),
+        "signature": signature(profile_of(TokenKind.WORDS).described, validator.references),
         "best_epoch": record.best_epoch,
         "phases": [name for name, kept in was_kept.items() if kept],
         "phases_not_kept": [name for name, kept in was_kept.items() if not kept],

@@ -27,7 +27,7 @@ from batchcap.training.data import TrainingBatches
 from batchcap.training.history import write_history
 from batchcap.training.phases import Phase
 from batchcap.training.replicas import sum_variable
-from batchcap.training.validation import Judge
+from batchcap.training.validation import Validator
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
@@ -90,7 +90,7 @@ class Trainer:
         self.best = self._weights()
         self._step = phase.compile_step(strategy, self.optimizer, self.sums)
 
-    def run(self, judge: Judge) -> Record:
+    def run(self, validator: Validator) -> Record:
         """Train to the phase's last epoch, or until `patience` epochs brought nothing better.
 
         The weights are then those of the best epoch, of this phase or, before any was better in it,
@@ -107,7 +107,7 @@ class Trainer:
             done = self.record.step % self.steps_per_epoch
             with progress(f"epoch {epoch}", self.steps_per_epoch, "step", done) as bar:
                 self._train_epoch(epoch, started, bar)
-            self._close_epoch(epoch, started, judge)
+            self._close_epoch(epoch, started, validator)
             self._checkpoint()
         for variable in self.phase.variables:
             variable.assign(self.best[variable.path])
@@ -156,15 +156,15 @@ class Trainer:
         except tf.errors.OpError as error:
             raise (failures or [error])[0] from None  # TensorFlow makes a traceback of it
 
-    def _close_epoch(self, epoch: int, started: float, judge: Judge) -> None:
+    def _close_epoch(self, epoch: int, started: float, validator: Validator) -> None:
         sums = self.sums.numpy()
         if not np.isfinite(sums[0]):
             raise InputError(f"the loss is not finite in epoch {epoch}: lower the learning rate")
         self.sums.assign(tf.zeros(3))
         row = {"epoch": epoch, **self.phase.measured(sums)}
         with self._averaged_weights():
-            row |= judge.results()
-            samples = judge.samples()
+            row |= validator.results()
+            samples = validator.samples()
             if all(self._value(row) > self._value(other) for other in self.record.history):
                 self.record.best_epoch = epoch
                 self.best = self._weights()
@@ -183,7 +183,7 @@ class Trainer:
             row["val_accuracy"],
             row["bleu_4"],
             row["cider_d"],
-            _of_sets(row, judge.names),
+            _of_sets(row, validator.names),
             " (best)" if self.record.best_epoch == epoch else "",
         )
         for sample in samples:

@@ -24,7 +24,7 @@ Features = Callable[[int, int], Any]
 SAMPLE_TEMPERATURES = (0.0, 0.5, 1.0)
 
 
-class Judge:
+class Validator:
     """Validation: loss, accuracy and caption metrics on held-out photos, and sample captions.
 
     `examples` are of the data sets `names`, one set after the other.

@@ -86,12 +86,12 @@ def report(name: str, captions: Captions, reference: Captions) -> None:
 
 
 def enlarge(refs: list[ImageRef], scale: float, folder: Path) -> Iterator[ImageRef]:
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number, ref in enumerate(refs):
         with Image.open(ref.path) as photo:
             size = tuple(round(side * scale) for side in photo.size)
             pixels = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-        noisy = pixels + draws.normal(0, NOISE, pixels.shape).astype(np.float32)
+        noisy = pixels + rng.normal(0, NOISE, pixels.shape).astype(np.float32)
         encoded = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=90)
         path = folder / f"{number}.jpg"

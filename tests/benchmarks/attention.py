@@ -33,7 +33,7 @@ COMMON = 0.1
 @click.option("--seed", default=0, show_default=True)
 def main(images: Path, references: Path, model: Path, count: int, seed: int) -> None:
     """Print the share of words looked at where they are, and chance."""
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     annotated = [one for one in read_annotations(references) if (images / one.image_id).exists()]
     words_of = [_words(image) for image in annotated]
     frequency = Counter(word for words in words_of for word in words)
@@ -43,8 +43,8 @@ def main(images: Path, references: Path, model: Path, count: int, seed: int) -> 
     settings = DecodeSettings(captioner.config.decoder.max_length)
     hits: list[tuple[float, float]] = []
     for start in range(0, count, BATCH):
-        chosen = draws.integers(len(annotated), size=(BATCH, 2))
-        corners = draws.integers(side - side // 2, size=(BATCH, 2))
+        chosen = rng.integers(len(annotated), size=(BATCH, 2))
+        corners = rng.integers(side - side // 2, size=(BATCH, 2))
         pixels = np.stack(
             [
                 _composed(*(images / annotated[i].image_id for i in pair), corner, side)

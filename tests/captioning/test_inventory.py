@@ -1,4 +1,4 @@
-"""Listings against rows: what is new, done, changed, doubled, and whose share it is."""
+"""Listings against rows: what is new, done, changed, doubled, and in which shard."""
 
 import logging
 import os
@@ -203,9 +203,9 @@ def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):
 def test_shares_take_each_photo_once(tmp_path):
     names = [f"{number}.jpg" for number in range(100)]
     (tmp_path / "list.txt").write_text("\n".join(names))
-    shares = [unfinished(tmp_path / "list.txt", shard=f"{index}/3") for index in range(3)]
-    assert sorted(chain(*shares)) == sorted(names)
-    assert all(len(share) > 20 for share in shares)
+    shards = [unfinished(tmp_path / "list.txt", shard=f"{index}/3") for index in range(3)]
+    assert sorted(chain(*shards)) == sorted(names)
+    assert all(len(shard) > 20 for shard in shards)
 
 
 def test_chunks_grow_but_hold_few_bytes():

@@ -45,10 +45,10 @@ RAY = Path(sys.executable).with_name("ray")
 def tars(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Shards of JPEGs, one of which is none; as INPUT."""
     folder = tmp_path_factory.mktemp("tars")
-    draws = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     members = []
     for number in range(PHOTOS):
-        crop = np.roll(photo_crops[number % len(photo_crops)], draws.integers(224), axis=1)
+        crop = np.roll(photo_crops[number % len(photo_crops)], rng.integers(224), axis=1)
         file = io.BytesIO()
         Image.fromarray(crop).save(file, "JPEG", quality=90)
         members.append((f"{number:03}.jpg", file.getvalue()))

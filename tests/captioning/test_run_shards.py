@@ -129,7 +129,7 @@ def test_a_broken_tar_loses_no_good_result(
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_shares_merged_are_one_run(
+def test_shards_merged_are_one_run(
     name: str, folder: Path, of_folder: pa.Table, tmp_path: Path
 ) -> None:
     found = [run(folder, tmp_path / name, shard=f"{index}/4").counts.found for index in range(4)]
@@ -140,13 +140,13 @@ def test_shares_merged_are_one_run(
     assert (again.counts.already_done, again.counts.captioned) == (12, 0)
 
 
-def test_a_share_without_photos_is_done_at_once(tmp_path: Path, photos_folder: Path) -> None:
+def test_a_shard_without_photos_is_done_at_once(tmp_path: Path, photos_folder: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{photos_folder}/coffee.jpg\n")
-    shares = {
+    shards = {
         run(tmp_path / "list.txt", tmp_path / "out", shard=f"{index}/3").counts.found
         for index in range(3)
     }
-    assert shares == {0, 1}
+    assert shards == {0, 1}
     assert len(pq.read_table(tmp_path / "out")) == 1
 
 
@@ -176,12 +176,12 @@ def test_prune_keeps_the_rows_of_excluded_photos(
 
 
 @pytest.mark.parametrize("shard", ["4/4", "-1/4", "1", "1/0", "a/b", "0/100000"])
-def test_a_share_that_is_none_is_wrong_usage(shard: str) -> None:
+def test_a_shard_that_is_none_is_wrong_usage(shard: str) -> None:
     with pytest.raises(UsageError, match="--shard must be I/N"):
         RunSettings(source="images", output=Path("out"), shard=shard)
 
 
-def test_another_number_of_shares_is_another_output(tmp_path: Path, photos_folder: Path) -> None:
+def test_another_number_of_shards_is_another_output(tmp_path: Path, photos_folder: Path) -> None:
     (tmp_path / "out" / "shard-00000-of-00002").mkdir(parents=True)
     with pytest.raises(OtherOutputError, match="--shard I/2"):
         run(photos_folder, tmp_path / "out", shard="0/4")

@@ -20,10 +20,10 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
 
 
 def test_intervals_hold_the_true_mean_95_times_in_100() -> None:
-    draws = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     held = 0
     for _ in range(300):
-        low, high = interval(means(draws.normal(0, 1, 100), resamples=300))
+        low, high = interval(means(rng.normal(0, 1, 100), resamples=300))
         held += low <= 0 <= high
     assert 270 <= held <= 297  # 285, give or take 3.2 standard deviations
 

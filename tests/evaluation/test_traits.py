@@ -58,8 +58,8 @@ def test_confidence_that_ranks_as_scores_do_correlates_fully() -> None:
 
 
 def test_confidence_that_says_nothing_has_an_interval_around_0() -> None:
-    draws = np.random.default_rng(0)
-    found = calibrate(draws.random(300), draws.random(300), 500, 0)
+    rng = np.random.default_rng(0)
+    found = calibrate(rng.random(300), rng.random(300), 500, 0)
     assert found.interval[0] < 0 < found.interval[1]
 
 

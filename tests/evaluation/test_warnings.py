@@ -2,10 +2,10 @@ from batchcap.caption_files.annotations import AnnotatedImage
 from batchcap.caption_files.matching import match
 from batchcap.caption_files.predictions import GeneratedCaption
 from batchcap.evaluation.warnings import (
-    doubts_about_ids,
-    doubts_about_scores,
-    doubts_about_words,
-    doubts_about_writing,
+    id_warnings,
+    score_warnings,
+    script_warnings,
+    word_warnings,
 )
 
 FIVE = ["一只狗"] * 5
@@ -14,7 +14,7 @@ FIVE = ["一只狗"] * 5
 def about_ids(ours: list[GeneratedCaption], theirs: list[str]) -> list[str]:
     annotated = [AnnotatedImage(name, ("狗",)) for name in theirs]
     found = match([(one.image_id, None) for one in ours], [(name, None) for name in theirs])
-    return list(doubts_about_ids("c.json", ours, annotated, found))
+    return list(id_warnings("c.json", ours, annotated, found))
 
 
 def test_images_of_one_side_only_are_counted_and_one_is_named() -> None:
@@ -27,42 +27,42 @@ def test_images_of_one_side_only_are_counted_and_one_is_named() -> None:
 
 def test_photos_that_failed_are_counted() -> None:
     ours = [GeneratedCaption("a", "狗"), GeneratedCaption("b", None)]
-    (doubt,) = about_ids(ours, ["a", "b"])
-    assert doubt == "c.json: 1 photo ('b', for one) without a caption, left out"
+    (warning,) = about_ids(ours, ["a", "b"])
+    assert warning == "c.json: 1 photo ('b', for one) without a caption, left out"
 
 
 def test_equal_ids_leave_no_doubt() -> None:
     assert about_ids([GeneratedCaption("a", "狗")], ["a"]) == []
-    assert list(doubts_about_words(["狗"], [["狗"]], [FIVE])) == []
-    assert list(doubts_about_writing("c.json", ["一只狗"], [FIVE])) == []
-    assert list(doubts_about_scores({"cider_d": 80.0}, 100)) == []
+    assert list(word_warnings(["狗"], [["狗"]], [FIVE])) == []
+    assert list(script_warnings("c.json", ["一只狗"], [FIVE])) == []
+    assert list(score_warnings({"cider_d": 80.0}, 100)) == []
 
 
 def test_captions_without_words_are_counted() -> None:
-    (doubt,) = doubts_about_words(["", "狗"], [[], ["狗"]], [FIVE, FIVE])
-    assert doubt == "1 caption without a word, scored 0"
+    (warning,) = word_warnings(["", "狗"], [[], ["狗"]], [FIVE, FIVE])
+    assert warning == "1 caption without a word, scored 0"
 
 
 def test_one_reference_an_image_is_told_of() -> None:
-    (doubt,) = doubts_about_words(["狗"], [["狗"]], [["狗"]])
-    assert doubt.startswith("one reference an image")
+    (warning,) = word_warnings(["狗"], [["狗"]], [["狗"]])
+    assert warning.startswith("one reference an image")
 
 
 def test_captions_in_another_language_are_told_of() -> None:
-    (doubt,) = doubts_about_writing("c.json", ["a dog"], [FIVE])
-    assert doubt.startswith(
+    (warning,) = script_warnings("c.json", ["a dog"], [FIVE])
+    assert warning.startswith(
         "c.json: 0 % of the letters in captions are Chinese, of those in references 100"
     )
 
 
 def test_captions_in_another_script_are_told_of() -> None:
-    (doubt,) = doubts_about_writing("c.json", ["一个男孩在踢足球", "两辆车"], [["一個男孩"]])
-    assert doubt.startswith(
+    (warning,) = script_warnings("c.json", ["一个男孩在踢足球", "两辆车"], [["一個男孩"]])
+    assert warning.startswith(
         "c.json: captions and references are in different scripts; of the characters that only "
         "one script has, 0 % in captions are traditional, 100 % in references."
     )
 
 
 def test_cider_d_of_one_image_and_cider_d_of_nothing_are_told_of() -> None:
-    assert "single image" in next(doubts_about_scores({"cider_d": 0.0}, 1))
-    assert "hardly a word in common" in next(doubts_about_scores({"cider_d": 0.2}, 100))
+    assert "single image" in next(score_warnings({"cider_d": 0.0}, 1))
+    assert "hardly a word in common" in next(score_warnings({"cider_d": 0.2}, 100))

@@ -1,6 +1,6 @@
 """Real processes of `batchcap run` that are killed, and what they leave.
 
-What `test_crashes.py` and `benchmarks/kill_often.py` share. Needs `/proc`. Knows the layout of an
+What `test_crashes.py` and `benchmarks/kill_often.py` shard. Needs `/proc`. Knows the layout of an
 output, and nothing of how it is written.
 """
 

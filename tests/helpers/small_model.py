@@ -25,7 +25,7 @@ from batchcap.model.config import FORMAT_VERSION, BackboneConfig, DecoderConfig,
 from batchcap.model.network import build_decoder
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
 from batchcap.settings import TrainSettings
-from batchcap.training.validation import Judge
+from batchcap.training.validation import Validator
 
 COLOURS = {
     "红色": (220, 30, 30),
@@ -144,11 +144,11 @@ def script_scores(
     others = dict.fromkeys(("val_accuracy", *METRICS), 0.0)
     ciders, all_losses = iter(scores), itertools.chain(losses, itertools.repeat(0.0))
     patch.setattr(
-        Judge,
+        Validator,
         "results",
         lambda _: {**others, "cider_d": next(ciders), "val_loss": next(all_losses)},
     )
-    patch.setattr(Judge, "samples", lambda _: [])
+    patch.setattr(Validator, "samples", lambda _: [])
 
 
 if __name__ == "__main__":

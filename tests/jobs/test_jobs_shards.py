@@ -1,4 +1,4 @@
-"""The recipes in jobs/ that caption in shares, each read by the tool it is for, if that is here."""
+"""The recipes in jobs/ that caption in shards, each read by the tool it is for, if that is here."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from helpers.recipes import JOBS, asked_by, text_of
 from batchcap import __version__
 from batchcap.settings import RunSettings
 
-SHARES = 16
+SHARDS = 16
 
 
 def job() -> dict[str, Any]:
@@ -51,14 +51,14 @@ def test_kubernetes_schema_finds_a_slip() -> None:
         kubernetes_validate.validate(slipped, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_each_pod_has_a_share_of_its_own(asked_of_run: list[RunSettings]) -> None:
+def test_each_pod_has_a_shard_of_its_own(asked_of_run: list[RunSettings]) -> None:
     (container,) = pod()["containers"]
-    assert (job()["spec"]["completionMode"], job()["spec"]["completions"]) == ("Indexed", SHARES)
-    for index in (0, SHARES - 1):
+    assert (job()["spec"]["completionMode"], job()["spec"]["completions"]) == ("Indexed", SHARDS)
+    for index in (0, SHARDS - 1):
         arguments = [
             arg.replace("$(JOB_COMPLETION_INDEX)", f"{index}") for arg in container["args"]
         ]
-        assert asked_by(arguments, asked_of_run).shard_numbers == (index, SHARES)
+        assert asked_by(arguments, asked_of_run).shard_numbers == (index, SHARDS)
 
 
 def test_the_pods_are_the_nightly_run_s() -> None:
@@ -90,13 +90,13 @@ def test_kubernetes_retries_what_a_retry_may_help() -> None:
 # Slurm
 
 
-def test_each_task_has_a_share_of_its_own(tmp_path: Path, asked_of_run: list[RunSettings]) -> None:
+def test_each_task_has_a_shard_of_its_own(tmp_path: Path, asked_of_run: list[RunSettings]) -> None:
     """As Slurm runs it: a shell script with the task's number in its environment."""
-    assert slurm_options()["array"] == f"0-{SHARES - 1}"
+    assert slurm_options()["array"] == f"0-{SHARDS - 1}"
     program = tmp_path / "batchcap"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     program.chmod(0o755)
-    for index in (0, SHARES - 1):
+    for index in (0, SHARDS - 1):
         task = {"SLURM_ARRAY_TASK_ID": f"{index}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         command = ["bash", JOBS / "shards.sbatch", "my photos", "captions"]
         done = subprocess.run(command, env=task, capture_output=True, text=True, check=True)
@@ -104,7 +104,7 @@ def test_each_task_has_a_share_of_its_own(tmp_path: Path, asked_of_run: list[Run
         assert (asked.source, asked.output, asked.shard_numbers) == (
             "my photos",
             Path("captions"),
-            (index, SHARES),
+            (index, SHARDS),
         )
 
 

@@ -188,11 +188,11 @@ def test_attention_is_of_words_and_not_of_end():
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
 def test_log_probs_are_those_of_temperature_one(temperature):
     rows = 40
-    draws = np.random.default_rng(1)
-    logits = draws.normal(size=(rows, LIMIT, WORDS)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(rows, LIMIT, WORDS)).astype(np.float32)
     logits[:, :, END_ID] += 1  # so that some rows reach it
     logits[:, :, :END_ID] = BANNED_LOGIT
-    uniforms = draws.random((rows, LIMIT), np.float32)
+    uniforms = rng.random((rows, LIMIT), np.float32)
 
     def step(tokens: Any, position: Any, cache: Any, table: Any) -> tuple[Any, Any, Any]:
         return table[:, None, position], tf.zeros((*tokens.shape, 1)), cache
@@ -251,9 +251,9 @@ def test_frequencies_of_draws_are_the_probabilities(temperature):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (3, 1.0), (None, 0.6), (8, 0.9)])
 def test_row_draws_the_same_words_in_any_batch(top_k, top_p):
-    draws = np.random.default_rng(4)
-    logits = tf.constant(draws.normal(size=(20, WORDS)), tf.float32)
-    uniforms = draws.random(20, np.float32)
+    rng = np.random.default_rng(4)
+    logits = tf.constant(rng.normal(size=(20, WORDS)), tf.float32)
+    uniforms = rng.random(20, np.float32)
     choose = sampler(1.0, top_k, top_p)
     together = choose(logits, uniforms)
     backwards = choose(logits[::-1], uniforms[::-1])
@@ -363,9 +363,9 @@ def test_end_is_barred_before_the_fewest_words_and_its_log_probability_stays():
 FEW_WORDS = FIRST_LETTER + 3
 
 
-def scripted_tables(draws: np.random.Generator, images: int) -> npt.NDArray[np.float32]:
+def scripted_tables(rng: np.random.Generator, images: int) -> npt.NDArray[np.float32]:
     """Logits `[images, T, V, V]` of the next word by position and last word; END is likely."""
-    tables = draws.normal(0, 2, (images, LIMIT, FEW_WORDS, FEW_WORDS)).astype(np.float32)
+    tables = rng.normal(0, 2, (images, LIMIT, FEW_WORDS, FEW_WORDS)).astype(np.float32)
     tables[..., END_ID] += 1
     tables[..., :END_ID] = BANNED_LOGIT
     return tables

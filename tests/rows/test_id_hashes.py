@@ -1,11 +1,11 @@
-"""Sets and shares of ids against what Python's sets would say."""
+"""Sets and shards of ids against what Python's sets would say."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcap.rows.id_hashes import IdSet, hashes_of, in_share, positions
+from batchcap.rows.id_hashes import IdSet, hashes_of, in_shard, positions
 
 NUMBERS = st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=20)
 
@@ -15,7 +15,7 @@ def int64(numbers: list[int]) -> np.ndarray:
 
 
 def test_hashes_are_the_same_on_every_machine_and_in_every_version():
-    """Shares of runs that are under way, and their resumption, depend on it."""
+    """Shards of runs that are under way, and their resumption, depend on it."""
     hashes = hashes_of(["a/1.jpg", "照片.webp", ""]).tolist()
     assert hashes == [50258119939534515, -7424024040096525311, -1970711489451281740]
 
@@ -48,8 +48,8 @@ def test_positions_are_where_hashes_stand(there, wanted):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_each_id_is_in_one_share_and_shares_are_alike(count):
+def test_each_id_is_in_one_shard_and_shards_are_alike(count):
     hashes = hashes_of([f"{number}.jpg" for number in range(10_000)])
-    shares = [in_share(hashes, index, count) for index in range(count)]
-    assert np.sum(shares, axis=0).tolist() == [1] * 10_000
-    assert min(map(np.count_nonzero, shares)) > 10_000 / count * 0.93
+    shards = [in_shard(hashes, index, count) for index in range(count)]
+    assert np.sum(shards, axis=0).tolist() == [1] * 10_000
+    assert min(map(np.count_nonzero, shards)) > 10_000 / count * 0.93

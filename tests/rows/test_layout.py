@@ -8,7 +8,7 @@ import pytest
 from helpers.rows import METADATA, captioned_row
 
 from batchcap.errors import OtherOutputError
-from batchcap.rows.layout import check_shares, layout_of
+from batchcap.rows.layout import check_shards, layout_of
 from batchcap.rows.merge import merge_captions
 from batchcap.rows.writer import open_captions
 from batchcap.settings import MergeSettings, OnExisting
@@ -16,9 +16,9 @@ from batchcap.settings import MergeSettings, OnExisting
 OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
 
 
-def write(output: Path, *image_ids: object, share: tuple[int, int] = (0, 1), ends: bool = True):
+def write(output: Path, *image_ids: object, shard: tuple[int, int] = (0, 1), ends: bool = True):
     """What a run leaves that commits each row as a part."""
-    layout = layout_of(output, share)
+    layout = layout_of(output, shard)
     layout.output.parent.mkdir(exist_ok=True)
     with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
         for image_id in image_ids:
@@ -76,9 +76,9 @@ def test_other_names_are_no_parts(other, tmp_path):
 
 @OUTPUTS
 def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
-    write(tmp_path / name, "a", share=(1, 4))
+    write(tmp_path / name, "a", shard=(1, 4))
     with pytest.raises(OtherOutputError, match="has 4 shards: use --shard I/4") as refusal:
-        check_shares(tmp_path / name, 1)
+        check_shards(tmp_path / name, 1)
     assert refusal.value.exit_code == 4
 
 
@@ -86,30 +86,30 @@ def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
 @pytest.mark.parametrize("ends", [True, False])
 def test_one_output_is_not_written_in_shards(name, ends, tmp_path):
     write(tmp_path / name, "a", ends=ends)
-    check_shares(tmp_path / name, 1)
+    check_shards(tmp_path / name, 1)
     with pytest.raises(OtherOutputError, match="has no shards: run without --shard"):
-        check_shares(tmp_path / name, 4)
+        check_shards(tmp_path / name, 4)
 
 
 def test_a_data_set_with_rows_in_and_outside_of_shards_is_refused(tmp_path):
     """As versions before this check left them."""
     write(tmp_path / "captions", "a")
-    write(tmp_path / "captions", "a", share=(0, 1_000))
+    write(tmp_path / "captions", "a", shard=(0, 1_000))
     with pytest.raises(OtherOutputError, match="has 1000 shards"):
-        check_shares(tmp_path / "captions", 1)
+        check_shards(tmp_path / "captions", 1)
     with pytest.raises(OtherOutputError, match=r"outside of its shards, in part-000001\.parquet"):
-        check_shares(tmp_path / "captions", 1_000)
+        check_shards(tmp_path / "captions", 1_000)
 
 
 def test_shards_go_on_beside_the_file_that_they_were_merged_to(tmp_path):
     output = tmp_path / "captions.parquet"
     for index in range(2):
-        write(output, index, share=(index, 2))
+        write(output, index, shard=(index, 2))
     merge_captions(MergeSettings(captions=output, output=output))
     for count in (1, 2):
-        check_shares(output, count)
+        check_shards(output, count)
     with pytest.raises(OtherOutputError, match="has 2 shards"):
-        check_shares(output, 4)
+        check_shards(output, 4)
 
 
 def test_new_folders_are_synced(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Shares of an output to one: which there are, what is refused, what stands under the name."""
+"""Shards of an output to one: which there are, what is refused, what stands under the name."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from helpers.rows import METADATA, captioned_row
 
 from batchcap.errors import InputError, LockedError, OtherOutputError, OutputError, UsageError
 from batchcap.rows import merge
-from batchcap.rows.layout import check_shares, layout_of, shares_there
+from batchcap.rows.layout import check_shards, existing_shards, layout_of
 from batchcap.rows.merge import merge_captions
 from batchcap.rows.writer import open_captions
 from batchcap.settings import MergeSettings, OnExisting
@@ -27,9 +27,9 @@ OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
 TARGETS = pytest.mark.parametrize("target", ["merged", "merged.parquet"])
 
 
-def write(output: Path, *image_ids: object, share: tuple[int, int] = (0, 1), **metadata: str):
+def write(output: Path, *image_ids: object, shard: tuple[int, int] = (0, 1), **metadata: str):
     """What a run leaves that has made a part of each photo."""
-    layout = layout_of(output, share)
+    layout = layout_of(output, shard)
     layout.output.parent.mkdir(exist_ok=True, parents=True)
     with open_captions(layout, METADATA | metadata, OnExisting.RESUME) as folder:
         for image_id in image_ids:
@@ -57,9 +57,9 @@ def ids_in(output: Path) -> list[str]:
 
 @OUTPUTS
 @TARGETS
-def test_rows_of_all_shares_stand_in_one_output(tmp_path, name, target):
+def test_rows_of_all_shards_stand_in_one_output(tmp_path, name, target):
     for index in range(3):
-        write(tmp_path / name, f"{index}a", f"{index}b", share=(index, 3))
+        write(tmp_path / name, f"{index}a", f"{index}b", shard=(index, 3))
     said = merged(tmp_path / name, tmp_path / target)
     assert said == f"{tmp_path / target}: 6 rows of 3 outputs"
     assert ids_in(tmp_path / target) == ["0a", "0b", "1a", "1b", "2a", "2b"]
@@ -80,10 +80,10 @@ def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_pa
 
 
 @OUTPUTS
-def test_shares_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
+def test_shards_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
     for index in range(2):
-        write(tmp_path / name, index, share=(index, 2))
-    assert shares_there(tmp_path / name) == {(0, 2), (1, 2)}
+        write(tmp_path / name, index, shard=(index, 2))
+    assert existing_shards(tmp_path / name) == {(0, 2), (1, 2)}
     names = {path.name for path in (tmp_path / name).parent.iterdir()}
     if name == "captions":
         assert sorted(ids_in(tmp_path / name)) == ["0", "1"]
@@ -91,19 +91,19 @@ def test_shares_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
         assert {"captions-00000-of-00002.parquet", "captions-00001-of-00002.parquet"} <= names
 
 
-def test_shares_are_whole_wherever_they_are_moved(tmp_path):
+def test_shards_are_whole_wherever_they_are_moved(tmp_path):
     """A manifest beside a folder is not moved or copied with it."""
     for index in range(2):
-        write(tmp_path / f"machine{index}" / "captions", index, share=(index, 2))
-        (share,) = (tmp_path / f"machine{index}" / "captions").iterdir()
-        shutil.copytree(share, tmp_path / "here" / share.name)
+        write(tmp_path / f"machine{index}" / "captions", index, shard=(index, 2))
+        (shard,) = (tmp_path / f"machine{index}" / "captions").iterdir()
+        shutil.copytree(shard, tmp_path / "here" / shard.name)
     merged(tmp_path / "here", tmp_path / "merged")
     assert ids_in(tmp_path / "merged") == ["0", "1"]
     (tmp_path / "merged").rename(tmp_path / "moved")
     merged(tmp_path / "moved", tmp_path / "merged.parquet")
 
 
-def test_a_share_that_lacks_a_part_is_not_whole(tmp_path):
+def test_a_shard_that_lacks_a_part_is_not_whole(tmp_path):
     write(tmp_path / "captions", "a", "b")
     (tmp_path / "captions" / "part-000002.parquet").unlink()
     with pytest.raises(InputError, match="is unfinished"):
@@ -111,14 +111,14 @@ def test_a_share_that_lacks_a_part_is_not_whole(tmp_path):
 
 
 @OUTPUTS
-def test_follows_symlinked_shares(tmp_path, name):
-    """Shares of a linked OUTPUT are beside its target, where runs on the target find them."""
+def test_follows_symlinked_shards(tmp_path, name):
+    """Shards of a linked OUTPUT are beside its target, where runs on the target find them."""
     (tmp_path / "far").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "far" / name)
     for index in range(2):
-        write((tmp_path if index else tmp_path / "far") / name, index, share=(index, 2))
+        write((tmp_path if index else tmp_path / "far") / name, index, shard=(index, 2))
     for captions in (tmp_path / name, tmp_path / "far" / name):
-        assert shares_there(captions) == {(0, 2), (1, 2)}
+        assert existing_shards(captions) == {(0, 2), (1, 2)}
     assert (tmp_path / name).is_symlink()
     target = tmp_path / "merged.parquet"
     target.symlink_to("far/all.parquet")
@@ -128,52 +128,52 @@ def test_follows_symlinked_shares(tmp_path, name):
 
 
 @OUTPUTS
-def test_another_number_of_shares_is_refused(tmp_path, name):
-    write(tmp_path / name, 1, share=(0, 2))
-    check_shares(tmp_path / name, 2)
+def test_another_number_of_shards_is_refused(tmp_path, name):
+    write(tmp_path / name, 1, shard=(0, 2))
+    check_shards(tmp_path / name, 2)
     with pytest.raises(OtherOutputError, match="has 2 shards: use --shard I/2"):
-        check_shares(tmp_path / name, 4)
-    write(tmp_path / name, 1, share=(0, 1_000))
+        check_shards(tmp_path / name, 4)
+    write(tmp_path / name, 1, shard=(0, 1_000))
     with pytest.raises(InputError, match="shards of different counts"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
 @OUTPUTS
-def test_a_share_that_is_missing_is_named(tmp_path, name):
-    write(tmp_path / name, 1, share=(0, 3))
+def test_a_shard_that_is_missing_is_named(tmp_path, name):
+    write(tmp_path / name, 1, shard=(0, 3))
     with pytest.raises(InputError, match="lacks 2 shards of 3: run --shard 1/3 first"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
 @OUTPUTS
-def test_a_share_that_is_not_finished_is_named(tmp_path, name):
-    write(tmp_path / name, 1, share=(0, 2))
-    share = layout_of(tmp_path / name, (1, 2))
-    with open_captions(share, METADATA, OnExisting.RESUME) as folder:
+def test_a_shard_that_is_not_finished_is_named(tmp_path, name):
+    write(tmp_path / name, 1, shard=(0, 2))
+    shard = layout_of(tmp_path / name, (1, 2))
+    with open_captions(shard, METADATA, OnExisting.RESUME) as folder:
         folder.append([captioned_row(2)])
         folder.commit()
-    assert shares_there(tmp_path / name) == {(0, 2), (1, 2)}
+    assert existing_shards(tmp_path / name) == {(0, 2), (1, 2)}
     with pytest.raises(InputError, match=r"00001-of-00002.* is unfinished"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
 @TARGETS
 def test_two_rows_of_an_id_are_refused_and_nothing_is_left(tmp_path, target):
-    write(tmp_path / "captions", "a", "b", share=(0, 2))
-    write(tmp_path / "captions", "c", "b", share=(1, 2))
+    write(tmp_path / "captions", "a", "b", shard=(0, 2))
+    write(tmp_path / "captions", "c", "b", shard=(1, 2))
     with pytest.raises(InputError, match="00001-of-00002 has a second row of b"):
         merged(tmp_path / "captions", tmp_path / target)
     assert [*tmp_path.glob("*merged*")] == []
 
 
-def test_shares_of_different_models_are_refused(tmp_path):
-    write(tmp_path / "captions", "a", share=(0, 2))
-    write(tmp_path / "captions", "b", share=(1, 2), **{"batchcap.model": "other"})
+def test_shards_of_different_models_are_refused(tmp_path):
+    write(tmp_path / "captions", "a", shard=(0, 2))
+    write(tmp_path / "captions", "b", shard=(1, 2), **{"batchcap.model": "other"})
     with pytest.raises(OtherOutputError, match="00001-of-00002 has rows of another model than"):
         merged(tmp_path / "captions", tmp_path / "merged")
 
 
-def test_a_share_that_a_run_holds_is_waited_for(tmp_path):
+def test_a_shard_that_a_run_holds_is_waited_for(tmp_path):
     write(tmp_path / "captions", "a")
     with locked(layout_of(tmp_path / "captions").lock), pytest.raises(LockedError):
         merged(tmp_path / "captions", tmp_path / "merged")
@@ -294,13 +294,13 @@ def test_what_a_killed_merge_left_goes_at_the_next(tmp_path, target):
     assert left_of_merge(tmp_path) == []
 
 
-def test_a_share_that_was_taken_up_again_meanwhile_is_refused(tmp_path):
+def test_a_shard_that_was_taken_up_again_meanwhile_is_refused(tmp_path):
     for index in range(2):
-        write(tmp_path / "captions", index, share=(index, 2))
+        write(tmp_path / "captions", index, shard=(index, 2))
 
     def go_on() -> None:
-        share = layout_of(tmp_path / "captions", (1, 2))
-        with open_captions(share, METADATA, OnExisting.RESUME) as folder:
+        shard = layout_of(tmp_path / "captions", (1, 2))
+        with open_captions(shard, METADATA, OnExisting.RESUME) as folder:
             folder.append([captioned_row("new")])
             folder.commit()
 
@@ -331,7 +331,7 @@ def test_an_output_without_rows_has_nothing_to_merge(tmp_path):
         merged(tmp_path / "captions", tmp_path / "merged")
 
 
-def test_a_damaged_share_is_named_and_nothing_is_left(tmp_path):
+def test_a_damaged_shard_is_named_and_nothing_is_left(tmp_path):
     write(tmp_path / "captions", "a")
     part = tmp_path / "captions" / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-20])
@@ -343,7 +343,7 @@ def test_a_damaged_share_is_named_and_nothing_is_left(tmp_path):
 @OUTPUTS
 def test_columns_of_other_programs_are_kept(tmp_path, name):
     for index in range(2):
-        write(tmp_path / name, index, share=(index, 2))
+        write(tmp_path / name, index, shard=(index, 2))
     (path,) = layout_of(tmp_path / name, (1, 2)).row_files()
     table = pq.read_table(path)
     pq.write_table(table.append_column("stars", [[5]]), path, write_page_checksum=True)

@@ -12,7 +12,7 @@ from helpers.rows import METADATA, captioned_row
 from batchcap.errors import LockedError, OtherOutputError, OutputError
 from batchcap.rows import layout as layouts
 from batchcap.rows import merge
-from batchcap.rows.layout import Layout, check_shares, layout_of, shares_there
+from batchcap.rows.layout import Layout, check_shards, existing_shards, layout_of
 from batchcap.rows.merge import merge_captions
 from batchcap.rows.parquet import DamagedError, read_groups
 from batchcap.rows.writer import CaptionFolder, open_captions
@@ -39,8 +39,8 @@ def opened(layout: Layout) -> Iterator[CaptionFolder]:
     return open_captions(layout, METADATA, OnExisting.RESUME)
 
 
-def run(url: str, *image_ids: object, share: tuple[int, int] = (0, 1)) -> None:
-    with opened(layout_of(url, share)) as folder:
+def run(url: str, *image_ids: object, shard: tuple[int, int] = (0, 1)) -> None:
+    with opened(layout_of(url, shard)) as folder:
         for image_id in image_ids:
             folder.append([captioned_row(image_id)])
             folder.commit()
@@ -81,7 +81,7 @@ def test_parts_are_there_when_committed_and_the_manifest_follows(store):
 def test_only_parts_and_their_mark_are_in_the_folder(store, tmp_path, monkeypatch):
     url = "memory://bucket/out"
     run(url, 1)
-    run(url, 1, share=(0, 2))
+    run(url, 1, shard=(0, 2))
     (mark, part) = (
         name for name in names(store) if name.startswith("out/") and "shard" not in name
     )
@@ -287,14 +287,14 @@ def test_parts_above_999999_are_found_on_another_machine(store, tmp_path, monkey
 
 @OUTPUTS
 def test_an_output_in_a_store_is_in_shards_or_not(url):
-    run(url, 1, share=(0, 2))
+    run(url, 1, shard=(0, 2))
     with pytest.raises(OtherOutputError, match="has 2 shards"):
-        check_shares(url, 1)
+        check_shards(url, 1)
     other = url.replace("out", "other")
     run(other, 1)
-    check_shares(other, 1)
+    check_shards(other, 1)
     with pytest.raises(OtherOutputError, match="has no shards"):
-        check_shares(other, 2)
+        check_shards(other, 2)
 
 
 def test_whole_files_are_not_fetched_again(monkeypatch):
@@ -348,10 +348,10 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
 
 
 @OUTPUTS
-def test_shares_in_a_store_are_merged_into_it(url, store, tmp_path, monkeypatch):
+def test_shards_in_a_store_are_merged_into_it(url, store, tmp_path, monkeypatch):
     for index in range(2):
-        run(url, f"{index}", share=(index, 2))
-    assert shares_there(url) == {(0, 2), (1, 2)}
+        run(url, f"{index}", shard=(index, 2))
+    assert existing_shards(url) == {(0, 2), (1, 2)}
     on_machine(tmp_path / "other", monkeypatch)
     for target in ("memory://bucket/merged", "memory://bucket/merged.parquet"):
         merge_captions(MergeSettings(captions=url, output=target))
@@ -361,8 +361,8 @@ def test_shares_in_a_store_are_merged_into_it(url, store, tmp_path, monkeypatch)
 
 
 def test_shards_in_a_store_are_not_merged_into_their_own_folder(store):
-    run("memory://bucket/out", 1, share=(0, 2))
-    run("memory://bucket/out", 2, share=(1, 2))
+    run("memory://bucket/out", 1, shard=(0, 2))
+    run("memory://bucket/out", 2, shard=(1, 2))
     before = names(store)
     with pytest.raises(OutputError, match="exists"):
         merge_captions(MergeSettings(captions="memory://bucket/out", output="memory://bucket/out"))

@@ -138,17 +138,17 @@ def readers_of(folder: Path, cache: Path) -> dict[str, set[str]]:
 def test_other_programs_read_a_folder_during_and_after_a_run(folder, tmp_path):
     """Polars and `datasets` refuse a folder with a manifest or a summary in it."""
     datasets.disable_progress_bars()
-    share = layout_of(folder.output, (1, 2))
-    share.output.mkdir(parents=True)
-    (share.output / "part-000001.parquet").write_bytes(b"PAR1")  # is set aside
-    with opened(share) as captions:
+    shard = layout_of(folder.output, (1, 2))
+    shard.output.mkdir(parents=True)
+    (shard.output / "part-000001.parquet").write_bytes(b"PAR1")  # is set aside
+    with opened(shard) as captions:
         captions.append([captioned_row("first")])
         captions.commit()
-        write_summary(share.summary, RunSummary("out", "run", "now"))
-        part = share.output / "part-000002.parquet"
-        with replacing(part, share.staged(part)) as temporary:
+        write_summary(shard.summary, RunSummary("out", "run", "now"))
+        part = shard.output / "part-000002.parquet"
+        with replacing(part, shard.staged(part)) as temporary:
             temporary.write_bytes(b"PAR1, and more to follow")
-            assert share.lock.exists()
+            assert shard.lock.exists()
             found = readers_of(folder.output, tmp_path / "during")
             assert found == {program: {"first"} for program in found}
         part.unlink()

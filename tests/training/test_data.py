@@ -139,14 +139,14 @@ def test_more_photos_held_out_than_there_are_is_refused(tmp_path):
 
 def test_validation_photos_are_drawn_where_nothing_names_them(tmp_path):
     unsplit = {str(i): None for i in range(PHOTOS)}
-    draws = {}
+    rng = {}
     for seed in (1, 2):
         settings = data_set(tmp_path, unsplit, validation_count=3, seed=seed)
-        training, validation = draws[seed] = load_examples(settings)
+        training, validation = rng[seed] = load_examples(settings)
         assert len(validation) == 3
         assert sorted(ids(training) + ids(validation)) == list(unsplit)
         assert load_examples(settings) == (training, validation)
-    assert draws[1] != draws[2]
+    assert rng[1] != rng[2]
 
 
 def test_examples_know_the_bytes_and_the_words(tmp_path):
@@ -276,8 +276,8 @@ def batches_of(captions: Tokens, *sizes: int, **settings: Any) -> TrainingBatche
     nowhere = (Path(),) * len(sizes)
     asked = TrainSettings(annotations=nowhere, images=nowhere, out=Path(), **settings)
 
-    def number(photos: Any, draws: np.random.Generator) -> Any:
-        mirrored = asked.flip & (draws.random(len(photos)) < 0.5)
+    def number(photos: Any, rng: np.random.Generator) -> Any:
+        mirrored = asked.flip & (rng.random(len(photos)) < 0.5)
         return np.where(mirrored, -1 - photos, 1 + photos).astype(np.float32), mirrored
 
     data_sets = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
@@ -473,10 +473,10 @@ def backbone() -> keras.Model:
 @pytest.fixture
 def photos(tmp_path: Path) -> list[Example]:
     """More than a batch of them."""
-    draws = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     examples = [example("狗", image_id=f"{i}.png", path=tmp_path / f"{i}.png") for i in range(35)]
     for photo in examples:
-        Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(photo.path)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(photo.path)
     return examples
 
 
@@ -494,11 +494,11 @@ def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
 
 def test_each_view_of_each_photo_is_drawn(backbone, photos, tmp_path):
     cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
-    features, draws = CachedFeatures(cache, good, VIEWS), np.random.default_rng(0)
+    features, rng = CachedFeatures(cache, good, VIEWS), np.random.default_rng(0)
     everything = np.arange(len(good))
     found: list[set[bytes]] = [set() for _ in good]
     for _ in range(60):
-        shown, mirrored = features(everything, draws)
+        shown, mirrored = features(everything, rng)
         for photo in everything:
             (view,) = np.flatnonzero(
                 (features.rows[features.places[:, photo]] == shown[photo]).all(axis=(1, 2))
@@ -574,9 +574,9 @@ def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog)
 
 
 def test_augmented_photos_are_drawn_anew_and_mirrored_half_of_the_time(photos):
-    sight, draws = AugmentedPhotos(photos, side=32, flip=True), np.random.default_rng(0)
-    first, mirrored = sight(np.arange(35), draws)
-    second, _ = sight(np.arange(35), draws)
+    sight, rng = AugmentedPhotos(photos, side=32, flip=True), np.random.default_rng(0)
+    first, mirrored = sight(np.arange(35), rng)
+    second, _ = sight(np.arange(35), rng)
     assert first.shape == (35, 32, 32, 3)
     assert first.dtype == np.uint8
     assert (first != second).any(axis=(1, 2, 3)).all()

@@ -86,8 +86,8 @@ def test_a_caption_gains_by_what_it_is_better_than_the_others() -> None:
 def test_captions_are_drawn_of_the_styles_of_their_image_s_captions() -> None:
     captions = rows([[4, END_ID], [5, END_ID], [], [6, END_ID], [7, END_ID], []]).reshape(2, 3, -1)
     captions[0, 1, 0], captions[1, :2, 0] = SHORT, (SHORT, DETAILED)
-    draws = np.random.default_rng(0)
-    drawn = np.array([draw_starts(captions, draws) for _ in range(50)])
+    rng = np.random.default_rng(0)
+    drawn = np.array([draw_starts(captions, rng) for _ in range(50)])
     assert set(drawn[:, 0]) == {START_ID, SHORT}
     assert set(drawn[:, 1]) == {SHORT, DETAILED}
 

@@ -46,7 +46,7 @@ from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, Precisi
 from batchcap.training.loss import loss_function
 from batchcap.training.phases import Likelihood
 from batchcap.training.train import train_captioner
-from batchcap.training.validation import Judge
+from batchcap.training.validation import Validator
 
 EPOCHS = 3  # in which the colours are learned
 
@@ -472,13 +472,13 @@ def test_bfloat16_trains_a_model_of_float32(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script_scores(monkeypatch, itertools.count(1))
-    scripted, computed_in = Judge.results, []
+    scripted, computed_in = Validator.results, []
 
-    def results(judge: Judge) -> dict[str, float]:
-        computed_in.append(judge.captioner.decoder.compute_dtype)
-        return scripted(judge)
+    def results(validator: Validator) -> dict[str, float]:
+        computed_in.append(validator.captioner.decoder.compute_dtype)
+        return scripted(validator)
 
-    monkeypatch.setattr(Judge, "results", results)
+    monkeypatch.setattr(Validator, "results", results)
     wanted = fine_tuning(squares, tmp_path / "model", precision=Precision.BFLOAT16)
     history = history_of(train_captioner(wanted))
     # The last one is of the model that was written, as others load it.
