@@ -1,4 +1,4 @@
-"""Captions that people wrote: the references of evaluation, the examples of training."""
+"""Human captions: the references of evaluation, the examples of training."""
 
 import logging
 import os
@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """One photo's captions as people wrote them, and `train`, `val`, `test` or whatever split.
+    """The human captions of one photo, and its split: `train`, `val`, `test` or another.
 
-    `styles` are the kinds of the captions, None for those of none; empty if all are of none.
-    `number` is its id in a COCO file.
+    `styles` are the captions' styles, None for a caption without one; empty if no caption has a
+    style. `number` is the photo's id in a COCO file.
     """
 
     image_id: str
@@ -59,10 +59,10 @@ class AnnotatedImage:
 
 
 def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
-    """Read captions in any known format, told by its content, in order of first appearance.
+    """Read captions in any known format, recognised by content, in order of first appearance.
 
-    Captions come back in NFC with single spaces. Empty ones, those of unknown photos and photos
-    without any are left out, and the log counts them.
+    Captions are normalised to NFC with single spaces. Empty captions, captions of unknown photos
+    and photos without captions are skipped, and the log counts them.
 
     Raises:
         UsageError: there is no such file.
@@ -84,7 +84,7 @@ def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
 
 
 class _Annotations:
-    """Gathers captions by photo, and everything that is wrong with the file."""
+    """Collects captions by photo, and all problems of the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,7 +97,7 @@ class _Annotations:
     def add_image(
         self, place: str, image_id: object, split: object = None, number: object = None
     ) -> bool:
-        """Add a photo, or return False if its name is wrong; it may be added several times."""
+        """Add a photo, also several times; return False if its name is wrong."""
         if not isinstance(image_id, str) or not image_id:
             self.problems.report(place, f"the photo's name must be a string, not {shown(image_id)}")
             return False
@@ -121,7 +121,7 @@ class _Annotations:
             self.captions[image_id].append((clean(str(caption)), style))
 
     def leave_out(self, noun: tuple[str, str], example: str) -> None:
-        """Count something that does not make the file wrong; `noun` is singular and plural."""
+        """Count an entry that is skipped without being wrong; `noun` is singular and plural."""
         self._left_out.setdefault(noun, []).append(example)
 
     def finish(self) -> list[AnnotatedImage]:
@@ -149,7 +149,7 @@ class _Annotations:
 
 
 def caption_problem(caption: object) -> str | None:
-    """Why a value can't be a caption, or None."""
+    """Return why a value cannot be a caption, or None."""
     if not isinstance(caption, str):
         return f"the caption is {shown(caption)}, not a text"
     if re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", caption, re.DOTALL):
@@ -160,12 +160,12 @@ def caption_problem(caption: object) -> str | None:
 
 
 def clean(caption: str) -> str:
-    """In NFC, on one line, with single spaces."""
+    """Return a caption in NFC, on one line, with single spaces."""
     return " ".join(unicodedata.normalize("NFC", caption).split())
 
 
 def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
-    """`<file name>#<kind>#<n> <caption>` a line, `#<kind>` optional; splits in files beside."""
+    """Add lines of `<file name>#<kind>#<n> <caption>`, `#<kind>` optional, and splits beside."""
     lines = list(text_lines(data, annotations.problems))
     numbers = _caption_numbers([line for _, line in lines])
     seen: set[tuple[str, str | None, str]] = set()
@@ -201,10 +201,10 @@ def _caption_numbers(lines: Sequence[str]) -> list[re.Match[str] | None]:
 
 
 def _add_splits_beside(annotations: _Annotations) -> None:
-    """Add the splits of `train.txt`, `val.txt` and `test.txt` in the same folder.
+    """Add the splits of `train.txt`, `val.txt` and `test.txt` in the same directory.
 
-    Their lines name photos, with or without extension. A file most of whose lines name no photo is
-    ignored.
+    Their lines name photos, with or without extension. A file is ignored if most of its lines name
+    no photo.
     """
     photos: dict[str, list[str]] = {}
     for image_id in annotations.captions:
@@ -251,7 +251,7 @@ def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -
 
 
 def _styles_problem(styles: object, count: int) -> str | None:
-    """Why a value can't be the styles of so many captions, or None."""
+    """Return why a value cannot be the styles of so many captions, or None."""
     if not isinstance(styles, list) or len(styles) != count:
         return f"`styles` is {shown(styles)}, not a list with a name or null for each caption"
     for style in styles:
@@ -291,9 +291,9 @@ def _add_karpathy(annotations: _Annotations, place: str, image: dict[str, Any]) 
 def _add_coco(
     annotations: _Annotations, images: Iterable[Record], captions: Iterable[Record]
 ) -> None:
-    """Images with `id` and `file_name`, captions with `image_id` and `caption`.
+    """Add images with `id` and `file_name`, and captions with `image_id` and `caption`.
 
-    An image may stand there several times, as AI Challenger's own references have it.
+    An image may occur several times, as in AI Challenger's references.
     """
     names: dict[str | int | float, str] = {}
     for place, image in images:
@@ -321,7 +321,7 @@ def _is_id(value: object) -> TypeGuard[str | int | float]:
 
 
 def _section(annotations: _Annotations, document: dict[str, Any], name: str) -> Iterator[Record]:
-    """Each object in one of the document's lists; others are reported."""
+    """Yield each object of one of the document's lists; report the others."""
     records = document.get(name)
     if not isinstance(records, list):
         annotations.problems.report("", f"no list `{name}`")

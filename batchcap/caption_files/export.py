@@ -1,7 +1,4 @@
-"""Verb: captions to files that other programs read. Knows no metrics, no models and no pixels.
-
-A file appears, or is replaced, when it is whole.
-"""
+"""Writes captions in other programs' formats, each file whole or not at all."""
 
 import csv
 import json
@@ -54,7 +51,7 @@ UNNAMEABLE = "whose name is not UTF-8 or holds a backslash"
 
 
 def export_captions(settings: ExportSettings) -> str:
-    """Write captions in the format that was asked for; returns what was written and left out.
+    """Write captions in a format; return a message for the user.
 
     Raises:
         UsageError: the captions are no such file, or none that the format can be made of, or OUT
@@ -79,10 +76,10 @@ def _check_captions(settings: ExportSettings) -> None:
 
 
 def _write_coco(settings: ExportSettings) -> str:
-    """COCO results. Each has its photo's `file_name` too, which readers of COCO results ignore.
+    """Write COCO results with each photo's `file_name`, which readers of COCO results ignore.
 
-    The numbers are those of `settings.references`, or the photos' own, or made of their names.
-    Photos whose numbers are hashes are told by a mapping file too.
+    The ids are those of `settings.references`, or the photos' own, or derived from their names. If
+    some are hashes, a mapping file lists them.
     """
     captions = read_captions(settings.captions)
     known = [(caption.image_id, caption.number) for caption in captions]
@@ -120,7 +117,7 @@ def _coco_result(number: int, caption: GeneratedCaption) -> dict[str, Any]:
 def _numbers_of_references(
     known: list[ImageId], settings: ExportSettings, path: Path
 ) -> tuple[list[int | None], str]:
-    """The COCO id of each photo among the references, or None, and what there is to say of them."""
+    """Return the COCO id of each photo in the references, or None, and remarks for the user."""
     images = [(image.image_id, image.number) for image in read_annotations(path)]
     theirs, clashing = _coco_numbers(path, images)
     names = (settings.captions.name, path.name)
@@ -130,7 +127,7 @@ def _numbers_of_references(
 
 
 def _write_mapping(out: Path, images: list[tuple[int, str]]) -> str:
-    """Write ids and names beside `out` if an id is a hash; else remove what an earlier one left."""
+    """Write ids and names beside `out` if an id is a hash; else remove an earlier mapping."""
     mapping = _mapping_beside(out)
     hashed = sum(number >= LEAST_HASH for number, _ in images)
     if not hashed:
@@ -144,7 +141,7 @@ def _write_mapping(out: Path, images: list[tuple[int, str]]) -> str:
 
 
 def _is_mapping(path: Path) -> bool:
-    """Whether a file is what `_write_mapping` writes."""
+    """Whether a file was written by `_write_mapping`."""
     try:
         images = json.loads(path.read_bytes())
         return bool(images) and all(image.keys() == {"id", "file_name"} for image in images)
@@ -153,7 +150,7 @@ def _is_mapping(path: Path) -> bool:
 
 
 def _write_references(settings: ExportSettings) -> str:
-    """COCO captions: photos and what people wrote of them."""
+    """Write references as COCO captions."""
     path = settings.captions
     if holds_rows(path):
         raise UsageError(
@@ -196,7 +193,7 @@ def _write_references(settings: ExportSettings) -> str:
 
 
 def _coco_numbers(path: Path, images: Sequence[ImageId]) -> tuple[list[int], int]:
-    """A number for each (image_id, number in COCO), and how many had theirs in common."""
+    """Return an id per (image_id, COCO number), and how many photos shared a number."""
     wanted = [coco_number(name) if number is None else number for name, number in images]
     counts = Counter(wanted)
     numbers: dict[int, str] = {}
@@ -229,7 +226,7 @@ def _mapping_beside(out: Path) -> Path:
 
 
 def _write_ai_challenger(settings: ExportSettings) -> str:
-    """A submission to AI Challenger 2017, whose scorer refuses empty captions."""
+    """Write a submission to AI Challenger 2017, whose scorer refuses empty captions."""
     captions = read_captions(settings.captions)
     names: dict[str, str] = {}
     results = []
@@ -253,7 +250,7 @@ def _write_ai_challenger(settings: ExportSettings) -> str:
 
 
 def _write_jsonl(settings: ExportSettings) -> str:
-    """Every row, every column: an object a line."""
+    """Write every row and column, one object per line."""
     _check_captions(settings)
     rows, captions = 0, 0
     with _writing(settings.out) as file:
@@ -264,7 +261,7 @@ def _write_jsonl(settings: ExportSettings) -> str:
 
 
 def _with_times_as_text(table: Any) -> Iterator[dict[str, Any]]:
-    """Rows with ISO 8601 for times, of which pyarrow would import pandas to make objects."""
+    """Return rows with ISO 8601 times; for objects, pyarrow would import pandas."""
     place = table.schema.get_field_index("created_at")
     texts = table["created_at"].cast("string")
     for row in table.set_column(place, "created_at", texts).to_pylist():
@@ -272,7 +269,7 @@ def _with_times_as_text(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def _write_csv(settings: ExportSettings) -> str:
-    """Every row, what fits into a cell: for spreadsheets, which need the byte order mark."""
+    """Write every row, and all that fits into a cell, with a byte order mark for spreadsheets."""
     _check_captions(settings)
     rows, captions = 0, 0
     with _writing(settings.out, "utf-8-sig") as file:
@@ -286,7 +283,7 @@ def _write_csv(settings: ExportSettings) -> str:
 
 
 def _write_imagefolder(settings: ExportSettings) -> str:
-    """What makes a folder of photos a data set of Hugging Face `datasets`."""
+    """Write the file that makes a directory of photos a data set of Hugging Face `datasets`."""
     out = settings.out
     if out.name != FOLDER_METADATA:
         raise UsageError(
@@ -317,9 +314,9 @@ def _write_imagefolder(settings: ExportSettings) -> str:
 
 
 def _name_below(folder: Path, image_id: str) -> str | None:
-    r"""A photo's path relative to the folder it was listed in; None if there is none in UTF-8.
+    r"""Return a photo's path relative to the directory that was listed; None if it is not UTF-8.
 
-    A `\` is None as well: `datasets` takes it for a `/`.
+    A name with `\` is None as well: `datasets` takes it for a `/`.
     """
     if "\\" in image_id:  # stands in an id for itself and for bytes that are not UTF-8
         return None
@@ -329,7 +326,7 @@ def _name_below(folder: Path, image_id: str) -> str | None:
 
 
 def _reason_against(folder: Path, name: str | None) -> str | None:
-    """Why `datasets` would not load a photo, or None."""
+    """Return why `datasets` would not load a photo, or None."""
     if name is None:
         return UNNAMEABLE
     is_there = not name.startswith("../") and os.path.exists(f"{folder}/{name}")  # noqa: PTH110
@@ -348,7 +345,7 @@ def _writing(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
 
 
 def _write_array(file: TextIO, records: Iterable[dict[str, Any]]) -> None:
-    """A JSON array with a record a line."""
+    """Write a JSON array with one record per line."""
     file.write("[")
     for i, record in enumerate(records):
         file.write((",\n" if i else "\n") + _json(record))
@@ -371,7 +368,7 @@ def _json_value(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """A value of a row as a cell that no spreadsheet takes for a formula."""
+    """Return a value as a cell that no spreadsheet takes for a formula."""
     if isinstance(value, float):
         return _shortest(value)
     text = " ".join(value) if isinstance(value, list) else value
@@ -379,7 +376,7 @@ def _cell(value: Any) -> Any:
 
 
 def _shortest(value: float) -> float | None:
-    """A float32 with as few digits as tell it from others; JSON has no infinities and no NaN."""
+    """Return a float32 with as few digits as distinguish it; JSON has no infinities and no NaN."""
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 

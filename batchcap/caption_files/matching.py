@@ -1,4 +1,4 @@
-"""Which images of two files are the same, where each file names them in its own way."""
+"""Matches the images of two files that name them in different ways."""
 
 import hashlib
 import posixpath
@@ -27,7 +27,7 @@ Pairing = Callable[[Sequence[ImageId], Sequence[ImageId]], Pairs]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compare the ids of two lists. What two images of a list share pairs nothing."""
+    """A way to compare the ids of two lists. Keys that two images of a list share pair nothing."""
 
     name: str
     by: MatchBy
@@ -36,7 +36,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Match:
-    """The images that two lists have in common, and the way in which their ids were compared."""
+    """The images that two lists have in common, and the way in which ids were compared."""
 
     way: Way
     pairs: Pairs
@@ -48,11 +48,11 @@ def match(
     by: MatchBy = MatchBy.AUTO,
     names: tuple[str, str] = ("captions", "references"),
 ) -> Match:
-    """Pair the images of two files called `names`.
+    """Pair the images of two files called `names`, all in the same way.
 
-    All are compared in one way. `MatchBy.AUTO` takes the strictest way that pairs any: equal ids,
-    ids of which one is the end of the other, the same without extensions, the numbers of COCO. It
-    never chooses between ways that pair different images where either could be right.
+    `MatchBy.AUTO` uses the strictest way that pairs any: equal ids; ids of which one is the end of
+    the other; the same without extensions; COCO numbers. It never chooses between ways that pair
+    different images and could both be right.
 
     Raises:
         InputError: two ways pair different images, or no image is in both files.
@@ -71,7 +71,7 @@ def match(
 def _fullest(
     ways: Sequence[Way], generated: Sequence[ImageId], annotated: Sequence[ImageId]
 ) -> Match:
-    """The match of the way that pairs most images; of several the first."""
+    """Return the match of the way that pairs most images; of equal ones the first."""
     matches = [Match(way, way.pairs(generated, annotated)) for way in ways]
     return max(matches, key=lambda one: len(one.pairs))
 
@@ -79,7 +79,7 @@ def _fullest(
 def _nothing_in_common(
     generated: Sequence[ImageId], annotated: Sequence[ImageId], names: tuple[str, str]
 ) -> InputError:
-    """Name an image of each file, and the way on request that would pair most."""
+    """Return an error that names an image of each file, and the explicit way that pairs most."""
 
     def quoted(image: ImageId) -> str:
         return repr(printable(image[0]))
@@ -101,7 +101,7 @@ def _nothing_in_common(
 def _agreed(
     generated: Sequence[ImageId], annotated: Sequence[ImageId], names: tuple[str, str]
 ) -> Match:
-    """The match that no other way contradicts."""
+    """Return the match that no other way contradicts."""
 
     def found(way: Way) -> Match:
         return Match(way, way.pairs(generated, annotated))
@@ -142,7 +142,7 @@ def _agreed(
 def _have_several_roots(
     pairs: list[tuple[str, str]], generated: Sequence[ImageId], annotated: Sequence[ImageId]
 ) -> bool:
-    """Whether ids of lists that both have folders differ by more than one folder at the front."""
+    """Whether ids, which have directories in both lists, differ by several leading directories."""
     if not all(any("/" in name for name, _ in side) for side in (generated, annotated)):
         return False
     roots = {_folders(one)[: -len(_folders(other)) or None] for one, other in pairs}
@@ -157,7 +157,7 @@ def _ambiguous(
     annotated: Sequence[ImageId],
     names: tuple[str, str],
 ) -> InputError:
-    """Name two ways that pair different images, and an image for which they do."""
+    """Return an error that names two ways that pair different images, and such an image."""
     partners = [dict(found.pairs) for found in (one, other)]
     sample = next(
         i for i, _ in [*other.pairs, *one.pairs] if partners[0].get(i) != partners[1].get(i)
@@ -180,16 +180,16 @@ def _ambiguous(
 
 
 def stem(image_id: str) -> str:
-    """The file name without folders and extension; `x.parquet:0000012`, a row, is kept whole."""
+    """Return a file name without directories and extension; `x.parquet:0000012`, a row, stays."""
     return posixpath.basename(_without_extension(image_id))
 
 
 def coco_number(image_id: str) -> int:
-    """The whole number that stands for an image in COCO files, below 2^53, from its file name.
+    """Return the number that identifies an image in COCO files, below 2^53, from its file name.
 
-    The number in the name where there is exactly one, as in `COCO_val2014_000000391895.jpg` and in
-    Flickr's names; else a hash of the name, 2^52 or more. Folders and extensions don't count, so
-    that captions and references get the same number wherever they come from.
+    It is the number in the name if there is exactly one, as in `COCO_val2014_000000391895.jpg` and
+    in Flickr's names; else a hash of the name, 2^52 or more. Directories and extensions are
+    ignored, so that captions and references get the same number wherever they are.
     """
     name = stem(image_id)
     numbers = [
@@ -201,7 +201,7 @@ def coco_number(image_id: str) -> int:
 
 
 def hashed_number(name: str) -> int:
-    """A whole number from 2^52 up to 2^53, by the SHA-256 of a name."""
+    """Return a number from 2^52 up to 2^53, from the SHA-256 of a name."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return LEAST_HASH + (int.from_bytes(digest[:8]) >> (64 - HASH_BITS))
 
@@ -212,7 +212,7 @@ def _without_extension(image_id: str) -> str:
 
 
 def _whole_number(name: str) -> int | None:
-    """The number that an id is, written as JSON has it, or None."""
+    """Return the number that an id is, written as in JSON, or None."""
     return int(name) if re.fullmatch("0|[1-9][0-9]{0,15}", name) else None
 
 
@@ -232,7 +232,7 @@ def _in_nfc(part: Callable[[str], str]) -> Callable[[ImageId], str]:
 
 
 def _by_key(ours: Callable[[ImageId], object], theirs: Callable[[ImageId], object]) -> Pairing:
-    """Pair the images for which the two functions return the same."""
+    """Pair the images with equal keys of the two functions."""
 
     def pairs(generated: Sequence[ImageId], annotated: Sequence[ImageId]) -> Pairs:
         places, others = _places(map(ours, generated)), _places(map(theirs, annotated))
@@ -242,14 +242,14 @@ def _by_key(ours: Callable[[ImageId], object], theirs: Callable[[ImageId], objec
 
 
 def _places(keys: Iterable[object]) -> dict[object, int]:
-    """The place of each key that is there once."""
+    """Return the place of each key that occurs once."""
     listed = list(keys)
     counts = Counter(listed)
     return {key: i for i, key in enumerate(listed) if key is not None and counts[key] == 1}
 
 
 def _by_end(path_of: Callable[[ImageId], str]) -> Pairing:
-    """Pair the images of which one path ends in the other: they are below different folders."""
+    """Pair the images of which one path ends in the other, below different directories."""
 
     def pairs(generated: Sequence[ImageId], annotated: Sequence[ImageId]) -> Pairs:
         ours, theirs = (list(map(path_of, side)) for side in (generated, annotated))
@@ -264,9 +264,9 @@ def _by_end(path_of: Callable[[ImageId], str]) -> Pairing:
 
 
 def _partners(ours: list[str], theirs: list[str]) -> list[int]:
-    """For each of our paths the place of the one of theirs that ends in it, or that it ends in.
+    """Return for each of our paths the place of the one of theirs that ends in it or vice versa.
 
-    `SEVERAL` where there is not just one.
+    `SEVERAL` if there is not exactly one.
     """
     by_path: dict[str, int] = {}
     by_end: dict[str, int] = {}
@@ -285,7 +285,7 @@ def _partners(ours: list[str], theirs: list[str]) -> list[int]:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """`a/b/c`, `b/c` and `c` of `a/b/c`."""
+    """Yield `a/b/c`, `b/c` and `c` of `a/b/c`."""
     yield path
     while "/" in path:
         path = path.partition("/")[2]

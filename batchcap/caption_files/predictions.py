@@ -1,7 +1,4 @@
-"""Captions that were generated, by batchcap or another program: what is evaluated and exported.
-
-Reads only. Knows no references, and no metrics.
-"""
+"""Generated captions, of batchcap or another program. Knows no references, and no metrics."""
 
 import os
 from collections.abc import Iterator
@@ -36,11 +33,11 @@ COLUMNS = ["image_id", "caption", "tokens", "mean_logprob", "finished"]
 
 @dataclass(frozen=True, slots=True)
 class GeneratedCaption:
-    """One image's caption; None where there is none because the photo could not be read.
+    """One image's caption; None if the photo could not be read.
 
-    `tokens` are the words as the model wrote them, `mean_logprob` the natural log-probability of a
-    word, `finished` whether the end was reached, `number` the image's id in a COCO file; None where
-    the file doesn't tell.
+    `tokens` are the words as the model wrote them, `mean_logprob` is the natural log-probability
+    per word, `finished` tells whether the end was reached, `number` is the image's id in a COCO
+    file; None if the file does not say.
     """
 
     image_id: str
@@ -52,11 +49,11 @@ class GeneratedCaption:
 
 
 def read_captions(path: Path) -> list[GeneratedCaption]:
-    """Read captions in any known format, told by its content, in the file's order.
+    """Read captions in any known format, recognised by content, in the file's order.
 
-    `OUTPUT.parquet` and folders of parts of `batchcap run`, COCO results and AI Challenger
-    submissions (an array of `{"image_id", "caption"}`, ids texts or numbers), JSON lines or CSV of
-    the same. Captions of others come back in NFC with single spaces.
+    Formats: `OUTPUT.parquet` and directories of parts of `batchcap run`; COCO results and AI
+    Challenger submissions (an array of `{"image_id", "caption"}`, ids strings or numbers); JSON
+    lines or CSV of the same. Captions of other programs are normalised to NFC with single spaces.
 
     Raises:
         UsageError: there is no such file.
@@ -66,12 +63,12 @@ def read_captions(path: Path) -> list[GeneratedCaption]:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a file or folder is an output of `batchcap run`, rather than captions of others."""
+    """Whether a file or directory is an output of `batchcap run`."""
     return path.suffix == ".parquet" or path.is_dir()
 
 
 def row_paths(path: Path) -> list[Path]:
-    """The files that hold the rows of `OUTPUT.parquet` or `OUTPUT/`.
+    """Return the files with the rows of `OUTPUT.parquet` or `OUTPUT/`.
 
     Raises:
         UsageError: there is no such file or folder.
@@ -88,9 +85,9 @@ def row_paths(path: Path) -> list[Path]:
 
 
 def check_out(out: Path, captions: Path, *others: Path | None) -> None:
-    """See that `out` can be written, and over none of the captions and others it is made of.
+    """Check that `out` can be written, and overwrites none of the files that are read.
 
-    A symbolic link is followed.
+    Symbolic links are followed.
 
     Raises:
         UsageError: it is a folder, a pipe or a device, in the folder of a run, or one of these.
@@ -111,9 +108,9 @@ def check_out(out: Path, captions: Path, *others: Path | None) -> None:
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:
-    """The rows of an output of `batchcap run`, a row group at a time, every checksum verified.
+    """Yield the rows of an output of `batchcap run`, one row group at a time, checksums verified.
 
-    If a run was killed before it dropped the old row of an image, only the new one is read.
+    If a run was killed before it dropped an image's old row, only the new one is read.
 
     Raises:
         UsageError: there is no such file or folder.
@@ -128,7 +125,7 @@ def read_rows(path: Path) -> Iterator[pa.Table]:
 
 
 def metadata_of(rows: pa.Table) -> dict[str, str]:
-    """What the file of these rows says of itself."""
+    """Return the metadata of a file with these rows."""
     found = rows.schema.metadata or {}
     return {key.decode(): value.decode() for key, value in found.items()}
 
@@ -163,7 +160,7 @@ def _read_records(path: Path) -> list[GeneratedCaption]:
 
 
 def _caption_of(record: Any) -> GeneratedCaption:
-    """A record's caption; ValueError or TypeError says what is wrong with it."""
+    """Return a record's caption; ValueError or TypeError says what is wrong with it."""
     if not isinstance(record, dict):
         raise TypeError(f"{shown(record)} is not an object")
     image_id, caption = name_of(record), first_of(record, "caption", "text")

@@ -1,6 +1,6 @@
-"""Text files of records that users bring: JSON, JSON lines, CSV, plain lines; gzip files of them.
+"""Text files of records: JSON, JSON lines, CSV, plain lines; gzip files of them.
 
-All problems of a file are gathered and reported at once, each with its place.
+All problems of a file are collected and reported at once, each with its place.
 """
 
 import codecs
@@ -25,18 +25,18 @@ SHOWN_PROBLEMS = 10
 
 
 class Problems:
-    """What is wrong with a file. `place` follows its name in a report: `:12` or `: entry 3`."""
+    """The problems of a file. `place` follows its name in a report: `:12` or `: entry 3`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reports: list[str] = []
 
     def report(self, place: str, reason: str) -> None:
-        """Note one."""
+        """Add a problem."""
         self._reports.append(f"{self.path}{place}: {reason}")
 
     def raise_if_any(self, advice: str = "") -> None:
-        """Report all of them.
+        """Report all problems.
 
         Raises:
             InputError: counts them, shows the first ten, and ends with the advice.
@@ -53,7 +53,7 @@ class Problems:
 
 
 def holds_records(data: bytes) -> bool:
-    """Whether a text is JSON, JSON lines or CSV with a column of photos, told by its beginning."""
+    """Whether a text is JSON, JSON lines or CSV with a column of photos, by its beginning."""
     if _is_json(data):
         return True
     header = data.lstrip().partition(b"\n")[0][:LONGEST_HEADER].decode("utf-8", "replace")
@@ -66,10 +66,9 @@ def _is_json(data: bytes) -> bool:
 
 
 def read_records(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each record of a JSON array, of JSON lines or of a CSV file with a header.
+    """Yield (place, value) of each record of a JSON array, JSON lines or CSV with a header.
 
-    Any other JSON value is the only record. `data` holds records; lines and rows that are wrong
-    are reported.
+    Any other JSON value is the only record. `data` has records; wrong lines and rows are reported.
 
     Raises:
         InputError: it is not UTF-8, or not JSON.
@@ -118,7 +117,7 @@ def _json_document(path: Path, data: bytes) -> Any | None:
 
 
 def _json_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line that is not blank; lines that are not JSON are reported."""
+    """Yield (place, value) of each non-blank line; report lines that are not JSON."""
     for place, line in text_lines(data, problems):
         try:
             yield place, json.loads(line)
@@ -129,7 +128,7 @@ def _json_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, Any]]:
 
 
 def text_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank; lines that are not UTF-8 are reported."""
+    """Yield (place, line) of each non-blank line; report lines that are not UTF-8."""
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
             # Files that were joined have byte order marks at later lines too.
@@ -153,7 +152,7 @@ def name_of(record: dict[str, Any]) -> Any:
 
 
 def entries(records: list[Any], name: str = "entry") -> Iterator[tuple[str, Any]]:
-    """(place, value) of each of a JSON file's records."""
+    """Yield (place, value) of each record of a JSON file."""
     return ((f": {name} {number}", record) for number, record in enumerate(records, start=1))
 
 
@@ -166,7 +165,7 @@ def _decoded(path: Path, data: bytes) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A text file in UTF-8 without its byte order mark, unpacked if it is a gzip file.
+    """Read a text file, unpacked if it is gzip, in UTF-8 without byte order mark.
 
     UTF-16 is recognised by its byte order mark; other bytes are returned unchanged.
 

@@ -1,8 +1,8 @@
-"""Rows that workers send, in any order, taken as if one machine had listed the whole input.
+"""Orders the rows that workers send, as if one machine had listed the whole input.
 
-Of photos of one id, the first in the order of the archives has the row. A row of a new photo is
-taken when it comes. A row that replaces one of an earlier run waits until all archives before its
-own have been tallied, since the earlier row may fit a photo there.
+Of photos with the same id, the first in archive order gets the row. The row of a new photo is
+accepted when it arrives. A row that replaces one of an earlier run waits until all archives before
+its own are tallied, because the earlier row may belong to a photo there.
 """
 
 import os
@@ -34,13 +34,13 @@ Piece = Archive | list[ImageRef]
 
 
 class Tally(NamedTuple):
-    """What a worker has found in a piece of the input.
+    """A worker's findings in a piece of the input.
 
     new: hashes of the ids of photos without a row. seen: row numbers of the other photos, and
-    states: the `State` of each of these. failed: why photos have no caption, by the hash of their
-    id. doubled: how many photos were left out because one before them has their id, and
-    first_doubled: the first of them. unread: each archive that could not be read, or only in part,
-    and why. left_out: the first system folder, or empty.
+    states: the `State` of each. failed: reason of each photo without a caption, by the hash of its
+    id. doubled: number of photos skipped because an earlier one has their id; first_doubled: the
+    first of them. unread: each archive that could not be fully read, and why. left_out: the first
+    system folder, or empty.
     """
 
     new: Hashes
@@ -55,7 +55,7 @@ class Tally(NamedTuple):
 
 
 class PieceInventory(Inventory):
-    """A worker's inventory of one piece, which marks nothing in the index that workers share."""
+    """A worker's inventory of one piece; it marks nothing in the index, which workers share."""
 
     def __init__(self, settings: RunSettings, index: RowIndex) -> None:
         super().__init__(settings, index)
@@ -66,7 +66,7 @@ class PieceInventory(Inventory):
         self._unread: list[tuple[str, str]] = []
 
     def tally(self, failed: dict[int, str]) -> Tally:
-        """Return what was found, once all of the piece has been listed."""
+        """Return the findings, once the whole piece has been listed."""
         return Tally(
             new=np.concatenate(self._new),
             seen=np.concatenate(self._seen),
@@ -86,17 +86,17 @@ class PieceInventory(Inventory):
             self._states.append(state)
 
     def note_doubled(self, name: str, photos: int = 1) -> None:
-        """Count photos whose id came before, for the run to warn of."""
+        """Count photos with the id of an earlier one, for the run to warn about."""
         self._first_doubled = self._first_doubled or name
         self.doubled += photos
 
     def note_unlisted(self, name: str, reason: str) -> None:
-        """Keep what could not be read, for the run to warn of."""
+        """Record an archive that could not be fully read, for the run to warn about."""
         self.unlisted += 1
         self._unread.append((name, reason))
 
     def note_left_out(self, name: str) -> None:
-        """Keep the first system folder, for the run to log."""
+        """Record the first system folder, for the run to log."""
         self.left_out = self.left_out or name
 
     def _note_met(self, new: Hashes, rows: Hashes) -> None:
@@ -105,12 +105,12 @@ class PieceInventory(Inventory):
 
 
 class Arrivals:
-    """Admits the rows of workers, and counts their photos, as one machine would.
+    """Accepts the rows of workers, and counts their photos, as one machine would.
 
-    untallied: how many pieces have no tally yet. Archives whose turn has not come keep their
-    tallies, and settled ones the hashes of their new ids: 16 bytes a new photo with its row's, and
-    5 a photo that had one. Nothing is kept where ids can't come twice, as in folders, lists and a
-    single archive.
+    untallied: number of pieces without a tally. Archives that wait for their turn keep their
+    tallies, and settled ones keep the hashes of their new ids: 16 bytes per new photo with its
+    row's hash, and 5 bytes per photo that had a row. Nothing is kept if ids cannot repeat, as in
+    directories, lists and a single archive.
     """
 
     def __init__(self, inventory: Inventory, pieces: Sequence[Piece]) -> None:
@@ -129,7 +129,7 @@ class Arrivals:
     def take(
         self, archive: Archive | None, rows: list[Row], tally: Tally | None
     ) -> Iterator[Chunk]:
-        """Yield the rows that can be appended, now that these have come, or an archive's tally."""
+        """Yield the rows that can be appended now that these rows, or a tally, have arrived."""
         number = None if archive is None else self._numbers.get(archive)
         yield _chunk(rows if number is None else self._admitted(number, rows))
         if tally is None:
@@ -143,9 +143,9 @@ class Arrivals:
             yield from self._settle()
 
     def rest(self) -> Iterator[Chunk]:
-        """Yield the rows that still wait, where a run is stopped before all pieces are tallied.
+        """Yield the rows that still wait when a run stops before all pieces are tallied.
 
-        If the row of an archive before was right, the next run makes it again.
+        If the row of an earlier archive was the right one, the next run restores it.
         """
         index = self.inventory.index
         for places in self._replaced:
@@ -158,7 +158,7 @@ class Arrivals:
                 index.mark_seen(self._tallies[number].seen.astype(np.int64))
 
     def _admitted(self, number: int, rows: list[Row]) -> list[Row]:
-        """Rows that can be appended at once; the others wait."""
+        """Return the rows that can be appended at once; keep the others."""
         hashes = _hashes_of(rows)
         is_new = self.inventory.index.find_all(hashes) < 0
         is_first = np.zeros(len(rows), np.bool_)
@@ -171,7 +171,7 @@ class Arrivals:
         return _chosen(rows, is_first)
 
     def _replacing(self, rows: list[Row]) -> list[Row]:
-        """Those rows whose photo is the first of its id; all archives before are settled."""
+        """Return the rows whose photo is the first with its id; earlier archives are settled."""
         index = self.inventory.index
         places = index.find_all(_hashes_of(rows))
         is_first = ~index.is_seen(places)
@@ -179,7 +179,7 @@ class Arrivals:
         return _chosen(rows, is_first)
 
     def _settle(self) -> Iterator[Chunk]:
-        """Settle the archives whose turn comes: their photos are first but for those met before."""
+        """Settle the archives whose turn has come: their photos are first unless met before."""
         while (tally := self._tallies.pop(self._turn, None)) is not None:
             is_first = self._settled.add(tally.new)
             self._count(tally, is_first)
@@ -190,7 +190,7 @@ class Arrivals:
                 yield _chunk(self._replacing(rows))
 
     def _come_again(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Chunk]:
-        """Rows of first photos whose id another archive's photo had when they came."""
+        """Yield rows of first photos that arrived while another archive's photo had their id."""
         first, replaced = tally.new[is_first], {*tally.new[~is_first].tolist()}
         gathered: list[Row] = []
         for rows in self._waiting.take(self._turn, again=True):
@@ -218,7 +218,7 @@ class Arrivals:
             inventory.note_left_out(tally.left_out)
 
     def _count(self, tally: Tally, is_first_new: npt.NDArray[np.bool_]) -> None:
-        """Count the photos of a piece that are the first of their ids, and mark them as seen."""
+        """Count a piece's photos that are the first with their ids; mark them as seen."""
         index, seen = self.inventory.index, tally.seen.astype(np.int64)
         is_first_seen = ~index.is_seen(seen)
         index.mark_seen(seen)
@@ -233,7 +233,7 @@ class Arrivals:
 
 
 class _Waiting:
-    """Rows that wait, by the number of their archive; on disk where there are many."""
+    """Waiting rows, by the number of their archive; on disk if there are many."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(BYTES_IN_MEMORY)  # noqa: SIM115
@@ -253,7 +253,7 @@ class _Waiting:
         self._places.setdefault((number, again), []).append(place)
 
     def take(self, number: int, again: bool) -> Iterator[list[Row]]:
-        """Yield the rows of an archive in the order in which they came."""
+        """Yield an archive's rows in the order of their arrival."""
         for place in self._places.pop((number, again), ()):
             self._file.seek(place)
             yield pickle.load(self._file)

@@ -1,4 +1,4 @@
-"""Attention over a photo, word by word, as the notebook draws it. Needs a font with Chinese."""
+"""Figure of the attention over a photo, word by word, as in the notebook."""
 
 import math
 from importlib import import_module
@@ -26,7 +26,7 @@ def draw_attention(
     weights: npt.NDArray[np.float32],
     path: Path,
 ) -> None:
-    """Draw the photo and, for each word, where the model looked.
+    """Draw the photo and, for each word, its attention.
 
     Args:
         pixels: `uint8[S, S, 3]`.
@@ -60,7 +60,9 @@ def draw_attention(
 
 
 def find_font(text: str) -> Any:
-    """A font of this system, or of the package noto-cjk-sans-otc, with every character of `text`.
+    """Return a font that has every character of `text`.
+
+    It is a font of this system, or of the package noto-cjk-sans-otc.
 
     Raises:
         InputError: there is none; says how to get one.
@@ -79,7 +81,7 @@ def find_font(text: str) -> Any:
 
 
 def _font_files() -> list[str]:
-    """Fonts likely to have Chinese: named as such first, then the package's."""
+    """Return fonts that are likely to have Chinese: by their names first, then the package's."""
     installed = matplotlib.font_manager.findSystemFonts()
     likely = [path for path in sorted(installed) if any(n in path for n in PREFERRED_FONTS)]
     try:

@@ -1,4 +1,4 @@
-"""Verb: how many images a second each stage of a run reaches on this machine, and all together."""
+"""Measures images per second of each stage of a run, and of a whole run."""
 
 import json
 import logging
@@ -50,10 +50,10 @@ log = logging.getLogger(__name__)
 class BenchResult:
     """Images per second of each stage alone on all cores, and of a whole run.
 
-    All are of `photos` that can be read; `unreadable` others are not timed. `load` reads and
-    decodes files, `features` is the backbone, `captions` the decoder, `write` makes rows and the
-    Parquet file. `pipeline_efficiency` is `end_to_end` over the rate that the stages add up to,
-    1 / sum(1 / rate). `peak_memory_bytes` is the process's after the whole run.
+    `photos` were timed; `unreadable` others were not. `load` reads and decodes files, `features` is
+    the backbone, `captions` the decoder, `write` creates rows and the Parquet file.
+    `pipeline_efficiency` is `end_to_end` divided by the rate that the stages would reach one after
+    the other, 1 / sum(1 / rate). `peak_memory_bytes` is this process's after the whole run.
     """
 
     load: float
@@ -71,7 +71,7 @@ class BenchResult:
     precision: str
 
     def as_json(self) -> str:
-        """One JSON object."""
+        """Return one JSON object."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ def _write(batches_of_rows: Iterable[list[Row]], output: Path) -> None:
 def _stages(
     refs: list[ImageRef], output: Path, worker: CaptionWorker
 ) -> Iterator[tuple[str, float]]:
-    """Each stage's name and seconds, all photos going through one before the next begins."""
+    """Yield each stage's name and seconds; all photos pass one stage before the next begins."""
     captioner, settings = worker.captioner, worker.settings
     seconds, photos = _timed(lambda: list(worker.load(refs, settings.batch_size)))
     yield "load", seconds
@@ -201,7 +201,7 @@ def _timed(work: Callable[..., Result], *arguments: Any) -> tuple[float, Result]
 
 
 def _refs(settings: BenchSettings, folder: Path) -> list[ImageRef]:
-    """The photos to time; the generated ones are taken again and again."""
+    """Return the photos to time; generated ones are repeated."""
     if settings.images is None:
         generated = [_generate(folder / f"{number}.jpg", number) for number in range(GENERATED)]
         return list(islice(cycle(generated), settings.limit))
@@ -212,7 +212,7 @@ def _refs(settings: BenchSettings, folder: Path) -> list[ImageRef]:
 
 
 def _generate(path: Path, seed: int) -> ImageRef:
-    """Coloured clouds as a JPEG, whose size and decoding time are those of a photo."""
+    """Write coloured clouds as a JPEG with the size and decoding time of a photo."""
     rng = np.random.default_rng(seed)
     photo = np.zeros((*GENERATED_SIZE[::-1], 3), np.float32)
     for cells, strength in ((4, 90), (32, 40), (160, 20)):

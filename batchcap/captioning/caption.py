@@ -1,4 +1,4 @@
-"""Verb: caption a few photos on the terminal, and draw where the model looked."""
+"""Captions photos on the terminal, and draws their attention."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ END_LABEL = "[END]"
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """A photo on the terminal. `probabilities` are of each word, then of END where reached."""
+    """A captioned photo; `probabilities` are of each word, then of END if it was reached."""
 
     path: str
     words: list[str]
@@ -31,7 +31,7 @@ class CaptionedImage:
 
     @property
     def failed(self) -> bool:
-        """Whether there is no caption but a reason."""
+        """Whether the photo has a reason instead of a caption."""
         return self.reason is not None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The rows of an engine go into OUTPUT, and are committed again and again while they come."""
+"""Appends the rows of an engine to OUTPUT, and commits them while they arrive."""
 
 import logging
 import threading
@@ -49,7 +49,7 @@ class Commits:
         threading.Thread(target=self._count, daemon=True).start()
 
     def take(self, chunks: Iterator[Chunk], watchdog: Watchdog) -> None:
-        """Append all chunks and commit them; if the engine fails, those that it has made.
+        """Append and commit all chunks; if the engine fails, commit the chunks before.
 
         Raises:
             OutputError: OUTPUT can't be written.
@@ -70,7 +70,7 @@ class Commits:
         self._commit(watchdog)
 
     def commit_at_once(self) -> None:
-        """Commit what there is, unless a commit is under way; nothing is committed after it."""
+        """Commit pending rows unless a commit is in progress; nothing is committed afterwards."""
         if self._writing.acquire(blocking=False):  # and never released
             with suppress(BatchcapError):
                 self.folder.commit()

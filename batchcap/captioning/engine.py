@@ -1,4 +1,4 @@
-"""What an engine is: a function of a task that yields chunks of rows."""
+"""The interface of engines: functions of a task that yield chunks of rows."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from batchcap.settings import DecodeSettings, RunSettings
 
 
 class Chunk(NamedTuple):
-    """Rows to append, and what they change in a run's counts.
+    """Rows to append, and their effect on a run's counts.
 
-    metadata: of a file of these rows. again: each row replaces one of this run. A chunk without
-    rows reports that the engine works.
+    metadata: of a file with these rows. again: each row replaces a row of this run. A chunk without
+    rows reports progress.
     """
 
     rows: list[Row]
@@ -33,13 +33,11 @@ Chunks = Generator[Chunk, None, None]
 
 @dataclass(frozen=True)
 class Task:
-    """What a run asks of an engine: rows for the photos of its inventory.
+    """A run's request to an engine: rows for the photos of its inventory.
 
-    folder: OUTPUT, with the captions that can be reused.
-    clock: counts seconds of work by stage.
-    look_ahead: to be called, with the fewest rows to come, once it is sure that there are some;
-        raises OutputError where OUTPUT's disk lacks room for them.
-    log_start: logs, with these fields, what begins where.
+    folder: OUTPUT, with the captions that can be reused. clock: counts seconds of work per stage.
+    look_ahead: to be called with the fewest rows to come, once there are some; raises OutputError
+    if OUTPUT's disk lacks room for them. log_start: logs the start of the work, with these fields.
     """
 
     settings: RunSettings
@@ -59,11 +57,11 @@ class Task:
         return not self.stop()
 
     def worker_settings(self, batch_size: int) -> WorkerSettings:
-        """What each worker has to know."""
+        """Return the settings of a worker."""
         return worker_settings_of(
             self.settings, self.decode, batch_size=batch_size, run_id=self.run_id
         )
 
     def reusable(self, sha256: str) -> Row | None:
-        """The caption columns of a file's SHA-256 that OUTPUT has, if they may be reused."""
+        """Return OUTPUT's caption columns for a file's SHA-256, if they may be reused."""
         return self.folder.reusable(sha256) if self.settings.reuse else None

@@ -1,4 +1,4 @@
-"""How many photos an input has, and whether OUTPUT's disk has room for their rows."""
+"""Number of photos of an input, and room for their rows on OUTPUT's disk."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ BYTES_PER_ROW = {  # on disk, with room to spare: 1,000 photos took 225 a row, w
 
 
 def count_photos(settings: RunSettings) -> int | None:
-    """Return how many photos a run's input has; None where counting takes long or fails."""
+    """Return the number of photos of a run's input; None if counting is slow or fails."""
     with suppress(BatchcapError):  # for the reader of the rows to meet
         return sum(1 for _ in _listed_again(settings)) // settings.shard_numbers[1] or None
     return None
@@ -34,7 +34,7 @@ def check_room(
     least: int,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Check that OUTPUT's disk has room for the rows to come, as far as they can be counted soon.
+    """Check that OUTPUT's disk has room for the rows to come, as far as they can be counted.
 
     Args:
         settings: of the run.
@@ -63,7 +63,7 @@ def check_room(
 def _listed_again(
     settings: RunSettings, progress: Callable[[], object] = lambda: None
 ) -> Iterator[ImageRef]:
-    """The input once more, in silence; nothing where that can't be done, or takes long."""
+    """List the input again without warnings; nothing if it can't be listed twice quickly."""
     if not can_be_listed_twice(settings.source):
         return iter(())
     return list_images_of(settings, lambda *_: None, progress=progress)

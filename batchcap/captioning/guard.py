@@ -1,7 +1,7 @@
-"""A program that ends the run that started it, once Python there is stuck in C code.
+"""A program that ends its parent, a run, when Python hangs in C code there.
 
-The run writes a byte to its standard input every now and then. Imports nothing but the standard
-library, so that it starts in a moment and takes little memory.
+The run writes a byte to its standard input every now and then. Imports only the standard library,
+so that it starts quickly and takes little memory.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 
 
 def guard(limit_s: float, tick_s: float) -> None:
-    """Send SIGABRT to the parent if no byte comes for `limit_s`; return at the end of the input.
+    """Send SIGABRT to the parent if no byte arrives for `limit_s`; return at the end of the input.
 
     Time counts only while the parent is not suspended, in ticks of `tick_s`.
     """

@@ -1,4 +1,4 @@
-"""Which photos of an input need a row: the listing against the rows that are there."""
+"""Photos of an input that need a row: the listing compared with the existing rows."""
 
 import errno
 import logging
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class State(IntEnum):
-    """How a photo stands to its row: those up to RETRIED need one, or a new one."""
+    """State of a photo relative to its row; photos up to RETRIED need a row."""
 
     NEW = 0
     CHANGED = 1
@@ -63,12 +63,12 @@ COUNTED_AS = {  # fields of `Counts`
 
 
 class Inventory:
-    """The photos of an input against the rows that are there, counted while they are listed.
+    """The photos of an input, compared with the existing rows and counted while they are listed.
 
-    counts: of the run. is_empty: no photo has been seen. complete: all of the input has been.
-    unlisted: how many folders and archives could not be read, or only in part. doubled: how many
-    photos were left out because an earlier one has their id; lines of a list do not count.
-    left_out: the first system folder of the input, or empty.
+    counts: of the run. is_empty: no photo was seen. complete: the whole input was seen. unlisted:
+    number of directories and archives that could not be fully read. doubled: number of photos
+    skipped because an earlier one has their id; lines of a list do not count. left_out: the first
+    system folder of the input, or empty.
     """
 
     def __init__(
@@ -86,11 +86,10 @@ class Inventory:
         goes_on: Callable[[], bool] = lambda: True,
         progress: Callable[[], object] = lambda: None,
     ) -> Iterator[ImageRef]:
-        """List the photos of the input, noting unreadable folders and archives, and system folders.
+        """List the input's photos; note unreadable directories and archives, and system folders.
 
-        `progress` is that of `list_images`.
-
-        Raises InputError for a list whose files don't exist, as `checked` does.
+        `progress` is that of `list_images`. Raises InputError for a list of missing files, as
+        `checked` does.
         """
         refs = list_images_of(
             self.settings, self.note_unlisted, left_out=self.note_left_out, progress=progress
@@ -102,8 +101,8 @@ class Inventory:
     ) -> Iterator[ImageRef]:
         """Yield the photos of a list, but hold back those without a row until one of them exists.
 
-        Raises InputError if none of the first hundred without a row exists, or, in a shorter list,
-        no photo does. Other inputs pass unchecked.
+        Raises InputError if none of the first hundred without a row exists or, in a shorter list,
+        no photo exists. Other inputs pass unchecked.
         """
         if not names_photos(self.settings.source):
             yield from refs
@@ -140,7 +139,7 @@ class Inventory:
     def unfinished(
         self, refs: Iterable[ImageRef], goes_on: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageRef]:
-        """Yield the photos that need a row, or a new one; asks `goes_on` at each photo."""
+        """Yield the photos that need a row; asks `goes_on` at each photo."""
         largest = LARGEST_OF_PIPE if is_stream(self.settings.source) else LARGEST_CHUNK
         for chunk in chunks(refs, largest, goes_on):
             for ref, row in self._looked_up(chunk):
@@ -156,17 +155,17 @@ class Inventory:
         self.complete = goes_on() and not self.unlisted
 
     def count(self, state: State, photos: int = 1) -> None:
-        """Count photos by how they stand to their rows."""
+        """Count photos of one state."""
         for name in COUNTED_AS[state]:
             setattr(self.counts, name, getattr(self.counts, name) + photos)
 
     @property
     def vanished(self) -> int:
-        """How many rows are of photos that were not listed; 0 unless all of the input was."""
+        """Number of rows whose photos were not listed; 0 unless the whole input was."""
         return self.index.vanished if self.complete else 0
 
     def check_any(self) -> None:
-        """Raises InputError if the input has no photo, unless that is allowed."""
+        """Raise InputError if the input has no photo, unless that is allowed."""
         if self.is_empty and not self.settings.allow_empty:
             raise InputError(
                 f"no photo in {self.settings.source}: check the path, or --glob; "
@@ -174,7 +173,7 @@ class Inventory:
             )
 
     def check_whole(self) -> None:
-        """Raises InputError if some of the input was left out, now that the rest has its rows."""
+        """Raise InputError if photos of the input were skipped, now that the others have rows."""
         told = []
         if self.unlisted:
             left_out = counted(self.unlisted, "folder or archive", "folders or archives")
@@ -191,7 +190,7 @@ class Inventory:
             )
 
     def _looked_up(self, refs: list[ImageRef]) -> Iterator[tuple[ImageRef, int]]:
-        """The photos of this shard that have not been met, with their row numbers or -1."""
+        """Return this shard's new photos, with their row numbers or -1."""
         self.is_empty = self.is_empty and not refs
         hashes = hashes_of([ref.image_id for ref in refs])
         mine = in_shard(hashes, *self.settings.shard_numbers)
@@ -206,7 +205,7 @@ class Inventory:
         return zip(_described(refs, has_row), rows.tolist(), strict=True)
 
     def _note_met(self, _new: Hashes, rows: Hashes) -> None:
-        """Photos have been met: the hashes of new ids, and the row numbers of the others."""
+        """Record photos: the hashes of new ids, and the row numbers of the others."""
         self.index.mark_seen(rows)
 
     def _state(self, ref: ImageRef, row: int) -> State:
@@ -229,12 +228,12 @@ class Inventory:
         return self.index.compare(row, size, UNKNOWN if mtime_ns is None else mtime_ns)
 
     def note_unlisted(self, name: str, reason: str) -> None:
-        """Count and warn of a folder or an archive that could not be read, or only in part."""
+        """Count and log a directory or an archive that could not be fully read."""
         self.unlisted += 1
         warn_unlisted(name, reason)
 
     def note_left_out(self, name: str) -> None:
-        """Log once that system folders are left out."""
+        """Log once that system folders are skipped."""
         if not self.left_out:
             self.left_out = name
             log.info(
@@ -249,7 +248,7 @@ class Inventory:
             self.note_doubled(name)
 
     def note_doubled(self, name: str, photos: int = 1) -> None:
-        """Count photos that have the id of one before them, and log the first of all."""
+        """Count photos with the id of an earlier one, and log the first."""
         is_first = not self.doubled
         self.doubled += photos
         if is_first:
@@ -268,7 +267,7 @@ def list_images_of(
     left_out: Callable[[str], object] = lambda _name: None,
     progress: Callable[[], object] = lambda: None,
 ) -> Iterator[ImageRef]:
-    """The photos of a run's input, or of one of its archives; `left_out` gets system folders."""
+    """List the photos of a run's input, or of one archive; `left_out` gets system folders."""
     return list_images(
         archive or settings.source,
         settings.glob,
@@ -280,7 +279,7 @@ def list_images_of(
 
 
 def columns_of(settings: RunSettings) -> Columns:
-    """The columns of a Parquet input."""
+    """Return the columns of a Parquet input."""
     return Columns(settings.image_column, settings.id_column)
 
 
@@ -293,9 +292,9 @@ def excluded_by(settings: RunSettings) -> Callable[[str], bool]:
 def chunks(
     refs: Iterable[ImageRef], largest: int, goes_on: Callable[[], bool]
 ) -> Iterator[list[ImageRef]]:
-    """Photos to be looked up together: one at first, so that work begins soon, then more and more.
+    """Yield photos to look up together: one at first, so that work begins soon, then more and more.
 
-    Of those whose bytes are at hand, only a few megabytes.
+    Photos whose bytes are in memory come in chunks of a few megabytes.
     """
     chunk: list[ImageRef] = []
     held, size = 0, 1
@@ -316,7 +315,7 @@ def _chosen(refs: list[ImageRef], which: npt.NDArray[np.bool_]) -> list[ImageRef
 
 
 def _described(refs: list[ImageRef], has_row: npt.NDArray[np.bool_]) -> Iterator[ImageRef]:
-    """The same photos; those with a row to compare get size and time from their store, if any."""
+    """Return the same photos; those with a row get size and time from their store, if any."""
     is_asked = [
         known and ref.size is None and ref.data is None and is_url(ref.path)
         for ref, known in zip(refs, has_row.tolist(), strict=True)
@@ -344,7 +343,7 @@ def _described_by_store(ref: ImageRef) -> ImageRef:
 
 
 def _is_missing(ref: ImageRef) -> bool:
-    """Whether the file of a photo does not exist; False where this can't be known."""
+    """Whether a photo's file does not exist; False if this cannot be known."""
     if ref.data is not None:
         return False
     try:

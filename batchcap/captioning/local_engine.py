@@ -1,6 +1,6 @@
-"""The local engine: photos in, rows out, in this process, its threads and its reader processes.
+"""The local engine: captions photos in this process, its threads and its reader processes.
 
-An engine never raises for one photo: a photo that can't be read is a row that says why.
+An engine never raises for a single photo: if a photo cannot be read, its row says why.
 """
 
 import logging
@@ -79,7 +79,7 @@ def caption_locally(task: Task) -> Chunks:
 
 
 class Photo(NamedTuple):
-    """A photo that was read: `reused` are its caption columns if known, `caption` if captioned."""
+    """A photo that was read: `reused` are known caption columns, `caption` is a new caption."""
 
     ref: ImageRef
     image: LoadedImage
@@ -88,16 +88,16 @@ class Photo(NamedTuple):
 
     @property
     def needs_caption(self) -> bool:
-        """Whether the model has to see it."""
+        """Whether the model has to caption the photo."""
         return self.reused is None and not isinstance(self.image.pixels, Rejection)
 
 
 class CaptionWorker:
-    """A loaded model and the processes that read photos for it: photos to rows.
+    """A loaded model and the processes that read photos for it.
 
-    Starts its processes and TensorFlow. `readers` is how many processes read photos; with 0, this
-    process does. `progress` is that of `Readers`. `settings.batch_size` shrinks where memory is too
-    small.
+    Starts the processes and TensorFlow. `readers` is the number of processes that read photos; with
+    0, this process reads them. `progress` is that of `Readers`. `settings.batch_size` shrinks if
+    memory is too small.
 
     Raises:
         UsageError: this machine lacks the runtime or the precision.
@@ -135,7 +135,7 @@ class CaptionWorker:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """How rows were made, for the metadata of their file."""
+        """Metadata of a file with this worker's rows."""
         grid = "{}x{}".format(*self.captioner.grid)
         return {"batchcap.runtime": self.execution.runtime, "batchcap.grid": grid}
 
@@ -226,7 +226,7 @@ class CaptionWorker:
 
 
 def _reused(image: LoadedImage, reusable: Reusable) -> Row | None:
-    """The caption of the same bytes, unless this photo was rejected: then it has none."""
+    """Return the caption of the same bytes, unless this photo was rejected."""
     if image.sha256 is None or isinstance(image.pixels, Rejection):
         return None
     return reusable(image.sha256)
@@ -239,7 +239,7 @@ def _grouped(refs: Iterable[ImageRef]) -> Iterator[list[ImageRef]]:
 
 
 def counts_of(photos: list[Photo]) -> Counts:
-    """Count photos by where their captions come from, or why they have none."""
+    """Count photos by the source of their captions, or by the reason of their failure."""
     rejections = [photo.image.pixels for photo in photos]
     return Counts(
         captioned=sum(photo.caption is not None for photo in photos),
@@ -251,7 +251,7 @@ def counts_of(photos: list[Photo]) -> Counts:
 
 
 def with_captions(photos: list[Photo], captions: Iterable[Caption]) -> list[Photo]:
-    """Give the photos that need a caption one each, in order."""
+    """Give one caption to each photo that needs one, in order."""
     left = iter(captions)
     return [
         photo._replace(caption=next(left)) if photo.needs_caption else photo for photo in photos
@@ -281,7 +281,7 @@ def in_threads(
     threads: int = BATCHES_CAPTIONED_AT_ONCE,
     ahead: int = BATCHES_UNDER_WAY,
 ) -> Iterator[Result]:
-    """The results of `work` in the order of `items`, of which at most `ahead` are under way."""
+    """Yield the results of `work` in the order of `items`; at most `ahead` are in progress."""
     pool = ThreadPoolExecutor(threads)
     under_way: deque[Future[Result]] = deque()
     try:
@@ -297,9 +297,9 @@ def in_threads(
 
 
 def batched(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
-    """Lists of photos of which `size` need a caption, the last one perhaps fewer.
+    """Yield lists of photos of which `size` need a caption, in the last list perhaps fewer.
 
-    Those that need none pass by with the others.
+    Photos that need none are in the lists too.
     """
     batch: list[Photo] = []
     wanting = 0

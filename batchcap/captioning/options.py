@@ -1,4 +1,4 @@
-"""What was asked for, made to fit the model that is to do it."""
+"""Settings of a run, adapted to its model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is 
 
 
 def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSettings:
-    """How the model is to choose words; what does not count is as nobody had asked for it.
+    """Return the decode settings for a model; settings without effect get their defaults.
 
     Raises:
         UsageError: a length that the model or the other length does not allow, or a style that the
@@ -55,10 +55,10 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """All that a worker has to know, wherever it runs.
+    """Settings of a worker, on whatever machine it runs.
 
-    reader_timeout_s: in which a photo has to be read.
-    compiled: whether it is for so many photos that compiling pays.
+    reader_timeout_s: time limit for reading a photo. compiled: whether there are so many photos
+    that compiling pays.
     """
 
     model: Path
@@ -76,7 +76,7 @@ class WorkerSettings:
 def worker_settings_of(
     settings: RunSettings, decode: DecodeSettings, batch_size: int, run_id: str
 ) -> WorkerSettings:
-    """What a worker of this run has to know.
+    """Return the settings of a run's workers.
 
     Raises:
         ModelError: the model directory is wrong.

@@ -1,8 +1,8 @@
-"""Captioning on a Ray cluster: pieces of the input go out, rows come back.
+"""The Ray engine: pieces of the input go to workers on a cluster, rows come back.
 
 Ray Data keeps the workers busy with bounded read-ahead, and retries pieces lost with a process or a
-machine. A retried piece yields the same answers, so that no row comes back twice. Only the driver
-writes. Apart from rows, workers report that they move: much work yields no rows.
+machine. A retried piece yields the same number of answers, so that no row comes back twice. Only
+the driver writes. Workers also report progress without rows: much work yields none.
 """
 
 import logging
@@ -63,11 +63,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """A part of a worker's answer for a piece: some rows or, after all rows, the piece's tally.
+    """A part of a worker's answer for a piece: rows or, after all rows, the piece's tally.
 
-    metadata: of a file of these rows. archive: the piece, if it is one. failure: why there are no
-    rows; sent as a value because Ray would wrap an exception. An answer without anything reports
-    that the cluster works.
+    metadata: of a file with these rows. archive: the piece, if it is one. failure: why there are no
+    rows; sent as a value because Ray would wrap an exception. An empty answer reports progress.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
@@ -78,7 +77,7 @@ class Answer:
 
 
 class Workers(NamedTuple):
-    """The number of workers, and the processors and GPUs of each."""
+    """The number of workers, and the CPUs and GPUs of each."""
 
     number: int
     cpus: int
@@ -86,7 +85,7 @@ class Workers(NamedTuple):
 
 
 def caption_on_ray(task: Task) -> Chunks:
-    """Caption the input of a task on a cluster: workers list their pieces of it themselves."""
+    """Caption the input of a task on a cluster; workers list the photos of their pieces."""
     settings, inventory = task.settings, task.inventory
     listed = pieces_of(
         settings, inventory.note_unlisted, inventory.note_left_out, task.watchdog.progress
@@ -117,7 +116,7 @@ def pieces_of(
     left_out: Callable[[str], object] = lambda _name: None,
     progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Piece]:
-    """Split the input into pieces, one for a worker at a time: its archives, or lists of photos.
+    """Split the input into pieces, one for a worker at a time: archives, or lists of photos.
 
     Paths are absolute, since workers run elsewhere. `progress` is that of `list_images`.
 
@@ -142,10 +141,10 @@ def _whole(path: str) -> str:
 def run_on_ray(
     pieces: Sequence[Piece], settings: RunSettings, worker: WorkerSettings, index: RowIndex
 ) -> Iterator[Answer]:
-    """Caption pieces of an input on all machines of a cluster; answers come as they are done.
+    """Caption pieces of an input on all machines of a cluster; yield answers as they arrive.
 
-    The model and the index of existing rows are sent once to each machine. While no answer
-    comes, empty ones are yielded as long as workers move, or the cluster waits for machines.
+    The model and the index of existing rows are sent once to each machine. While no answer arrives,
+    empty ones are yielded as long as workers make progress or the cluster waits for machines.
 
     Raises:
         UsageError: Ray is not installed, there is no such cluster, or it has no room for a worker.
@@ -183,21 +182,21 @@ def run_on_ray(
 
 
 class Pulse:
-    """An actor that workers report to, and that the driver asks how they are."""
+    """An actor that workers report to, and that the driver asks about them."""
 
     def __init__(self) -> None:
         self._workers: dict[str, tuple[str, int]] = {}  # by id: node, pieces
         self._has_moved = False
 
     def report(self, worker: str, node: str, pieces: int) -> None:
-        """Note that a worker moves, on which node it is, and how many pieces it has in hand."""
+        """Record a worker's progress, its node, and how many pieces it works on."""
         self._workers[worker] = node, pieces
         self._has_moved = True
 
     def ask(self) -> tuple[bool, int, int]:
-        """Return whether a worker has moved since the last call, and how many are there and busy.
+        """Return whether a worker made progress since the last call, and how many exist and work.
 
-        A worker is there if its node is alive.
+        A worker exists if its node is alive.
         """
         import ray
 
@@ -217,9 +216,9 @@ def _start_pulse(ray: Any) -> Any:
 
 
 def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[], bool]:
-    """Make the function that says whether the cluster moves, or waits for machines.
+    """Return a function that tells whether the cluster makes progress, or waits for machines.
 
-    It does not wait for an answer, since a cluster that hangs gives none.
+    It does not wait for an answer, since a hanging cluster gives none.
     """
     asked = [pulse.ask.remote()]
     next_warning = time.monotonic() + warn_s
@@ -251,7 +250,7 @@ def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[]
 def with_news(
     items: Iterable[Item], moves: Callable[[], bool], seconds: float
 ) -> Iterator[Item | None]:
-    """Yield items as they come and, every so many seconds without one, None if `moves()`."""
+    """Yield items as they arrive and, every so many seconds without one, None if `moves()`."""
     arrived: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(1)
     over = threading.Event()
 
@@ -286,7 +285,7 @@ def with_news(
 
 
 def _report_s(settings: RunSettings) -> float:
-    """Often enough for the shortest timeout."""
+    """Return an interval that is short enough for the shortest timeout."""
     return min(REPORT_S, settings.stall_timeout / 10)
 
 
@@ -328,7 +327,7 @@ class RayWorker:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Report that there is work in hand; starting counts as a piece."""
+        """Report that there is work; starting counts as a piece."""
         self._count_piece(1)
         try:
             yield
@@ -385,14 +384,14 @@ class RayWorker:
 
 
 def failures(rows: list[Row]) -> dict[int, str]:
-    """Why photos have no caption, by the hash of their id."""
+    """Return the reason of each photo without a caption, by the hash of its id."""
     failed = [row for row in rows if row["status"] == "failed"]
     hashes = hashes_of([row["image_id"] for row in failed]).tolist()
     return dict(zip(hashes, [row["error_type"] for row in failed], strict=True))
 
 
 def at_most_every(seconds: float, report: Callable[[], object]) -> Callable[[], None]:
-    """Make the function that calls `report`, unless it has done so just before."""
+    """Return a function that calls `report` at most once in `seconds`."""
     last = -math.inf
 
     def reported() -> None:
@@ -406,7 +405,7 @@ def at_most_every(seconds: float, report: Callable[[], object]) -> Callable[[], 
 
 
 def _start_tensorflow(worker_id: str) -> None:
-    """Start TensorFlow in a worker, which Ray restarts, with the same id, whenever it dies.
+    """Start TensorFlow in a worker, which Ray restarts under the same id whenever it dies.
 
     A file keeps what TensorFlow printed at earlier deaths.
 
@@ -432,10 +431,10 @@ def _start_tensorflow(worker_id: str) -> None:
 def workers_on(
     nodes: Sequence[dict[str, float]], number: int | None, gpus: float | None
 ) -> Workers:
-    """What to ask of a cluster whose machines have these resources, by Ray's names of them.
+    """Choose workers for a cluster whose machines have these resources, by Ray's names.
 
-    A worker for each GPU, or else for each machine; the processors of a machine are shared out
-    among its workers.
+    One worker per GPU or, without GPUs, per machine; a machine's CPUs are divided among its
+    workers.
 
     Raises:
         UsageError: no machine has room for a worker, nor is it said how many there will be.
@@ -462,7 +461,7 @@ def _resources(ray: Any) -> list[dict[str, float]]:
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, with a cluster: that of `address` or RAY_ADDRESS, or one of this machine alone.
+    """Connect to the cluster at `address` or RAY_ADDRESS, or start one on this machine.
 
     Raises:
         UsageError: Ray is not installed, or no cluster can be reached there.
@@ -500,14 +499,14 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 def _check_answers(address: str | None) -> None:
-    """Ray itself would try for minutes. Raises OSError."""
+    """Raise OSError if nothing listens there; Ray itself would try for minutes."""
     match = re.fullmatch(r"([^/]+):(\d+)", address or "")
     if match:
         socket.create_connection((match[1], int(match[2])), CONNECT_S).close()
 
 
 def _check_version(ray: Any) -> None:
-    """Check that the cluster has this version of batchcap, on at least one of its machines.
+    """Check that the cluster has this version of batchcap, on at least one machine.
 
     Raises:
         UsageError: it has another, or none.

@@ -1,4 +1,4 @@
-"""Verb: caption every photo of an input, going on from what is there already."""
+"""Captions all photos of an input, and skips those that already have a row."""
 
 import json
 import logging
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def run_captioning(settings: RunSettings) -> RunSummary:
-    """Caption the photos of `settings.source` that have no row yet; each has one at the end.
+    """Caption the photos of `settings.source` that need a row.
 
     Raises:
         UsageError: a setting that the model or the machine can't do, or no such input.
@@ -93,7 +93,7 @@ def run_captioning(settings: RunSettings) -> RunSummary:
 
 
 def plan_run(settings: RunSettings) -> str:
-    """What `run_captioning` would do, in words; writes nothing.
+    """Describe what `run_captioning` would do; writes nothing.
 
     Raises:
         BatchcapError: as `run_captioning` does, but for what only writing can tell.
@@ -126,7 +126,7 @@ def _layout(settings: RunSettings) -> Layout:
 
 
 def _make_room_for_shard(settings: RunSettings, layout: Layout) -> None:
-    """Make the data set's folder for its shards; the folder that contains it must exist."""
+    """Create the data set's directory for its shards; its parent must exist."""
     if settings.shard_numbers[1] > 1 and not layout.is_file and layout.mirror is None:
         with saying_where(settings.output):
             make_folder(layout.output.parent)
@@ -140,7 +140,7 @@ def _caption(
     summary: RunSummary,
     stop: StopRequest,
 ) -> None:
-    """Turn photos into committed rows until there are no more, or a signal comes."""
+    """Turn photos into committed rows until there are no more, or a signal arrives."""
     commits = Commits(settings, folder, summary, stop)
     say_last_words = partial(_say_last_words, settings, commits, summary)
     with watching(settings.stall_timeout, say_last_words) as watchdog:
@@ -190,7 +190,7 @@ def _log_start(
 
 
 def _finish(inventory: Inventory, folder: CaptionFolder, summary: RunSummary) -> None:
-    """Make the output whole, and check that every photo has its row."""
+    """Complete the output, and check that every photo has its row."""
     settings, counts = inventory.settings, summary.counts
     counts.vanished = inventory.vanished
     # An input with nothing in it is rather a disk that is not mounted.
@@ -207,9 +207,9 @@ def _finish(inventory: Inventory, folder: CaptionFolder, summary: RunSummary) ->
 def _accounting(
     settings: RunSettings, layout: Layout, summary: RunSummary
 ) -> Iterator[Callable[[], None]]:
-    """Leave an account of the run, however it ends, but none beside an OUTPUT that was refused.
+    """Write the summary and metrics of the run, however it ends; not beside a refused OUTPUT.
 
-    The block calls what this yields once OUTPUT is accepted.
+    The block calls the yielded function once OUTPUT is accepted.
     """
     is_accepted = False
 
@@ -238,7 +238,7 @@ def _accounting(
 
 
 def _is_refused(settings: RunSettings, layout: Layout) -> bool:
-    """Whether OUTPUT would be refused for what lies there, whatever the model."""
+    """Whether OUTPUT would be refused for its content, whatever the model."""
     try:
         for path in existing_rows(layout, settings.on_existing):
             with suppress(DamagedError):

@@ -1,4 +1,4 @@
-"""What a run did: for people, as JSON beside the output, and as metrics for Prometheus."""
+"""The summary of a run: for people, as JSON beside the output, and as Prometheus metrics."""
 
 import json
 from collections import Counter
@@ -20,13 +20,12 @@ STATES = ("found", "captioned", "reused", "already_done", "failed_before", "vani
 
 @dataclass
 class Counts:
-    """How many photos met which fate in a run; counts add up.
+    """Numbers of photos of a run, which add up.
 
-    captioned, reused: got a new caption, or that of a photo of the same bytes.
-    failed: got none, by reason.
-    already_done: kept their rows; `failed_before` of them have no caption.
-    new, changed, retried: why the others needed a row.
-    vanished, pruned: rows of photos that the input no longer has, and how many were dropped.
+    captioned, reused: got a new caption, or that of a photo with the same bytes. failed: got none,
+    by reason. already_done: kept their rows; `failed_before` of them have no caption. new, changed,
+    retried: why the others needed a row. vanished, pruned: rows of photos that the input no longer
+    has, and how many were dropped.
     """
 
     captioned: int = 0
@@ -66,11 +65,10 @@ class Counts:
 
 @dataclass
 class RunSummary:
-    """What a run did.
+    """Result of a run.
 
-    seconds: of the captioning alone. stage_seconds: of work, over all threads, by stage.
-    last_rate: images a second of the run before.
-    outcome: `done`, `stopped` or `failed`.
+    seconds: of captioning alone. stage_seconds: of work, over all threads, per stage. last_rate:
+    images per second of the previous run. outcome: `done`, `stopped` or `failed`.
     """
 
     output: str
@@ -88,19 +86,19 @@ class RunSummary:
 
     @property
     def images_per_second(self) -> float | None:
-        """Rate of this run's rows; of the run before, where this one made none."""
+        """Rate of this run; of the previous run if this one wrote no row."""
         if not self.counts.given or not self.seconds:
             return self.last_rate
         return self.counts.given / self.seconds
 
     def finish(self, max_failures: int | None) -> None:
-        """Set the outcome of a run that came to its end."""
+        """Set the outcome of a run that reached its end."""
         failed = self.counts.failed.total() + self.counts.failed_before
         too_many = max_failures is not None and failed > max_failures
         self.outcome, self.exit_code = "done", TOO_MANY_FAILED if too_many else 0
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, with the rate; no path but the output's name."""
+        """Return all fields and the rate; no path but the output's name."""
         name = Path(self.output).name.encode("utf-8", "surrogateescape")
         return {
             "output": name.decode("utf-8", "backslashreplace"),
@@ -143,7 +141,7 @@ def write_summary(path: Path, summary: RunSummary) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What `write_summary` wrote; empty where that is not there or damaged."""
+    """Read a summary; empty if it is missing or damaged."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -152,7 +150,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def read_rate(path: Path) -> float | None:
-    """Images a second of the last run that captioned some, from its summary."""
+    """Read images per second of the last run that captioned photos, from its summary."""
     rate: Any = read_summary(path).get("images_per_second")
     return float(rate) if type(rate) in (int, float) and 0 < rate < FASTEST else None
 
@@ -168,7 +166,7 @@ def write_metrics(path: Path, summary: RunSummary) -> None:
 
 
 def metrics_text(summary: RunSummary) -> str:
-    """Gauges of the last run, named `batchcap_run_...`."""
+    """Return gauges of the last run, named `batchcap_run_...`."""
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
     registry = CollectorRegistry()

@@ -1,7 +1,7 @@
-"""End a run that makes no progress, and report where it stopped.
+"""Ends a run that makes no progress, and reports where it hangs.
 
-Time counts only while this process runs: one that is suspended, by Ctrl-Z, Slurm or a container's
-pause, goes on when it is resumed.
+Time counts only while this process runs: a suspended run (Ctrl-Z, Slurm, a paused container)
+continues when it is resumed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ GUARD = Path(__file__).with_name("guard.py")
 
 
 class Watchdog:
-    """Counts the signs of progress, and keeps the names of images in flight."""
+    """Counts signs of progress, and keeps the names of photos in flight."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -40,13 +40,13 @@ class Watchdog:
         self.moves += 1
 
     def in_flight(self, refs: Iterable[ImageRef]) -> Iterator[ImageRef]:
-        """Pass images on; each is in flight until it has landed."""
+        """Yield photos; each is in flight until it has landed."""
         for ref in refs:
             self.names[ref.image_id] = None
             yield ref
 
     def landed(self, image_ids: Iterable[str]) -> None:
-        """These images have their rows."""
+        """Record that these photos have their rows."""
         for image_id in image_ids:
             self.names.pop(image_id, None)
         self.progress()
@@ -54,10 +54,10 @@ class Watchdog:
 
 @contextlib.contextmanager
 def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Watchdog]:
-    """End the process with exit code 1 if nothing moves for `timeout_s` while the block runs.
+    """End the process with exit code 1 if there is no progress for `timeout_s` in the block.
 
-    First the stacks of all threads go to stderr, and a message with the images in flight to
-    `last_words`. Committed rows stay. If C code holds Python up, SIGABRT ends the process.
+    First the stacks of all threads are written to stderr, and a message with the photos in flight
+    goes to `last_words`. Committed rows stay. If Python hangs in C code, SIGABRT ends the process.
     """
     watchdog, done = Watchdog(timeout_s), threading.Event()
     tick_s = min(TICK_S, timeout_s / 4)
@@ -93,7 +93,7 @@ def watching(timeout_s: float, last_words: Callable[[str], None]) -> Iterator[Wa
 
 @contextlib.contextmanager
 def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
-    """A process that ends this one unless the function it yields is called again and again."""
+    """Start a process that ends this one unless the yielded function is called regularly."""
     command = [sys.executable, "-I", "-S", str(GUARD), str(limit_s), str(tick_s)]
     guard = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True

@@ -1,4 +1,4 @@
-"""How far scores can be trusted: intervals and comparisons by resampling images."""
+"""Bootstrap: intervals and comparisons of scores by resampling images."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +9,9 @@ CONFIDENCE = 0.95
 
 
 def resampled(statistics: Array, resamples: int, seed: int) -> Array:
-    """Sums, `float64[resamples, S]`, of statistics `float64[n, S]` over n images drawn of n.
+    """Return sums, `float64[resamples, S]`, of statistics `float64[n, S]` over n resampled images.
 
-    The bootstrap of Efron (1979), with replacement; equal seeds draw the same images.
+    The bootstrap of Efron (1979), with replacement; equal seeds choose the same images.
     """
     rng = np.random.default_rng(seed)
     images = len(statistics)
@@ -24,13 +24,13 @@ def resampled(statistics: Array, resamples: int, seed: int) -> Array:
 
 
 def interval(values: Array) -> tuple[float, float]:
-    """The middle 95 % of resampled values, `float64[resamples]`."""
+    """Return the middle 95 % of resampled values, `float64[resamples]`."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
 def p_value(differences: Array) -> float:
-    """Two-sided, of a difference that isn't 0, from resampled differences `float64[resamples]`.
+    """Return the two-sided p-value of a non-zero difference, from `float64[resamples]`.
 
     The paired bootstrap of Koehn (2004); never less than the number of resamples can show.
     """

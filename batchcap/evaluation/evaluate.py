@@ -1,4 +1,4 @@
-"""Verb: say what captions are like and, where there are references, how good they are."""
+"""Describes captions and, with references, scores them."""
 
 import logging
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Reference(NamedTuple):
-    """What people wrote of an image, and the words of each text."""
+    """The human captions of an image, and their words."""
 
     texts: list[str]
     words: list[list[str]]
@@ -41,7 +41,7 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """Captions of the images that have references, in the order of these, and their scores."""
+    """Captions of the images that have references, in their order, and their scores."""
 
     captions: list[GeneratedCaption]
     words: list[list[str]]
@@ -54,7 +54,7 @@ class Scored:
 
 
 def evaluate_captions(settings: EvaluateSettings) -> Evaluation:
-    """Say what captions are like and, where there are references, score them.
+    """Describe captions and, with references, score them.
 
     Raises:
         UsageError: a file is missing, or what the metrics need.
@@ -85,7 +85,7 @@ def _compare(
     profile: Profile,
     settings: EvaluateSettings,
 ) -> None:
-    """Fill in what comes of references."""
+    """Add all results that need references."""
     ours = _by_place(evaluation, evaluation.captions, generated, annotated, settings.match_by)
     theirs = ours
     if settings.against is not None:
@@ -127,7 +127,7 @@ def _by_place(
     annotated: list[AnnotatedImage],
     by: MatchBy,
 ) -> ByPlace:
-    """Captions whose image has references; those of others are told of."""
+    """Return captions whose image has references; warn about the others."""
     matched = match(
         [(one.image_id, one.number) for one in generated],
         [(image.image_id, image.number) for image in annotated],
@@ -146,7 +146,7 @@ def _references(
     theirs: ByPlace,
     profile: Profile,
 ) -> dict[int, Reference]:
-    """References of the images that are compared, by place; those without words are left out."""
+    """Return references of the compared images, by place, without those that have no words."""
     if alone := len(ours.keys() ^ theirs.keys()):
         images = counted(alone, "image")
         evaluation.warn([f"{images} with one of the two captions only, left out"])
@@ -197,7 +197,7 @@ def _with_intervals(scores: Scores, settings: EvaluateSettings) -> dict[str, Sco
 def _differences(
     scores: Scores, others: Scores, settings: EvaluateSettings
 ) -> dict[str, Difference]:
-    """Of both the same images are drawn, so that what is hard for both does not count."""
+    """Return differences, resampling the same images for both, so that hard images cancel out."""
     ours, theirs = (
         overall_of(resampled(one.statistics, settings.resamples, settings.seed))
         for one in (scores, others)

@@ -1,8 +1,7 @@
-"""METEOR (Denkowski and Lavie 2014), by its authors' Java program that comes with pycocoevalcap.
+"""METEOR (Denkowski and Lavie 2014), by its authors' Java program in pycocoevalcap.
 
-It is asked as coco-caption and AI Challenger ask it, for English: of Chinese it takes each
-character for a word and finds equal ones only, since its stems, synonyms and paraphrases are of
-English.
+It is configured for English, as in coco-caption and AI Challenger: each Chinese character counts as
+a word, and only equal ones match, since stems, synonyms and paraphrases are English.
 """
 
 import importlib.util
@@ -31,7 +30,7 @@ TIMEOUT_S = 3600.0  # 30,000 captions take half a minute
 def with_meteor(
     scores: Scores, hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> Scores:
-    """The scores with `meteor`, times 100, of all images together and of each.
+    """Return the scores with `meteor`, times 100, overall and per image.
 
     Raises:
         UsageError: there is no Java, or no pycocoevalcap.
@@ -52,12 +51,12 @@ def with_meteor(
 
 
 def _text(words: Words) -> str:
-    """Words between spaces, without what parts the fields of a question."""
+    """Join words by spaces, without the field separator of a request."""
     return " ".join(words).replace(FIELD.strip(), "")
 
 
 def _ask(lines: Sequence[str]) -> list[str]:
-    """The program's answers, line by line."""
+    """Yield the program's answers, line by line."""
     java = shutil.which("java")
     package = importlib.util.find_spec("pycocoevalcap")
     if java is None or package is None or not package.submodule_search_locations:

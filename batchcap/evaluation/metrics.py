@@ -34,12 +34,11 @@ TINY, SMALL = 1e-15, 1e-9
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics, times 100, of one hypothesis an image against its references.
+    """Metrics, times 100, of one hypothesis per image against its references.
 
-    overall: of all images together, by `METRICS`.
-    per_image: `float64[n]` by `METRICS`; BLEU of a sentence is another number than BLEU's share.
-    statistics: `float64[n, S]`, whose sum over images is what `overall_of` needs. In CIDEr-D's the
-    document frequencies of all n images count, whichever are summed.
+    overall: over all images, by `METRICS`. per_image: `float64[n]` by `METRICS`; sentence BLEU is
+    not the image's part of corpus BLEU. statistics: `float64[n, S]`, whose sum over images
+    `overall_of` needs. CIDEr-D's document frequencies are of all n images, whichever are summed.
     """
 
     overall: dict[str, float]
@@ -80,9 +79,9 @@ def score_captions(hypotheses: Sequence[Words], references: Sequence[Sequence[Wo
 
 
 def _bleu(expected: Texts, found: Texts) -> tuple[list[float], list[list[float]], Array]:
-    """By length of n-gram: of all images, of each; and `float64[n, 11]`, what these come from.
+    """Return corpus and sentence BLEU by n-gram length, and statistics `float64[n, 11]`.
 
-    The columns: 1, words, words of the closest reference, n-grams, n-grams that are right.
+    The columns: 1, words, words of the closest reference, n-grams, n-grams that match.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -99,7 +98,7 @@ def _bleu(expected: Texts, found: Texts) -> tuple[list[float], list[list[float]]
 
 
 def _rouge_l_and_cider_d(expected: Texts, found: Texts) -> tuple[float, Array, float, Array]:
-    """Of all images, and `float64[n]`, of each."""
+    """Return the overall scores, and `float64[n]` per image."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -110,7 +109,7 @@ def _rouge_l_and_cider_d(expected: Texts, found: Texts) -> tuple[float, Array, f
 
 
 def overall_of(sums: Array) -> Array:
-    """`METRICS`, times 100, `float64[..., 6]`, of summed statistics, `float64[..., S]`."""
+    """Return `METRICS`, times 100, `float64[..., 6]`, of summed statistics, `float64[..., S]`."""
     images, length, reference_length = sums[..., 0], sums[..., 1], sums[..., 2]
     guessed, right = sums[..., 3:7], sums[..., 7:11]
     precisions = np.cumprod((right + TINY) / (guessed + SMALL), axis=-1)
@@ -122,12 +121,12 @@ def overall_of(sums: Array) -> Array:
 
 
 def ngrams(words: Sequence[Word], n: int) -> Iterator[tuple[Word, ...]]:
-    """The sequences of n words."""
+    """Return all sequences of n words."""
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
 def signature(cutting: Sequence[str], references: Sequence[Sequence[Words]]) -> str:
-    """How scores were made: only scores of equal signatures compare.
+    """Return how scores were computed; only scores with equal signatures are comparable.
 
     Args:
         cutting: how captions were cut into words, as `key=value`.

@@ -1,9 +1,9 @@
-"""Words of a caption as coco-caption's PTBTokenizer has them, without Java.
+"""Words of a caption as in coco-caption's PTBTokenizer, without Java.
 
-Stands in for Stanford CoreNLP 3.4.1 `PTBTokenizer -preserveLines -lowerCase` and the list of
-punctuation that coco-caption drops. The rules were found by asking that program: equal on Chinese
-captions cut by jieba; not on web addresses, English abbreviations before a full stop, contractions
-such as `gonna`, and scripts with combining vowels.
+Replaces Stanford CoreNLP 3.4.1 `PTBTokenizer -preserveLines -lowerCase` and coco-caption's list of
+punctuation. The rules were found by running that program: equal on Chinese captions cut by jieba;
+not on web addresses, English abbreviations before a full stop, contractions such as `gonna`, and
+scripts with combining vowels.
 """
 
 import re
@@ -73,7 +73,7 @@ RULES = [
 
 
 def _plain(char: str) -> str:
-    """What the tokenizer takes the character for: only ASCII, letters and digits are left."""
+    """Return what the tokenizer makes of a character: only ASCII, letters and digits are left."""
     if "!" <= char <= "~":
         return char
     if char in REWRITTEN:
@@ -85,9 +85,9 @@ def _plain(char: str) -> str:
 
 
 def ptb_words(text: str) -> list[str]:
-    """Words of a caption that has been cut, by spaces: split further, in lower case, some dropped.
+    """Return the words of a caption cut by spaces: split further, in lower case, some dropped.
 
-    A caption is one line: what other programs take for the end of one counts as a space.
+    A caption is one line: line separators of other programs count as a space.
     """
     words: list[str] = []
     for chunk in text.split():

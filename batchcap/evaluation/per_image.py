@@ -1,4 +1,4 @@
-"""Scores of each image on disk: what `evaluate --per-image` writes and `report` shows."""
+"""Scores per image on disk: written by `evaluate --per-image`, shown by `report`."""
 
 import json
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ SCHEMA = pa.schema(
 def write_evaluation(
     path: Path, columns: Mapping[str, Any], signature: str, scores: Mapping[str, float]
 ) -> None:
-    """Write the columns of `SCHEMA`, with the signature and the scores of all images together.
+    """Write the columns of `SCHEMA`, with the signature and the overall scores.
 
-    A column that is left out is null.
+    A missing column is null.
 
     Raises:
         OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
@@ -51,7 +51,7 @@ def write_evaluation(
 
 
 def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
-    """Rows of `SCHEMA`, the signature, and the scores of all images together.
+    """Return rows of `SCHEMA`, the signature, and the overall scores.
 
     Raises:
         UsageError: there is no such file.

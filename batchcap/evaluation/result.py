@@ -1,4 +1,4 @@
-"""What an evaluation found: for people, and as JSON."""
+"""The result of an evaluation, as text and as JSON."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of all images together, times 100, and its 95 % interval, where it has one."""
+    """A metric over all images, times 100, and its 95 % interval, if it has one."""
 
     value: float
     interval: Interval | None = None
@@ -23,7 +23,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of other captions of the same images, and by how much the captions exceed it."""
+    """A metric of other captions of the same images, and its difference to the captions'."""
 
     other: float
     difference: float
@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass
 class Evaluation:
-    """What there is to say of captions. `scores` and `differences` are by metric."""
+    """All results about captions. `scores` and `differences` are by metric."""
 
     captions: str
     traits: Traits
@@ -56,7 +56,7 @@ class Evaluation:
             self.doubts.append(reason)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all fields."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ def _cells(evaluation: Evaluation, metric: str) -> list[str]:
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:
-    """The first column to the left, others to the right."""
+    """Format a table: first column to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]

@@ -1,7 +1,7 @@
-"""How much of a text is in traditional rather than simplified Chinese.
+"""Share of traditional rather than simplified characters in a text.
 
 GB 2312 encodes the characters of simplified Chinese, Big5 those of traditional Chinese. A character
-in only one of them tells the script; rare characters and shared ones do not.
+in only one of them identifies the script; rare and common characters do not.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ USED_IN_BOTH = "着"  # not in Big5, but written in Hong Kong
 
 
 def traditional_share(texts: Iterable[str]) -> float | None:
-    """The share of traditional characters among those that tell the script; None without any."""
+    """Return the share of traditional characters among the identifying ones; None without any."""
     simplified, traditional = _telling_characters()
     both = simplified | traditional
     telling = [char for text in texts for char in text if char in both]
@@ -21,7 +21,7 @@ def traditional_share(texts: Iterable[str]) -> float | None:
 
 @cache
 def _telling_characters() -> tuple[frozenset[str], frozenset[str]]:
-    """Characters of simplified texts only, and of traditional ones only."""
+    """Return the characters of simplified texts only, and of traditional texts only."""
     in_gb2312, in_big5 = map(_characters_of, ("gb2312", "big5"))
     return in_gb2312 - in_big5 - set(USED_IN_BOTH), in_big5 - in_gb2312
 

@@ -1,6 +1,6 @@
-"""How captions are cut into words to be compared: one profile for each way people do it.
+"""Profiles: ways to cut captions into words for comparison.
 
-Scores of different profiles don't compare.
+Scores of different profiles are not comparable.
 """
 
 import re
@@ -22,7 +22,7 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Profile:
-    """How a generated caption and a reference become words, and how to say so in a signature."""
+    """How generated captions and references are cut into words, and its name in a signature."""
 
     cut: Callable[[GeneratedCaption], Words]
     cut_reference: Callable[[str], Words]
@@ -30,12 +30,12 @@ class Profile:
 
 
 def profile_of(tokens: TokenKind, references: Sequence[AnnotatedImage] = ()) -> Profile:
-    """The profile of that name, for references like these."""
+    """Return the profile with a name, for references like these."""
     return PROFILES[tokens](references)
 
 
 def characters(caption: str) -> Words:
-    """Each Chinese character, and other letters and digits as they stand together."""
+    """Return each Chinese character, and other letters and digits as they are joined."""
     return CHARACTERS.findall(caption)
 
 
@@ -56,7 +56,7 @@ def _characters(_references: Sequence[AnnotatedImage]) -> Profile:
 
 
 def _pretokenized(_references: Sequence[AnnotatedImage]) -> Profile:
-    """Words as they were generated, where the file has them."""
+    """Return the words as they were generated, if the file has them."""
     return Profile(
         lambda generated: " ".join(generated.tokens or [generated.caption or ""]).split(),
         str.split,
@@ -65,9 +65,9 @@ def _pretokenized(_references: Sequence[AnnotatedImage]) -> Profile:
 
 
 def _ai_challenger(references: Sequence[AnnotatedImage]) -> Profile:
-    """As the kit of AI Challenger 2017 does: punctuation in full width counts as words.
+    """Cut as the kit of AI Challenger 2017 does: full-width punctuation counts as words.
 
-    Its references have been cut by others, with spaces; those that were not are cut like captions.
+    Its references are cut already, with spaces; others are cut like captions.
     """
     texts = [caption for image in references for caption in image.captions]
     are_cut = sum(" " in caption for caption in texts) > len(texts) / 2

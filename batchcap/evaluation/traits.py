@@ -1,4 +1,4 @@
-"""What captions are like by themselves, without references; and what their confidence is worth."""
+"""Properties of captions without references, and the value of their confidence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,13 @@ FIFTHS = 5
 
 @dataclass(frozen=True)
 class Traits:
-    """What captions are like by themselves.
+    """Properties of captions.
 
-    photos: with a caption or without; failed: without one.
-    words: fewest, mean and most in a caption. vocabulary: different words in all.
-    distinct: different captions. distinct_1, distinct_2: different words and pairs of words, as
-    shares of all (Li et al. 2016).
-    unfinished, seen: shares of captions that did not reach the end, and that stand word by word
-    among the training captions; None where nothing tells.
+    photos: all, with or without a caption; failed: without one. words: fewest, mean and most per
+    caption. vocabulary: number of different words. distinct: number of different captions.
+    distinct_1, distinct_2: different words and word pairs, as shares of all (Li et al. 2016).
+    unfinished, seen: shares of captions that did not reach the end, and that occur verbatim in the
+    training captions; None if unknown.
     """
 
     photos: int
@@ -43,7 +42,7 @@ class Traits:
 def traits_of(
     generated: Sequence[GeneratedCaption], profile: Profile, training_captions: Path | None
 ) -> Traits:
-    """What the captions of these photos are like.
+    """Return the properties of these photos' captions.
 
     Raises:
         UsageError: there are no such training captions.
@@ -84,10 +83,10 @@ def _seen(words: Sequence[tuple[str, ...]], profile: Profile, training_captions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well `mean_logprob` tells good captions from bad ones.
+    """How well `mean_logprob` separates good captions from bad ones.
 
-    spearman: rank correlation with CIDEr-D of the image, with its 95 % interval.
-    cider_d: mean, times 100, of each fifth of the images, by rising `mean_logprob`.
+    spearman: rank correlation with the image's CIDEr-D, with its 95 % interval. cider_d: mean,
+    times 100, of each fifth of the images, by rising `mean_logprob`.
     """
 
     spearman: float
@@ -108,7 +107,7 @@ def calibrate(mean_logprob: Array, cider_d: Array, resamples: int, seed: int) ->
 
 
 def _correlation(sums: Array) -> Array:
-    """Of summed statistics `float64[..., 6]`; 0 where one side does not vary."""
+    """Return correlations of summed statistics `float64[..., 6]`; 0 if one side is constant."""
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     variances = np.maximum((n * xx - x * x) * (n * yy - y * y), 0)
     return np.where(variances > 0, (n * xy - x * y) / np.sqrt(np.maximum(variances, 1e-12)), 0.0)

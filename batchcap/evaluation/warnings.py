@@ -23,7 +23,7 @@ def id_warnings(
     annotated: Sequence[AnnotatedImage],
     matched: Match,
 ) -> Iterator[str]:
-    """Captions of `name` and references that are not of the same images, photos that failed."""
+    """Warn about captions of `name` and references of different images, and failed photos."""
     ours, theirs = ({pair[side] for pair in matched.pairs} for side in (0, 1))
     alone = [one.image_id for i, one in enumerate(generated) if i not in ours]
     if alone:
@@ -43,7 +43,7 @@ def _several(image_ids: list[str], noun: str) -> str:
 def word_warnings(
     captions: Sequence[str], words: Sequence[list[str]], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Captions without words, too few references.
+    """Warn about captions without words, and too few references.
 
     Args:
         captions: the texts.
@@ -62,7 +62,7 @@ def word_warnings(
 def script_warnings(
     name: str, captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Captions of the file `name` in another language or script than the references."""
+    """Warn if captions of the file `name` differ from references in language or script."""
     written = [text for texts in references for text in texts]
     ours, theirs = _han_share(captions), _han_share(written)
     if abs(ours - theirs) > MOST_HAN_DIFFERENCE:
@@ -89,7 +89,7 @@ def _han_share(texts: Iterable[str]) -> float:
 
 
 def score_warnings(scores: dict[str, float], images: int) -> Iterator[str]:
-    """CIDEr-D that can't be anything else, or that tells of a mistake."""
+    """Warn about a CIDEr-D that is always 0, or so low that something is wrong."""
     if images == 1:
         yield "CIDEr-D of a single image is always 0: its weights come from the other images"
     elif scores["cider_d"] < LEAST_CIDER_D:

@@ -1,11 +1,11 @@
-"""What the decoder looked at for each word, in a few numbers. Arrays only."""
+"""Summaries of cross-attention per word. Arrays only."""
 
 import numpy as np
 import numpy.typing as npt
 
 
 def summarise_attention(weights: npt.NDArray[np.float32]) -> list[dict[str, float | int]]:
-    """Summaries of the cross-attention of each word.
+    """Summarise the cross-attention of each word.
 
     Args:
         weights: `float32[words, rows, columns]`, each word's weights over the grid adding up to 1.

@@ -1,4 +1,4 @@
-"""Photos to a grid of features, by CNNs trained on ImageNet."""
+"""Backbones: CNNs trained on ImageNet that turn photos into a grid of features."""
 
 import hashlib
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(NamedTuple):
-    """How to build a CNN, and what its ImageNet weights expect pixel values 0 and 255 to become."""
+    """How to build a CNN, and what its ImageNet weights expect for black and white pixels."""
 
     build: Build
     input_range: Range
@@ -43,10 +43,10 @@ def _of_keras(application: Callable[..., keras.Model]) -> Build:
 
 
 def _efficientnet_b0(weights: Weights, shape: Shape) -> keras.Model:
-    """EfficientNet-B0 with constants where Keras normalises colours by variables.
+    """EfficientNet-B0 with constants instead of Keras's variables for colour normalisation.
 
-    Keras's layer ignores values that are assigned to its variables, and only with the weights
-    "imagenet" is there another one, which divides by the square root of the standard deviation
+    Keras's layer ignores values assigned to its variables, and only with the weights "imagenet" is
+    there another one, which divides by the square root of the standard deviation
     (`keras/applications/efficientnet.py`).
     """
     original = _of_keras(keras.applications.EfficientNetB0)(weights, shape)
@@ -90,7 +90,7 @@ BACKBONES = {
 
 
 def choose_input_range(name: str, asked: Range | None) -> Range:
-    """The input range that was asked for, or else the backbone's own; an unusual one is warned of.
+    """Return the requested input range, or the backbone's own; warn about an unusual one.
 
     Raises:
         ModelError: the backbone's name is unknown.
@@ -118,10 +118,10 @@ def _backbone(name: str) -> Backbone:
 def build_backbone(
     config: BackboneConfig, weights: str | Path | None, precision: Precision = Precision.FLOAT32
 ) -> keras.Model:
-    """A CNN from `float32[B, S, S, 3]` to `[B, S/32, S/32, D]` of a precision; float32 weights.
+    """Build a CNN from `float32[B, S, S, 3]` to `[B, S/32, S/32, D]`; weights are float32.
 
-    `weights` is "imagenet" (fetched once by Keras), the path of a Keras HDF5 weights file without
-    the classification top, or None for a model whose weights are set later.
+    `weights` is "imagenet" (downloaded once by Keras), the path of a Keras HDF5 weights file
+    without the classification top, or None if weights are set later.
 
     Raises:
         ModelError: the backbone's name is unknown, or the weights are missing, of another CNN or
@@ -149,7 +149,7 @@ def build_backbone(
 
 @contextmanager
 def computing_in(precision: Precision) -> Iterator[None]:
-    """Layers made meanwhile compute in a precision; their weights are float32.
+    """Build layers that compute in a precision; their weights are float32.
 
     The models of keras.applications take their precision from this global setting only.
     """
@@ -164,7 +164,7 @@ def computing_in(precision: Precision) -> Iterator[None]:
 
 
 def place_of(layer: str, backbone: keras.Model) -> int:
-    """Where a layer stands in a backbone, from 0.
+    """Return the index of a layer in a backbone.
 
     Raises:
         ModelError: nowhere, or at its end.
@@ -186,9 +186,9 @@ def train_after(layer: str, backbone: keras.Model) -> None:
 
 
 def feature_grid(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
-    """Features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels.
+    """Return features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels.
 
-    Batch normalisation is by the statistics of ImageNet, in training too.
+    Batch normalisation uses the statistics of ImageNet, in training too.
     """
     low, high = config.input_range
     images = tf.cast(pixels, tf.float32) * ((high - low) / 255) + low
@@ -196,12 +196,12 @@ def feature_grid(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> 
 
 
 def extract_features(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
-    """Features `float32[B, G, D]`, cells in row-major order, of `uint8[B, S, S, 3]` RGB pixels."""
+    """Return features `float32[B, G, D]`, cells row by row, of `uint8[B, S, S, 3]` RGB pixels."""
     return einops.rearrange(feature_grid(backbone, config, pixels), "b h w d -> b (h w) d")
 
 
 def weights_digest(backbone: keras.Model) -> str:
-    """SHA-256 over the names and values of the weights."""
+    """Return the SHA-256 of the weights' names and values."""
     digest = hashlib.sha256()
     for weight in sorted(backbone.weights, key=lambda weight: weight.path):
         digest.update(weight.path.encode())

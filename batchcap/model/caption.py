@@ -1,4 +1,4 @@
-"""A caption, as the model writes it and engines, validation and the terminal read it."""
+"""A caption, as the model generates it."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,12 @@ import numpy.typing as npt
 
 
 class Caption(NamedTuple):
-    """The caption of one photo, of W words; END is not among them.
+    """The caption of one photo, of W words without END.
 
-    ids: `int32[W]`, the words' numbers in the vocabulary.
-    log_probs: `float32[W]`, or `float32[W + 1]` where END was reached: natural log-probabilities of
-        each word, then of END.
-    finished: whether END was reached within the length limit.
-    attention: `float32[W, rows, columns]`, each word's weights over the grid, adding up to 1.
+    ids: `int32[W]`, the words' numbers in the vocabulary. log_probs: `float32[W]`, or `float32[W +
+    1]` if END was reached: natural log-probabilities of each word, then of END. finished: whether
+    END was reached within the length limit. attention: `float32[W, rows, columns]`, each word's
+    weights over the grid, which add up to 1.
     """
 
     words: list[str]

@@ -1,4 +1,4 @@
-"""A trained model as one object: a model directory loaded, checked and run on batches of photos."""
+"""A trained model: a model directory loaded, checked and run on batches of photos."""
 
 import hashlib
 import json
@@ -54,11 +54,11 @@ Weights = dict[str, npt.NDArray[Any]]
 
 
 class Captioner:
-    """Backbone, decoder and vocabulary of one model, compiled once for each way to decode.
+    """Backbone, decoder and vocabulary of a model, compiled once per way to decode.
 
-    Batches of one shape are compiled once; use one batch size and pad the last batch. May be
-    called from several threads. Where `compiled` is False each operation is run by itself: slower,
-    but there is a first caption seconds earlier.
+    Batches of one shape are compiled once; use one batch size and pad the last batch. Can be called
+    from several threads. With `compiled` False, each operation runs by itself: slower, but the
+    first caption is ready seconds earlier.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Captioner:
     def caption_features(
         self, features: Any, settings: DecodeSettings, keys: list[str]
     ) -> list[Caption]:
-        """`caption` for photos whose features `float32[B, G, D]` are known already."""
+        """Caption photos whose features `float32[B, G, D]` are known already."""
         write = self._writers(replace(settings, seed=0))
         rows = len(features)
         row_mask = np.arange(rows) < len(keys)
@@ -167,7 +167,7 @@ class Captioner:
 
 
 def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:
-    """The random numbers of each photo's draws, by key and seed: `float32[B, T]` in [0, 1)."""
+    """Return each photo's random numbers, by key and seed: `float32[B, T]` in [0, 1)."""
     uniforms = np.zeros((len(keys), settings.max_length), np.float32)
     if settings.temperature > 0:
         for row, key in enumerate(keys):
@@ -180,7 +180,7 @@ def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.f
 def load_captioner(
     directory: Path, execution: Execution | None = None, compiled: bool = True
 ) -> Captioner:
-    """The model of a directory, its every file checked, to be run as `execution` says.
+    """Load the model of a directory, every file checked, to run as `execution` says.
 
     Raises:
         ModelError: a file is missing, a field is wrong, or weights do not fit; says which.
@@ -205,7 +205,7 @@ def load_captioner(
 
 
 def _check_sizes(config: DecoderConfig, weights: Weights, source: Path) -> None:
-    """See that the network to be built is no larger than its weights, which are there already."""
+    """Check that the network is no larger than its weights, before it is built."""
     width = config.heads * config.key_size
     last_layer = f"decoder/layer_{config.layers - 1}"
     expected = {
@@ -256,18 +256,18 @@ def save_captioner(captioner: Captioner, directory: Path) -> None:
 
 
 def as_stored(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Matrices and kernels as float16; vectors as float32, since a variance can be under 1e-8."""
+    """Return matrices and kernels as float16; vectors as float32: variances can be below 1e-8."""
     return weight.astype(np.float16 if weight.ndim > 1 else np.float32)
 
 
 def round_weights(variables: Iterable[Any]) -> None:
-    """Give weights the values they will have when loaded again."""
+    """Give weights the values they will have when they are loaded again."""
     for variable in variables:
         variable.assign(as_stored(variable.numpy()).astype(np.float32))
 
 
 def read_weights(directory: Path) -> Weights:
-    """The tensors of `model.safetensors` as float32, by name.
+    """Return the tensors of `model.safetensors` as float32, by name.
 
     Raises:
         ModelError: the file is missing, damaged, or holds numbers that are not finite.
@@ -285,14 +285,14 @@ def read_weights(directory: Path) -> Weights:
 
 
 def get_weights(backbone: keras.Model, decoder: CaptionDecoder) -> Weights:
-    """All weights by the name that they have in `model.safetensors`."""
+    """Return all weights, by their names in `model.safetensors`."""
     return {name: variable.numpy() for name, variable in _variables(backbone, decoder).items()}
 
 
 def set_weights(
     backbone: keras.Model, decoder: CaptionDecoder, weights: Weights, source: str
 ) -> None:
-    """Put weights into a network that has the same names and shapes.
+    """Assign weights to a network with the same names and shapes.
 
     Raises:
         ModelError: a name is missing or unknown or a shape differs; the text begins with `source`.

@@ -1,7 +1,7 @@
-"""What a model directory says of itself, read without TensorFlow.
+"""The configuration of a model directory, read without TensorFlow.
 
-The directory holds `config.json`, `vocabulary.txt`, `model.safetensors` (weights only), and beside
-them `metrics.json` and the card `README.md`, which change no caption. Nothing in it is code.
+The directory has `config.json`, `vocabulary.txt`, `model.safetensors` (weights only), and also
+`metrics.json` and the card `README.md`, which change no caption. Nothing in it is code.
 """
 
 import codecs
@@ -44,9 +44,9 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which CNN of keras.applications, and what it is fed.
+    """The backbone and its input.
 
-    `input_range` is what the pixel values 0 and 255 become: (-1, 1) is right for the ImageNet
+    `input_range` has the values of black and white pixels: (-1, 1) is right for the ImageNet
     weights of MobileNet, (0, 1) is what models of the original notebook were trained with.
     """
 
@@ -59,12 +59,12 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder, and what training drops.
+    """Sizes of the decoder, and dropout in training.
 
-    `max_length` is the most words a caption can have. `dropout` is of attention weights and of the
-    feed-forward output, as in the notebook; `input_dropout` of features and embedded words.
-    `feature_norm` normalises each grid cell's features before they are looked at. `styles` names
-    the kinds of captions that can be asked for.
+    `max_length` is the maximum number of words. `dropout` applies to attention weights and the
+    feed-forward output, as in the notebook; `input_dropout` to features and embedded words.
+    `feature_norm` normalises each grid cell's features before attention. `styles` names the styles
+    of captions.
     """
 
     __pydantic_config__ = STRICT
@@ -85,7 +85,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `config.json` says: everything needed to build the network before its weights."""
+    """The content of `config.json`: all that is needed to build the network."""
 
     __pydantic_config__ = STRICT
 
@@ -95,7 +95,7 @@ class ModelConfig:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """`config.json`, every field checked.
+    """Read `config.json`, and check every field.
 
     Raises:
         ModelError: no model directory, not JSON, or a field is missing, unknown or out of range.
@@ -112,7 +112,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over the names and bytes of the files that change captions."""
+    """Return the SHA-256 of the names and bytes of the files that change captions."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE):
         content = model_file(directory, name).read_bytes()
@@ -121,7 +121,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def model_file(directory: Path, name: str) -> Path:
-    """The path of a file that a model directory must have.
+    """Return the path of a file that a model directory must have.
 
     Raises:
         ModelError: it has none.

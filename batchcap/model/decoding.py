@@ -1,7 +1,7 @@
-"""Logits to words: greedy and drawn captions in one loop, beam search in another.
+"""Generates words from logits: greedy and sampled captions in one loop, beam search in another.
 
-Ids only: no text, no photos, and no network either, which comes in as a step function. Shapes as in
-`network.py`, with T the length limit and R the images still in the batch.
+Ids only: no text, no photos, and no network, which is a step function. Shapes as in `network.py`,
+with T the length limit and R the images still in the batch.
 
 Finished images leave the batch: when at most a quarter of it is unfinished, those rows are gathered
 and the loop continues with a quarter of the rows. So the cost follows the words that are written,
@@ -59,11 +59,10 @@ class Generation:
 class Decoded(NamedTuple):
     """Captions of a batch, as tensors or arrays.
 
-    tokens: `int32[B, T]`, words, then padding; END left out.
-    lengths: `int32[B]`, words of each row.
-    log_probs: `float32[B, T]`, of each word, then of END where it was reached; then zeros.
-    finished: `bool[B]`, END was reached within T positions.
-    attention: `float32[B, T, G]`, where the image was looked at for each word; then zeros.
+    tokens: `int32[B, T]`, words, then padding; END left out. lengths: `int32[B]`, words per row.
+    log_probs: `float32[B, T]`, of each word, then of END if it was reached; then zeros. finished:
+    `bool[B]`, END was reached within T positions. attention: `float32[B, T, G]`, weights over the
+    image for each word; then zeros.
     """
 
     tokens: Any
@@ -74,7 +73,7 @@ class Decoded(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """Captions as far as they are written: `[..., T]`, `[..., T]` and `[..., T, G]`."""
+    """Partial captions: `[..., T]`, `[..., T]` and `[..., T, G]`."""
 
     tokens: Any
     log_probs: Any
@@ -82,11 +81,10 @@ class _Written(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The images of a batch that are still decoded; every tensor leads with R.
+    """The images that are still in the batch; every tensor leads with R.
 
-    unfinished: `bool[R]`, whether the image's caption goes on.
-    result: what the image leaves behind.
-    working: what is needed to go on with it.
+    unfinished: `bool[R]`, whether the image's caption is unfinished. result: what the image leaves
+    behind. working: what the next step needs.
     """
 
     unfinished: Any
@@ -142,7 +140,7 @@ def decode(
 
 
 def greedy(logits: Any, _uniforms: Any) -> Any:
-    """The most probable word of each row, the first of several."""
+    """Return the most probable word of each row, the first of equals."""
     # XLA does not vectorise `tf.argmax` on CPUs: it takes an eighth of a step, this a twentieth.
     is_best = logits == tf.reduce_max(logits, axis=-1, keepdims=True)
     words = tf.range(logits.shape[-1])
@@ -150,12 +148,12 @@ def greedy(logits: Any, _uniforms: Any) -> Any:
 
 
 def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
-    """Draw words from softmax(logits / temperature) by inverting its cumulative distribution.
+    """Sample words from softmax(logits / temperature) by inverting its cumulative distribution.
 
-    `top_k` leaves only that many most probable words, and `top_p` of these the fewest whose
+    `top_k` keeps only that many most probable words, and `top_p` the fewest of them whose
     probabilities add up to it (Holtzman et al. 2020, nucleus sampling); of equally probable words
-    those with the lower ids. All random numbers come in from outside, one a row and position: a row
-    draws the same words in whatever batch it stands.
+    those with the lower ids. All random numbers come from outside, one per row and position: a row
+    gets the same words in any batch.
     """
 
     def choose(logits: Any, uniforms: Any) -> Any:
@@ -187,18 +185,17 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
 
 
 def _highest(values: Any, least: Any, count: Any) -> Any:
-    """`bool[N, V]`: the `count` highest of each row, whose last is `least`; of equals the first."""
+    """Return `bool[N, V]`: the `count` highest per row, down to `least`; of equals the first."""
     is_higher, is_equal = values > least, values == least
     wanted = count - tf.reduce_sum(tf.cast(is_higher, tf.int32), axis=-1, keepdims=True)
     return is_higher | (is_equal & (tf.cumsum(tf.cast(is_equal, tf.int32), axis=-1) <= wanted))
 
 
 def logit_filter(min_length: int, no_repeat_ngram: int) -> LogitFilter:
-    """Make the filter that bars words from being chosen; their log-probabilities stay the same.
+    """Return a filter that bars words from being chosen; log-probabilities stay the same.
 
-    END is barred from the first `min_length` positions, and a word wherever it would complete an
-    n-gram of `no_repeat_ngram` words that the caption has already (0 bars none). Where that bars
-    all words, the caption ends.
+    END is barred from the first `min_length` positions, and a word wherever it would repeat an
+    n-gram of `no_repeat_ngram` words (0 bars none). If all words are barred, the caption ends.
     """
 
     def bar(logits: Any, tokens: Any, position: Any) -> Any:
@@ -221,9 +218,9 @@ def logit_filter(min_length: int, no_repeat_ngram: int) -> LogitFilter:
 
 
 def _repeating(tokens: Any, position: Any, n: int) -> Any:
-    """Per row the words that would complete an n-gram said before: `int32[N, T - n + 1]`.
+    """Return per row the words that would repeat an n-gram: `int32[N, T - n + 1]`.
 
-    Padding, which is barred anyway, stands where there is none.
+    Padding, which is barred anyway, fills the other places.
     """
     starts = tokens.shape[1] - n + 1
     repeats = tf.fill((tokens.shape[0], starts), True) & (tf.range(starts) + n - 1 < position)
@@ -322,7 +319,7 @@ def _extend_beams(generation: Generation, position: Any, rows: _Rows) -> _Rows:
 def _extensions(
     beams: _Beams, log_probs: Any, logit_filter: LogitFilter, position: Any
 ) -> tuple[Any, Any, Any]:
-    """The 2K best extensions, best first: score, which caption, which word, each `[R, 2K]`.
+    """Return the 2K best extensions, best first: score, caption, word, each `[R, 2K]`.
 
     Twice as many as captions, since K of them may be by END.
     """
@@ -340,7 +337,7 @@ def _extensions(
 def _extended(
     written: _Written, log_probs: Any, looked: Any, sources: Any, words: Any, position: Any
 ) -> _Written:
-    """The captions `sources`, `int32[R, M]`, each longer by one of `words`, `int32[R, M]`."""
+    """Return the captions `sources`, `int32[R, M]`, extended by `words`, `int32[R, M]`."""
     images, beam_size, vocabulary = log_probs.shape
     flat = tf.reshape(log_probs, (images, beam_size * vocabulary))
     written, looked = _take((written, looked), sources)
@@ -424,7 +421,7 @@ def _decoded(written: _Written, finished: Any) -> Decoded:
 
 
 def _take(tensors: Any, columns: Any) -> Any:
-    """Of nested `[R, M, ...]` the `columns`, `int32[R, N]`, of each row: `[R, N, ...]`."""
+    """Gather `columns`, `int32[R, N]`, of each row of nested `[R, M, ...]`: `[R, N, ...]`."""
     return tf.nest.map_structure(lambda t: tf.gather(t, columns, batch_dims=1), tensors)
 
 
@@ -437,7 +434,7 @@ def _others(tensor: Any) -> Any:
 
 
 def _where(rows: Any, those: Any, these: Any) -> Any:
-    """Nested tensors `[R, ...]`: `those` in the rows that are True, `these` in the others."""
+    """Choose nested tensors `[R, ...]`: `those` in rows that are True, `these` in others."""
 
     def choose(that: Any, this: Any) -> Any:
         shape = (-1, *(1 for _ in that.shape[1:]))

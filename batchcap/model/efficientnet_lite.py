@@ -1,9 +1,9 @@
-"""EfficientNet-Lite (Google 2020): EfficientNet without what is slow on CPUs and in integers.
+"""EfficientNet-Lite (Google 2020): EfficientNet without operations slow on CPUs and in integers.
 
 Mobile inverted bottlenecks of MobileNet v2 in the proportions of EfficientNet (Tan and Le 2019),
-without squeeze-and-excitation, ReLU6 for swish, stem and last stage not scaled. Made for pixels in
-[-127/128, 1]. The last stage's output is the grid of features: of the 1x1 convolution to 1,280
-channels and of the classes that follow it, captions have no use.
+without squeeze-and-excitation, with ReLU6 instead of swish, stem and last stage not scaled. Pixels
+are in [-127/128, 1]. The last stage's output is the grid of features; the 1x1 convolution to 1,280
+channels and the classes are left out.
 """
 
 import math
@@ -18,7 +18,7 @@ EPSILON = 1e-3  # of the batch normalisation
 
 
 class Stage(NamedTuple):
-    """Blocks in a row; the first of them has the stride, and changes the number of channels."""
+    """Consecutive blocks; the first has the stride, and changes the number of channels."""
 
     blocks: int
     kernel_size: int
@@ -45,7 +45,7 @@ WIDTH_AND_DEPTH = {
 
 
 def build_efficientnet_lite(name: str, input_shape: tuple[int, int, int]) -> keras.Model:
-    """A network from `float32[B, S, S, 3]` to `[B, ceil(S / 32), ceil(S / 32), D]`.
+    """Build a network from `float32[B, S, S, 3]` to `[B, ceil(S / 32), ceil(S / 32), D]`.
 
     Args:
         name: a key of `WIDTH_AND_DEPTH`.
@@ -60,7 +60,7 @@ def build_efficientnet_lite(name: str, input_shape: tuple[int, int, int]) -> ker
 
 
 def _blocks(width: float, depth: float) -> Iterator[Stage]:
-    """The stages scaled, and taken apart into blocks."""
+    """Yield the scaled stages, split into blocks."""
     for number, stage in enumerate(STAGES):
         is_fixed = number in (0, len(STAGES) - 1)
         scaled = stage._replace(blocks=1, channels=_rounded(stage.channels * width))
@@ -69,13 +69,13 @@ def _blocks(width: float, depth: float) -> Iterator[Stage]:
 
 
 def _rounded(channels: float) -> int:
-    """To a multiple of `DIVISOR`, by no more than a tenth down."""
+    """Round to a multiple of `DIVISOR`, by no more than a tenth down."""
     rounded = max(DIVISOR, int(channels + DIVISOR / 2) // DIVISOR * DIVISOR)
     return rounded + DIVISOR if rounded < 0.9 * channels else rounded
 
 
 def _block(x: Any, block: Stage, name: str) -> Any:
-    """Widen, convolve each channel, narrow; add what came in where the shape is the same."""
+    """Expand, convolve each channel, project; add the input if the shape is the same."""
     given, channels = x, x.shape[-1]
     if block.expansion != 1:
         x = _normalised(keras.layers.Conv2D, block.expansion * channels, 1, f"{name}_expand", x)
@@ -98,7 +98,7 @@ def _block(x: Any, block: Stage, name: str) -> Any:
 def _normalised(
     layer: Any, channels: int | None, kernel_size: int, name: str, x: Any, strides: int = 1
 ) -> Any:
-    """A convolution without a bias, and batch normalisation."""
+    """Apply a convolution without a bias, and batch normalisation."""
     filters = () if channels is None else (channels,)
     convolution = layer(
         *filters, kernel_size, strides=strides, padding="same", use_bias=False, name=name

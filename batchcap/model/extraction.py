@@ -1,6 +1,6 @@
 """Pixels to features with a frozen backbone: by TensorFlow, or on CPUs by OpenVINO.
 
-Both compute the same; a batch shape is compiled once. Extractors may be called from several
+Both compute the same; a batch shape is compiled once. Extractors can be called from several
 threads.
 """
 
@@ -46,10 +46,10 @@ log = logging.getLogger(__name__)
 def tensorflow_extractor(
     backbone: keras.Model, config: BackboneConfig, compiled: bool = True
 ) -> Extract:
-    """Extract with variables made constants, so that TensorFlow folds batch norm into kernels.
+    """Return an extractor with constant weights, so that TensorFlow folds batch norm into kernels.
 
-    A GPU gets the whole batch at once, CPUs a few photos. Where `compiled` is False each layer is
-    run by itself.
+    A GPU gets the whole batch at once, CPUs a few photos. With `compiled` False, each layer runs by
+    itself.
     """
     if not compiled:
         return partial(extract_features, backbone, config)
@@ -75,9 +75,9 @@ def tensorflow_extractor(
 def openvino_extractor(
     backbone: keras.Model, config: BackboneConfig, precision: Precision, fingerprint: str
 ) -> Extract:
-    """Extract with OpenVINO, a request a core.
+    """Return an extractor by OpenVINO, one request per core.
 
-    The exported graph is kept in the user's cache directory under the model's fingerprint.
+    The exported graph is cached under the model's fingerprint.
     """
     openvino = import_openvino()
     exported = _exported(backbone, config, fingerprint)
@@ -128,7 +128,7 @@ def openvino_extractor(
 def _exported(
     backbone: keras.Model, config: BackboneConfig, fingerprint: str
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """OpenVINO's `graph` and `weights` of a backbone, from the cache where they are there."""
+    """Return OpenVINO's `graph` and `weights` of a backbone, from the cache if possible."""
     made_by = code_version(backbones, efficientnet_lite, "keras", "openvino")
     path = cache_folder("openvino") / f"{fingerprint[:32]}-{made_by[:16]}.npz"
     try:
@@ -165,7 +165,7 @@ def _export(backbone: keras.Model, config: BackboneConfig) -> dict[str, npt.NDAr
 
 
 def locked_cache(build: Callable[[Key], Built]) -> Callable[[Key], Built]:
-    """`functools.cache` for what is slow to build and asked for by several threads at once."""
+    """Cache like `functools.cache`, for slow functions called by several threads at once."""
     lock, cached = threading.Lock(), cache(build)
 
     def get(key: Key) -> Built:

@@ -1,12 +1,12 @@
-"""The caption decoder: a small post-norm transformer that reads words and looks at an image.
+"""The caption decoder: a small post-norm transformer that reads words and attends to an image.
 
-Shapes, here and in `decoding.py`:
-    B images, N caption rows (N = B * C, the C captions of an image side by side), T positions,
-    G grid cells, D feature channels, U units, H heads, K key size, V words in the vocabulary.
+Shapes, here and in `decoding.py`: B images, N caption rows (N = B * C, the C captions of an image
+side by side), T positions, G grid cells, D feature channels, U units, H heads, K key size, V words
+in the vocabulary.
 
 The layers are the notebook's, with one difference of form: attention keys and values are computed
-by calls of their own, so that decoding keeps those of earlier words and of the image. Ahead of them
-`feature_norm` may bring all grid cells to one size: softmax otherwise finds the faintest cells,
+by calls of their own, so that decoding keeps those of earlier words and of the image. Before them,
+`feature_norm` can bring all grid cells to one size: otherwise softmax finds the faintest cells,
 those of background and border, whatever the word.
 """
 
@@ -27,14 +27,14 @@ BANNED_LOGIT = -1e9
 
 
 class KeysValues(NamedTuple):
-    """What attention looks at: keys and values, each `float32[rows, H, places, K]`."""
+    """Keys and values of attention, each `float32[rows, H, places, K]`."""
 
     keys: Any
     values: Any
 
 
 class Attention(keras.layers.Layer):
-    """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2)."""
+    """Scaled dot-product attention with several heads (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config: DecoderConfig, seen_size: int, name: str) -> None:
         super().__init__(name=name)
@@ -55,13 +55,13 @@ class Attention(keras.layers.Layer):
         self.project.build((None, None, self.key.units))
 
     def keys_values(self, x: Any) -> KeysValues:
-        """Keys and values of `float32[rows, places, channels]`."""
+        """Return keys and values of `float32[rows, places, channels]`."""
         return KeysValues(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
     def call(
         self, x: Any, seen: KeysValues, mask: Any = None, training: bool = False
     ) -> tuple[Any, Any]:
-        """Attend from `x` to what is seen.
+        """Attend from `x` to keys and values.
 
         Args:
             x: `float32[rows, T, U]`, the queries' input.
@@ -86,7 +86,7 @@ class Attention(keras.layers.Layer):
 
 
 class DecoderLayer(keras.layers.Layer):
-    """Causal self-attention, attention to the image, feed-forward; normalised after each."""
+    """Causal self-attention, cross-attention, feed-forward; normalised after each."""
 
     def __init__(self, config: DecoderConfig, name: str) -> None:
         super().__init__(name=name)
@@ -112,7 +112,7 @@ class DecoderLayer(keras.layers.Layer):
     def call(
         self, x: Any, past: KeysValues, mask: Any, image: KeysValues, training: bool = False
     ) -> tuple[Any, Any]:
-        """One layer over `float32[N, T, U]`.
+        """Apply one layer to `float32[N, T, U]`.
 
         Args:
             x: the words so far, embedded.
@@ -137,10 +137,10 @@ class DecoderLayer(keras.layers.Layer):
 
 
 class CaptionDecoder(keras.layers.Layer):
-    """Words so far and an image's features to logits for the next word.
+    """Words so far and an image's features to logits of the next word.
 
-    `keys_values` looks at the image once; `call` reads whole captions (training), `step` one more
-    word of each (decoding). Both give the same logits.
+    `keys_values` reads the image once; `call` reads whole captions (training), `step` one more word
+    of each (decoding). Both give the same logits.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -171,12 +171,12 @@ class CaptionDecoder(keras.layers.Layer):
         self.output_logits.build((None, None, self.config.units))
 
     def keys_values(self, features: Any, training: bool = False) -> list[KeysValues]:
-        """Per layer, the cross-attention keys and values of features `float32[B, G, D]`."""
+        """Return per layer the cross-attention keys and values of features `float32[B, G, D]`."""
         features = self.input_dropout(self.feature_norm(features), training=training)
         return [layer.cross_attention.keys_values(features) for layer in self.layers]
 
     def call(self, tokens: Any, image: list[KeysValues], training: bool = False) -> Any:
-        """Logits `float32[N, T, V]` of the word after each of `int32[N, T]`."""
+        """Return logits `float32[N, T, V]` of the word after each of `int32[N, T]`."""
         length = ops.shape(tokens)[1]
         places = ops.arange(length)
         causal = places[:, None] >= places[None, :]
@@ -188,7 +188,7 @@ class CaptionDecoder(keras.layers.Layer):
         return self.output_logits(x) + self.banned
 
     def empty_cache(self, images: int, captions: int, length: int) -> list[KeysValues]:
-        """Per layer, room for self-attention keys and values: `[B, C, H, T, K]`, T of `length`."""
+        """Return per layer an empty self-attention cache: `[B, C, H, T, K]` with T of `length`."""
         shape = (images, captions, self.config.heads, length, self.config.key_size)
         room = ops.zeros(shape, self.compute_dtype)
         return [KeysValues(room, room) for _ in self.layers]
@@ -225,17 +225,17 @@ class CaptionDecoder(keras.layers.Layer):
 
 
 def build_decoder(config: DecoderConfig) -> CaptionDecoder:
-    """A decoder with its weights made, at random."""
+    """Build a decoder with random weights."""
     decoder = CaptionDecoder(config)
     decoder.build()
     return decoder
 
 
 def log_frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Where the output bias starts: `float32[V]`, the log relative frequency of each word.
+    """Return the initial output bias, `float32[V]`: the log relative frequency of each word.
 
-    With it an untrained model already has the loss of a unigram model. Banned words count nothing;
-    words never seen start as rare as words seen half a time.
+    With it, an untrained model already has the loss of a unigram model. Banned words do not count;
+    words never seen start as if they were seen half a time.
     """
     weights = np.maximum(counts.astype(np.float64), 0.5)
     weights[list(BANNED_IDS)] = 0

@@ -1,4 +1,4 @@
-"""What the model runs on: TensorFlow started quietly, the device, the runtime, the precision."""
+"""The runtime: TensorFlow started quietly, device, runtime, precision."""
 
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Execution:
 
 
 def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
-    """What to run the backbone with here, TensorFlow started.
+    """Choose device, runtime and precision on this machine; starts TensorFlow.
 
     Raises:
         UsageError: OpenVINO is asked for and not installed, or can't compute so on this CPU.
@@ -44,10 +44,10 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
 
 
 def precision_of(precision: Precision) -> Precision:
-    """`auto` is float32 on any machine.
+    """Return the precision; `auto` is float32 on any machine.
 
     float16 changes 1.6 % of 1,000 photos' captions, bfloat16 14 to 18 %; a change of more than 1 %
-    must be asked for.
+    must be requested.
     """
     return Precision.FLOAT32 if precision is Precision.AUTO else precision
 
@@ -63,16 +63,16 @@ def _check_openvino_computes_in(precision: Precision) -> None:
 
 
 def import_openvino() -> Any:
-    """The package `openvino`, without what it would report of its use over the network."""
+    """Import `openvino` without its telemetry."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_module("openvino")
 
 
 def start_tensorflow() -> str:
-    """Import TensorFlow and Keras, and return the name of the device that work will run on.
+    """Import TensorFlow and Keras, and return the name of the device.
 
-    What C++ code prints meanwhile is shown only if the start fails: it complains of a missing GPU
-    before it has read its log level.
+    Output of C++ code is shown only if the start fails: it complains of a missing GPU before it has
+    read its log level.
 
     Raises:
         BatchcapError: TensorFlow can't be imported.
@@ -96,7 +96,7 @@ def start_tensorflow() -> str:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first error of a chain: TensorFlow wraps it in one whose first line says nothing."""
+    """Return the first error of a chain: TensorFlow's own says nothing in its first line."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return first_line(error)

@@ -1,7 +1,7 @@
-"""Captions to words to ids, and back: the segmenter, the vocabulary and how words are joined.
+"""Captions to words to ids, and back: segmentation, vocabulary, joining of words.
 
-The only home of jieba, which is imported when the first caption is cut. Knows no photos, no
-networks, and none of the START and END a decoder puts around a caption.
+The only user of jieba, which is imported when the first caption is cut. Knows no photos, no
+networks, and no START and END.
 """
 
 import functools
@@ -38,12 +38,12 @@ MIRRORED = str.maketrans("左右", "右左")
 
 
 def segment(text: str) -> list[str]:
-    """Cut a caption into words by jieba's exact mode; punctuation and whitespace are dropped."""
+    """Cut a caption into words by jieba's exact mode, without punctuation and whitespace."""
     return [word for word in map(_strip_punctuation, segment_all(text)) if word]
 
 
 def segment_all(text: str) -> list[str]:
-    """Cut a caption by jieba's exact mode, and keep all that is in it."""
+    """Cut a caption by jieba's exact mode, and keep everything in it."""
     return list(_tokenizer().cut(text))
 
 
@@ -57,14 +57,14 @@ def join_words(words: Iterable[str]) -> str:
 
 
 def _strip_punctuation(word: str) -> str:
-    """The word from its first letter or digit to its last; empty if it holds none."""
+    """Return a word from its first letter or digit to its last; empty if it has none."""
     kept = [i for i, char in enumerate(word) if unicodedata.category(char)[0] in "LN"]
     return word[kept[0] : kept[-1] + 1] if kept else ""
 
 
 @functools.cache
 def _tokenizer() -> Any:
-    """Our own jieba tokenizer, silent, with its cache in a folder only this user can write."""
+    """Return a jieba tokenizer of our own, silent, with its cache in a private directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its old escapes and pkg_resources warn on stderr
         jieba = importlib.import_module("jieba")
@@ -79,16 +79,16 @@ def _tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words a model knows; a word's place is its id. The first four are `SPECIAL_WORDS`."""
+    """The words of a model; a word's place is its id. The first four are `SPECIAL_WORDS`."""
 
     words: tuple[str, ...]
 
     @classmethod
     def build(cls, captions: Iterable[Sequence[str]], max_size: int, min_count: int) -> Self:
-        """Take the most frequent words of cut captions, ties by code point.
+        """Build a vocabulary of the most frequent words of cut captions, ties by code point.
 
-        At most `max_size` words, the four special ones included, each found `min_count` times.
-        What `load` would refuse is left out.
+        At most `max_size` words, including the four special ones, each with at least `min_count`
+        occurrences. Words that `load` would reject are left out.
         """
         counts = Counter(word for caption in captions for word in caption)
         frequent = [
@@ -101,7 +101,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file of one word a line; ModelError names the line that is wrong."""
+        """Read a file of one word per line; ModelError names the wrong line."""
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
@@ -115,18 +115,18 @@ class Vocabulary:
         return cls(tuple(words))
 
     def save(self, path: Path) -> None:
-        """Write one word a line in UTF-8, in the order of the ids."""
+        """Write one word per line in UTF-8, in the order of the ids."""
         path.write_bytes("".join(f"{word}\n" for word in self.words).encode("utf-8"))
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """Ids of words, UNKNOWN_ID for those not known; START and END are not added."""
+        """Return the ids of words, UNKNOWN_ID for unknown ones; START and END are not added."""
         return [self._ids.get(word, UNKNOWN_ID) for word in words]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """Words of ids, the special ones as they stand in the file."""
+        """Return the words of ids, special ones as in the file."""
         return [self.words[word_id] for word_id in ids]
 
     @functools.cached_property
@@ -152,7 +152,7 @@ def _check_words(path: Path, words: list[str]) -> None:
 
 
 def _fault_of(word: str) -> str | None:
-    """Why a vocabulary can't have this word, or None."""
+    """Return why a vocabulary cannot have this word, or None."""
     if not word:
         return "empty line"
     if len(word) > LONGEST_WORD:
@@ -168,7 +168,7 @@ def start_ids(vocabulary_size: int, styles: Sequence[str]) -> dict[str | None, i
 
 
 def mirrored_ids(vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-    """`int32[V]`: the id of each word in the caption of the photo flipped left to right.
+    """Return `int32[V]`: the id of each word in the caption of the flipped photo.
 
     A word with 左 or 右 becomes its counterpart, or UNKNOWN_ID if the vocabulary has none; a word
     with both, such as 左右, and any other stays.

@@ -1,7 +1,7 @@
-"""Archives (tars and Parquet files) found by name or glob; the photos of Parquet files.
+"""Archives (tars and Parquet files), by name or glob, and the photos of Parquet files.
 
-Archives are read as streams, one photo at a time. Photos before any damage are used; the damage is
-reported. Nothing is unpacked: a name in an archive is an id, and never opens a file.
+Archives are read as streams, one photo at a time. Photos before any damage are used, and the damage
+is reported. Nothing is unpacked: a name in an archive is an id, and never opens a file.
 """
 
 import errno
@@ -43,7 +43,7 @@ Unread = Callable[[str, str], object]
 class Archive(NamedTuple):
     """A tar or a Parquet file of an input.
 
-    name: its path below the folder that holds all archives of the input: the same on every machine.
+    name: its path below the directory of all archives of the input: the same on every machine.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Archive(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The columns of a Parquet file: of photos, as bytes or paths, and of ids, if there is one."""
+    """The columns of a Parquet file: photos, as bytes or paths, and ids, if any."""
 
     image: str = "image"
     image_id: str | None = None
@@ -61,7 +61,7 @@ USUAL_COLUMNS = Columns()
 
 
 def archives_of(source: str) -> list[Archive]:
-    """The tars or Parquet files that `a-{000..999}.tar`, a glob or a name stands for, sorted.
+    """Return the archives named by `a-{000..999}.tar`, a glob or a file name, sorted.
 
     Raises:
         UsageError: a glob matches nothing.
@@ -85,7 +85,7 @@ def _without_scheme(path: str) -> str:
 
 
 def _numbered(source: str) -> Iterator[str]:
-    """The names that `{000..999}` stands for, with as many digits as its start has."""
+    """Yield the names that `{000..999}` expands to, with as many digits as its start."""
     first, *others = _RANGE.split(source)[::3]
     ranges = [
         [str(number).zfill(len(start)) for number in range(int(start), int(end) + 1)]
@@ -101,7 +101,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def is_parquet(archive: Archive) -> bool:
-    """Whether its name says so."""
+    """Whether the archive is a Parquet file, by its name."""
     return archive.path.lower().endswith(PARQUET_SUFFIX)
 
 
@@ -161,7 +161,7 @@ def _opened_parquet(archive: Archive) -> Iterator[pq.ParquetFile]:
 
 
 def _ids_in(column: pa.Array) -> list[str]:
-    """Ids as texts, empty where there is none."""
+    """Return ids as strings, empty if there is none."""
     if pa.types.is_temporal(column.type):  # Python has no nanoseconds, nor years after 9999
         column = column.cast(pa.string())
     return ["" if value is None else _text(value) for value in column.to_pylist()]
@@ -172,7 +172,7 @@ def _text(value: Any) -> str:
 
 
 def _photo(value: Any) -> ImageRef:
-    """A photo given as bytes, a path, or Hugging Face's struct of both; a path is its name."""
+    """Return a photo given as bytes, a path, or Hugging Face's struct of both."""
     if isinstance(value, dict):
         photo = _photo(value["bytes"])
         path = value.get("path") or ""
@@ -186,7 +186,7 @@ def _photo(value: Any) -> ImageRef:
 
 
 def _problem(schema: pa.Schema, columns: Columns) -> str | None:
-    """Why a file of this schema has no photos in these columns; None if it may have."""
+    """Return why a file of this schema has no photos in these columns, or None."""
     for flag, name in (("--image-column", columns.image), ("--id-column", columns.image_id)):
         if name is not None and name not in schema.names:
             return f"has no column {name!r}: name one of {', '.join(schema.names)} with {flag}"
@@ -228,7 +228,7 @@ def _is_hugging_face(kind: pa.DataType) -> bool:
 
 @contextmanager
 def reporting(archive: str, unread: Unread) -> Iterator[None]:
-    """Report any error in the block as the reason why an archive was not read to its end.
+    """Report any error in the block as the reason why an archive was not fully read.
 
     Raises:
         UsageError: the block raised it; it is not the archive's fault.

@@ -1,4 +1,4 @@
-"""Lists of names: read one in any Unicode encoding, and guess what is wrong with one."""
+"""Lists of file names: read in any Unicode encoding; likely faults of one."""
 
 import codecs
 import re
@@ -71,7 +71,7 @@ def _encoding_of(start: bytes) -> tuple[bytes, str]:
 
 
 def likely_fault(names: Sequence[str]) -> str:
-    """The likely fault of names that match no file, and what to do about it.
+    """Return the likely fault of names that match no file, and what to do about it.
 
     The text follows `they`, as in `they are in quotes; remove the quotes`.
     """

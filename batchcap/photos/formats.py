@@ -1,6 +1,6 @@
-"""Checks of an image file's bytes before a decoder sees them: format, size, end, metadata.
+"""Checks of an image file's bytes before decoding: format, size, end, metadata.
 
-Decoders allocate what a header claims and invent what a file lacks, so both are checked first.
+Decoders allocate what a header claims and make up what a file lacks, so both are checked first.
 Handles bytes only, and raises rejections.
 """
 
@@ -73,9 +73,9 @@ MAX_BRANDS = 64
 
 
 def format_name_of(data: bytes, extension: str) -> str:
-    """The format by its first bytes, whatever the extension says; empty if none is known.
+    """Return the format by its first bytes, whatever the extension; empty if unknown.
 
-    `extension` (lower case, without a dot) only tells camera raw files from TIFFs.
+    `extension` (lower case, without a dot) only distinguishes camera raw files from TIFFs.
     """
     matches = (name for offset, magic, name in SIGNATURES if data.startswith(magic, offset))
     name = next(matches, "TGA" if data.endswith(TGA_END) else "")
@@ -92,9 +92,9 @@ def _name_by_brand(data: bytes) -> str:
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
-    """Canvas or first frame, whichever is larger; the canvas where there is no frame.
+    """Return the larger of canvas and first frame; the canvas without a frame.
 
-    Pillow makes room for a frame's disposal when it opens the file, before it can be asked.
+    Pillow allocates a frame's disposal when it opens the file.
     """
     width, height = struct.unpack_from("<HH", data, 6)
     file = PatientFile(data)

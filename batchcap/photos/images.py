@@ -1,8 +1,8 @@
-"""One photo file to pixels: read once, decoded from memory with Pillow, or refused with a reason.
+"""One photo file to pixels: read once, decoded from memory by Pillow, or rejected with a reason.
 
-Whatever a file is, the answer is a `LoadedImage`, never an exception, and never pixels that a
-decoder made up, unless a file that ends early was asked to count. Knows neither jobs nor networks,
-and leaves Pillow's global settings alone.
+Any file gives a `LoadedImage`, never an exception, and never pixels that a decoder made up, unless
+truncated files are accepted. Knows neither jobs nor networks, and leaves Pillow's global settings
+alone.
 """
 
 import contextlib
@@ -133,10 +133,10 @@ TRUNCATED_NOTE = Rejection(
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How photos are loaded: the side of the square they become, and what is refused.
+    """How photos are loaded: side of the square, and what is rejected.
 
-    `max_pixels` is compared with the header, before anything is decoded. `accept_truncated` takes
-    what there is of a file that ends early: the rest is grey, black or what the format makes of it.
+    `max_pixels` is compared with the header, before anything is decoded. `accept_truncated` accepts
+    the beginning of a file that ends early: the rest is grey, black or what the format makes of it.
     """
 
     image_size: int
@@ -145,26 +145,26 @@ class LoadSettings:
 
 
 def load_image(source: Source, settings: LoadSettings) -> LoadedImage:
-    """Read one file and squash its photo to `settings.image_size` pixels a side (S).
+    """Read one file and resize its photo to a square of `settings.image_size` pixels a side (S).
 
-    The pixels are `uint8[S, S, 3]`, RGB, contiguous: upright by EXIF, composited on white,
-    resized by antialiased bilinear without keeping the aspect ratio. Of an animation, the first
-    frame with something on it; of a file of several pictures, the first. Raises nothing for any
-    file; safe to call from several threads and processes.
+    The pixels are `uint8[S, S, 3]`, RGB, contiguous: rotated by EXIF, composited on white, resized
+    by antialiased bilinear without keeping the aspect ratio. Of an animation, the first visible
+    frame; of a file of several pictures, the first. Raises nothing for any file; safe in several
+    threads and processes.
     """
     return _load(source, settings, _squashed)
 
 
 def load_thumbnail(source: Source, settings: LoadSettings) -> LoadedImage:
-    """`load_image` with the aspect ratio kept: `settings.image_size` is that of the longer side.
+    """Load a photo with its aspect ratio kept: `settings.image_size` is the longer side.
 
-    The pixels are `uint8[H, W, 3]`; a photo that is smaller keeps its size.
+    The pixels are `uint8[H, W, 3]`; a smaller photo keeps its size.
     """
     return _load(source, settings, _fitted)
 
 
 def encode_webp(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
-    """A small file for pages, of `uint8[H, W, 3]`, RGB; `quality` is from 0 to 100."""
+    """Return a small WebP file of `uint8[H, W, 3]`, RGB; `quality` is from 0 to 100."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
@@ -217,7 +217,7 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
 
 
 def _read_file(path: Path) -> tuple[bytes, int | None]:
-    """A file's bytes, and the time at which it had exactly these if 64 bits hold it."""
+    """Return a file's bytes, and the time at which it had exactly these, if 64 bits hold it."""
     status = None
     try:
         status = path.stat()
@@ -247,10 +247,10 @@ def _read_file(path: Path) -> tuple[bytes, int | None]:
 
 
 def _read_unless_it_changes(file: IO[bytes], opened: os.stat_result) -> bytes | None:
-    """Return all of an open file; None if it has changed since `opened`, its status then.
+    """Return the content of an open file; None if it changed since `opened`, its status then.
 
-    A file written within the last tick is first left alone for one: until then a change need not
-    show in its time.
+    A file written within the last clock tick is read after the tick: until then, its time need not
+    show a change.
     """
     if _is_fresh(opened):
         time.sleep(CLOCK_TICK_S)
@@ -295,7 +295,7 @@ def _missing_message(path: Path) -> str:
 
 
 def _extension(path: str) -> str:
-    """The extension of a file's name, lower case, without its dot."""
+    """Return the extension of a file's name, lower case, without its dot."""
     return os.path.splitext(path)[1].removeprefix(".").lower()  # noqa: PTH122
 
 
@@ -358,14 +358,14 @@ def _decode_pixels(
 def _first_frame(
     image: ImageFile.ImageFile, format_name: str, data: bytes
 ) -> tuple[int, int, int, int] | None:
-    """The part of the picture that the first frame draws, where that can be smaller."""
+    """Return the part of the picture that the first frame draws, if it can be smaller."""
     if format_name == "GIF" and image.tile:
         return image.tile[0].extents
     return webp.first_frame(data) if format_name == "WebP" else None
 
 
 def _low_bytes_of_png(data: bytes, note: Rejection | None, settings: LoadSettings) -> Image.Image:
-    """The low bytes of a PNG's 16-bit RGB samples, of which Pillow keeps the high ones."""
+    """Return the low bytes of a PNG's 16-bit RGB samples, of which Pillow keeps the high ones."""
     image = PngImagePlugin.PngImageFile(PatientFile(data))
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
     _load_pixels(image, len(data), note, settings.accept_truncated)
@@ -375,7 +375,7 @@ def _low_bytes_of_png(data: bytes, note: Rejection | None, settings: LoadSetting
 def _checked_end(
     data: bytes, format_name: str, settings: LoadSettings
 ) -> tuple[bytes, Rejection | None]:
-    """The bytes to decode, mended if they end early and that is accepted, and a note if so."""
+    """Return the bytes to decode, and a note if they end early and were mended."""
     try:
         if format_name in END_CHECKS:
             END_CHECKS[format_name](data)
@@ -392,7 +392,7 @@ def _checked_end(
 
 
 def _is_whole_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Whether a JPEG without an end mark has all its pixels: none depends on what follows."""
+    """Whether a JPEG without an end mark has all its pixels: no pixel depends on what follows."""
     if not jpeg.has_all_scans(data):
         return False
     digests = set()

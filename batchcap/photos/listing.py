@@ -1,4 +1,4 @@
-"""List the photos of an input (a folder, a list or archives, local or behind a URL) and their ids.
+"""Lists the photos of an input: a directory, a list or archives, local or behind a URL.
 
 Only photos in archives are read here. Nothing is decoded.
 """
@@ -52,7 +52,7 @@ _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 
 
 class Entry(NamedTuple):
-    """A file or a folder in a folder: its path below the root, which ends in a slash for a folder.
+    """A file or a directory: its path below the root, with a final slash for a directory.
 
     `size` and `mtime_ns` are those of a store's listing.
     """
@@ -71,7 +71,7 @@ ListFolder = Callable[[str, str, Callable[[], object]], list[Entry]]
 class Selection(NamedTuple):
     """Which photos of a source to list: those that match the pattern and are not excluded.
 
-    `progress` is called at each path that is looked at.
+    `progress` is called at each path.
     """
 
     pattern: Callable[[str], bool] | None
@@ -79,7 +79,7 @@ class Selection(NamedTuple):
     progress: Callable[[], object] = lambda: None
 
     def is_photo(self, path: str) -> bool:
-        """Whether a file of a folder or a tar is a photo: by the pattern, or else by extension."""
+        """Whether a file of a directory or a tar is a photo: by the pattern, or by extension."""
         self.progress()
         return (self.pattern or has_image_extension)(path)
 
@@ -90,7 +90,7 @@ class Selection(NamedTuple):
 
 
 def warn_unlisted(name: str, reason: str) -> None:
-    """Warn that a folder or an archive could not be read, or only in part."""
+    """Warn that a directory or an archive could not be fully read."""
     logger.warning(
         "could not fully read %s (%s); skipping its remaining photos",
         printable(name),
@@ -157,10 +157,10 @@ def list_images(
 
 
 def archives_in(source: str, columns: Columns = USUAL_COLUMNS) -> list[Archive] | None:
-    """The archives that a source names; None if it names none.
+    """Return the archives that a source names; None if it names none.
 
-    Raises UsageError if no archive has such a name, the source names archives of another kind, or
-    the first Parquet file has no such column; InputError if the archives can't be listed.
+    Raises UsageError if no archive has such a name, the source names unsupported archives, or the
+    first Parquet file lacks a column; InputError if the archives cannot be listed.
     """
     source = without_file_scheme(source)
     if not _names_archives(source):
@@ -185,7 +185,7 @@ def _names_archives(source: str) -> bool:
 
 
 def is_list(source: str) -> bool:
-    """Whether a source is a list, in which the same line is the same photo."""
+    """Whether a source is a list, in which repeated lines are the same photo."""
     return source.lower().endswith(".txt") or (is_stream(source) and not _names_archives(source))
 
 
@@ -204,13 +204,13 @@ def is_stream(source: str) -> bool:
 
 
 def names_photos(source: str) -> bool:
-    """Whether a source names its photos one by one: it is a list, or Parquet files."""
+    """Whether a source names its photos one by one: a list, or Parquet files."""
     source = without_file_scheme(source)
     return is_list(source) or (_names_archives(source) and source.lower().endswith(PARQUET_SUFFIX))
 
 
 def can_be_listed_twice(source: str) -> bool:
-    """Whether listing takes little time, so that it may be done once more only to count."""
+    """Whether listing is so fast that it may be repeated only to count."""
     source = without_file_scheme(source)
     return not (is_stream(source) or is_url(source) or _names_archives(source))
 
@@ -224,7 +224,7 @@ def image_id_of(path: str) -> str:
 
 
 def path_of_image_id(image_id: str) -> str:
-    """The relative path (surrogateescape str) whose id this is: what `image_id_of` escaped."""
+    """Return the relative path (surrogateescape str) that `image_id_of` escaped."""
     return _ESCAPE.sub(_unescaped, image_id)
 
 
@@ -238,11 +238,11 @@ def excluder(
     patterns: Sequence[str] = (),
     on_system_folder: Callable[[str], object] = lambda _path: None,
 ) -> IsExcluded:
-    """Make the function that says whether a path below a source is excluded.
+    """Return a function that tells whether a path below a source is excluded.
 
-    A path is excluded if a pattern, written as for `list_images`, matches it or a folder that
-    contains it. Folders and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
-    `on_system_folder`; lists and Parquet files don't, as they name each photo.
+    A path is excluded if a pattern, written as for `list_images`, matches it or a directory above
+    it. Directories and tars also exclude `SYSTEM_FOLDERS`, and report each path in one to
+    `on_system_folder`; lists and Parquet files do not, as they name each photo.
     """
     matches_pattern = _matcher_of_any_part(patterns)
     is_in_system_folder = _matcher_of_any_part(() if names_photos(source) else SYSTEM_FOLDERS)
@@ -259,7 +259,7 @@ def excluder(
 
 
 def _matcher_of_any_part(patterns: Sequence[str]) -> IsExcluded:
-    """Make the function that says whether a pattern matches a path or a folder that contains it."""
+    """Return a function that tells whether a pattern matches a path or a directory above it."""
     if not patterns:
         return lambda _path: False
     wanted = [pattern.lower().rstrip("/") for pattern in patterns]
@@ -291,13 +291,13 @@ def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
 
 
 def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
-    """Make the function that matches any of these fnmatch patterns; `**/` may match no folder."""
+    """Return a function that matches any of these fnmatch patterns; `**/` may match nothing."""
     variants = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
     return re.compile("|".join(map(fnmatch.translate, sorted(variants))) or "(?!)").match
 
 
 def has_image_extension(relative: str) -> bool:
-    """Whether a name ends like a photo's."""
+    """Whether a name has the extension of a photo."""
     _, dot, extension = relative.rpartition(".")
     return bool(dot) and extension.lower() in IMAGE_EXTENSIONS
 
@@ -322,9 +322,9 @@ def _list_folder(
 def _walk(
     root: str, pending: list[Entry], entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[Entry]:
-    """The files below `root`, from the last of `pending` to the first.
+    """Yield the files below `root`, from the last of `pending` to the first.
 
-    Each folder is sorted by itself: the slash at the end of its path puts all files in order.
+    Each directory is sorted by itself: the final slash of its path puts all files in order.
     """
     while pending:
         entry = pending.pop()
@@ -375,7 +375,7 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
-    """Whether to leave a link out, since it may lead in a circle; False where it leads nowhere."""
+    """Whether a link leads to a directory, and could lead in a circle; False if it is broken."""
     try:
         return link.is_dir()
     except OSError:
@@ -431,7 +431,10 @@ def _located(base: str, name: str) -> str:
 
 
 def _normalised(line: str) -> str:
-    """A name without `./` and doubled slashes. `..` stays: behind a link it is another folder."""
+    """Return a name without `./` and doubled slashes.
+
+    `..` stays: behind a link it is another directory.
+    """
     line = without_file_scheme(line)
     if is_url(line):
         return line

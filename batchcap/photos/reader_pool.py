@@ -1,8 +1,7 @@
-"""Photos are read in processes of their own: a file that kills or hangs its reader costs a row.
+"""Decode photos in worker processes: a file that crashes or hangs one fails a row, not the run.
 
-Whatever a file does to the decoder, the run goes on: the file is tried once more, alone and with a
-new process, and is given up, as a rejection, when that one dies too. Processes that die before they
-have seen a file are another matter: then no photo can be read, and the run ends.
+Such a file is tried once more, alone and in a new process; if that process dies too, the file is
+rejected. If processes die before they have read any file, no photo can be read, and the run ends.
 """
 
 import contextlib
@@ -40,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 class _DiedError(Exception):
-    """The process did not answer; says what became of it."""
+    """The process did not answer; the message says what happened to it."""
 
 
 class _Reader:
-    """One process that loads the photos it is told to, one at a time."""
+    """One process that loads photos, one at a time."""
 
     def __init__(self, load: Load, timeout_s: float) -> None:
         self._connection, theirs = PROCESSES.Pipe()
@@ -57,7 +56,7 @@ class _Reader:
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        """What it dies of from now on is a photo, and the time that it takes is the photo's."""
+        """From here on, a crash or a timeout is blamed on the current photo."""
         if not self._ready:
             self._ready = self._receive(START_S)
 
@@ -84,7 +83,7 @@ class _Reader:
             raise _DiedError(_ending(self._process.exitcode)) from error
 
     def kill(self) -> None:
-        """May be called while another thread loads: that one is told that the process died."""
+        """Kill the process; a thread that is loading gets a `_DiedError`."""
         self._process.kill()
 
     def stop(self) -> None:
@@ -94,7 +93,7 @@ class _Reader:
 
 
 class Readers:
-    """Loads photos in `count` processes; may be called from as many threads at once.
+    """Loads photos in `count` processes; can be called from as many threads at once.
 
     `progress` is called whenever a process has loaded photos, or has died and is replaced.
     """
@@ -117,8 +116,8 @@ class Readers:
     def __call__(self, photos: Sequence[ImageRef]) -> list[LoadedImage]:
         """Load photos, whatever their files do.
 
-        Where a process dies of several, each is tried once more alone: so the one that did it, and
-        no other, meets its second death.
+        If a process dies while it loads several photos, each is tried once more alone, so that only
+        the culprit meets a second death.
 
         Raises:
             BatchcapError: no process can be started.
@@ -151,7 +150,7 @@ class Readers:
         return images
 
     def stop(self) -> None:
-        """End the processes, whatever they are at."""
+        """End all processes, whatever they are doing."""
         with self._changing:
             self._stopped = True
             for started in self._alive:
@@ -171,7 +170,7 @@ class Readers:
             return reader
 
     def _ready(self, reader: _Reader | None) -> _Reader:
-        """The reader, or one in its place, that has started well."""
+        """Return the reader, or a replacement, once it has started."""
         for _ in range(STARTS):
             if reader is None:
                 raise RuntimeError(STOPPED)
@@ -198,7 +197,7 @@ class Readers:
 
 @contextmanager
 def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
-    """`count` processes that load photos as `load`, which must be picklable, does.
+    """Start `count` processes that load photos by `load`, which must be picklable.
 
     A process that takes longer than `timeout_s` for a photo counts as dead.
     """
@@ -220,16 +219,16 @@ def _serve(connection: Connection, load: Load) -> None:
 
 
 def _be_first_to_go() -> None:
-    """Where memory runs out, Linux is to kill the reader of a huge photo and not the run."""
+    """If memory runs out, let Linux kill the reader of a huge photo instead of the run."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started in the block get none of the signals that end a run.
+    """Shield processes started in the block from the signals that end a run.
 
-    Terminals and service managers send them to all processes, but the run decides when to end.
+    Terminals and service managers signal all processes, but the run decides when to end.
     """
     resource_tracker.ensure_running()  # before, since it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -240,7 +239,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _end_with_the_run() -> None:
-    """A run that is killed closes the connection, which a reader that hangs would not notice."""
+    """End when the run is killed; a reader that hangs would not notice its closed connection."""
     run = multiprocessing.parent_process()
     if run is not None:
         run.join()
@@ -248,7 +247,7 @@ def _end_with_the_run() -> None:
 
 
 def _limit_waiting(connection: Connection, timeout_s: float) -> None:
-    """Let each read and write of a connection, a socket on Unix, fail after `timeout_s`."""
+    """Make each read and write of a connection, a socket on Unix, fail after `timeout_s`."""
     limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     with socket.socket(fileno=os.dup(connection.fileno())) as ours:
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
@@ -256,7 +255,7 @@ def _limit_waiting(connection: Connection, timeout_s: float) -> None:
 
 
 def _quarantined(photo: ImageRef, death: _DiedError, timeout_s: float) -> LoadedImage:
-    """With size, time and sum, by which later runs know the file and leave it alone."""
+    """Reject a photo with its size, time and hash, so that later runs recognise and skip it."""
     message = f"The second process to read this file {death}, too; look at it, or remove it."
     rejection = Rejection(ErrorType.QUARANTINED, message)
     if photo.data is not None:
@@ -272,7 +271,7 @@ def _quarantined(photo: ImageRef, death: _DiedError, timeout_s: float) -> Loaded
 
 
 def _described_soon(url: str, timeout_s: float) -> RemoteFile | None:
-    """A store's description of a file; None if it gives none in time, as it may be what hung."""
+    """Return a store's description of a file; None if it does not answer in time."""
     answers: queue.SimpleQueue[RemoteFile | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -296,5 +295,5 @@ def _ending(exit_code: int | None) -> str:
 
 
 def core_count() -> int:
-    """A process for each core that this one may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

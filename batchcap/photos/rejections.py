@@ -1,4 +1,4 @@
-"""How decoding refuses a file: the exception that carries a rejection, and common rejections."""
+"""How decoding rejects a file: the exception that carries a rejection, and common ones."""
 
 import io
 
@@ -12,7 +12,7 @@ READS_PER_PART = 3  # length, body and checksum
 
 
 class RejectionError(Exception):
-    """Carries a rejection to `load_image`, with the file's size and time where they are known."""
+    """Carries a rejection to `load_image`, with the file's size and time if known."""
 
     def __init__(
         self,

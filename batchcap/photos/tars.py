@@ -1,6 +1,6 @@
-"""Photos in tars, compressed or not; links among members lead to the same photo.
+"""Photos in tars, compressed or not; links between members are resolved.
 
-Damage and garbage, which `tarfile` skips in silence, are reported; tars after the first are read.
+Damage and garbage, which `tarfile` skips silently, are reported; concatenated tars are read.
 """
 
 import posixpath
@@ -91,7 +91,7 @@ def _linked(
     is_wanted: Callable[[str], bool],
     progress: Callable[[], object],
 ) -> Iterator[ImageRef]:
-    """The links of a tar whose names are wanted, each with the bytes of the member it leads to."""
+    """Yield the wanted links of a tar, each with the bytes of its target."""
     names: dict[tuple[int, str], list[str]] = {}
     for number, name in links:
         if is_wanted(name):
@@ -115,9 +115,9 @@ def _linked(
 
 
 def _end_of_links(number: int, name: str, links: Links) -> str | None:
-    """The name of the member that a link leads to; None if it leaves its tar or goes in circles.
+    """Return the name of a link's final target; None if it leaves its tar or is circular.
 
-    Each folder on the way may be a link, too.
+    Each directory on the way may be a link, too.
     """
     behind: list[str] = []
     ahead = name.split("/")[::-1]
@@ -142,7 +142,7 @@ def _end_of_links(number: int, name: str, links: Links) -> str | None:
 
 
 def _link_target(link: tarfile.TarInfo) -> str:
-    """Where a link leads, from the top of its tar; with a leading slash where it leaves the tar."""
+    """Return a link's target from the top of its tar, with a leading slash if it leaves the tar."""
     if link.islnk():
         return _name_in_tar(link.linkname)  # GNU tar gives hard links absolute names, too
     return posixpath.join(posixpath.dirname(_name_in_tar(link.name)), link.linkname)
@@ -170,7 +170,7 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Reje
 
 
 def _mtime_ns(member: tarfile.TarInfo) -> int | None:
-    """The time of a member, more precise than the float of `tarfile`."""
+    """Return a member's time, more precise than the float of `tarfile`."""
     if int64_or_none(member.mtime) is None:
         return None
     try:
@@ -180,10 +180,10 @@ def _mtime_ns(member: tarfile.TarInfo) -> int | None:
 
 
 class _Tars(tarfile.TarFile):
-    """A file of tars, one after the other.
+    """A file of concatenated tars.
 
-    file: the file, compressed or not. number: index of the tar that the latest member is in.
-    is_ended: an end mark was read, and no member after it.
+    file: the file, compressed or not. number: index of the latest member's tar. is_ended: an end
+    mark was read, and no member after it.
     """
 
     file: IO[bytes]
@@ -192,7 +192,7 @@ class _Tars(tarfile.TarFile):
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is checked: `tarfile` takes a damaged one for the end of the tar."""
+    """A member with a checked header: `tarfile` takes a damaged one for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tar: _Tars) -> Self:  # type: ignore[override]
@@ -220,7 +220,7 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Refuse headers too large for memory, which `tarfile` would read whole."""
+        """Reject headers too large for memory, which `tarfile` would read whole."""
         if self.size < 0 or (self.type in LEADING_HEADERS and self.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError("it is damaged: the size of a header makes no sense")
         return super()._proc_member(tar)  # type: ignore[misc]
@@ -231,7 +231,7 @@ _Tars.tarinfo = _Member
 
 @contextmanager
 def _opened_tar(archive: str) -> Iterator[_Tars]:
-    """A tar, compressed or not, whatever its name says.
+    """Open a tar, compressed or not, whatever its name.
 
     Raises:
         OSError: it can't be opened.
@@ -254,7 +254,7 @@ def _opened_tar(archive: str) -> Iterator[_Tars]:
 
 
 def _members(tar: _Tars, progress: Callable[[], object]) -> Iterator[tarfile.TarInfo]:
-    """The members of all tars in a file.
+    """Yield the members of all tars in a file.
 
     Raises:
         ReadError: a header is damaged, or the file ends early, or not with a tar.

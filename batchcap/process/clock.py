@@ -1,4 +1,4 @@
-"""How long each stage has been at work, over all threads."""
+"""Time spent in each stage, over all threads."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class StageClock:
-    """Seconds of work by stage; stages that overlap add up to more than the time that passed."""
+    """Seconds of work per stage; stages that overlap add up to more than the elapsed time."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -16,7 +16,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the block for a stage."""
+        """Add the time of the block to a stage."""
         started = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Set environment variables, caches and defaults that libraries would take from the user.
+"""Environment variables, caches and defaults that libraries would take from the user.
 
 Captions must not depend on a file in the home directory, on a variable that a notebook has set, or
 on files beside the photos.
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def settle() -> None:
-    """Set the variables that libraries read at import, here and in child processes."""
+    """Set the variables that libraries read at import, for this process and its children."""
     os.environ.update(SETTINGS)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -55,13 +55,13 @@ def settle() -> None:
 
 
 def settle_caches() -> None:
-    """Give Keras and Matplotlib our own cache folders: the user's also hold settings."""
+    """Give Keras and Matplotlib cache directories of our own: the user's contain settings too."""
     os.environ["KERAS_HOME"] = str(cache_folder("keras"))
     os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
 
 
 def import_matplotlib() -> Any:
-    """The package `matplotlib`, with its default settings."""
+    """Import `matplotlib` with its default settings."""
     settle_caches()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about `matplotlibrc` files
     matplotlib = import_module("matplotlib")
@@ -71,20 +71,17 @@ def import_matplotlib() -> Any:
 
 
 def cache_folder(name: str = "") -> Path:
-    """The folder of files kept for later runs, or its subfolder `name`, which may not exist yet.
+    """Return the directory of files kept for later runs, or its subdirectory `name`.
 
-    It is `batchcap` in the user's cache directory. Where that folder can't be used, is full, or is
-    writable by other users, it is a temporary folder that only this user can enter, and a warning
-    is logged once.
+    It is `batchcap` in the user's cache directory, and may not exist yet. If that directory is
+    unusable, full, or writable by other users, a private temporary directory is used instead, and a
+    warning is logged once.
     """
     return _usable(platformdirs.user_cache_path("batchcap")) / name
 
 
 def code_version(*parts: ModuleType | str) -> str:
-    """A hash of the code of modules and of the versions of installed packages, for keys of caches.
-
-    What was made by other code has another key.
-    """
+    """Hash the code of modules and the versions of installed packages, for keys of caches."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -111,7 +108,7 @@ def _usable(folder: Path) -> Path:
 
 
 def _problem_with(folder: Path) -> str:
-    """Make a folder, and say why files can't be kept in it; empty if they can."""
+    """Create a directory, and return why files cannot be kept in it; empty if they can."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -126,9 +123,10 @@ def _problem_with(folder: Path) -> str:
 
 
 def _temporary_folder() -> Path:
-    """A folder that only this user can enter: the same one each time, unless someone else made it.
+    """Return a temporary directory that only this user can enter.
 
-    Below `NO_HOME`, where nothing can be kept, if there is no folder for temporary files.
+    It is the same one each time, unless another user created it; and below `NO_HOME`, where nothing
+    can be kept, if there is no directory for temporary files.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"batchcap-{os.geteuid()}")

@@ -1,4 +1,4 @@
-"""What is told while work goes on: one line an event, as text or as JSON, on stderr."""
+"""The log: one line per event, as text or as JSON, on stderr."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ FIELDS = "event_fields"
 
 
 def configure_logging(log_format: LogFormat, verbose: bool) -> None:
-    """Tell of our own events, or with `verbose` of everything; other libraries' chatter is none."""
+    """Log batchcap's own events, or with `verbose` everything; other libraries stay quiet."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if log_format is LogFormat.JSON else TextLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -27,30 +27,30 @@ def configure_logging(log_format: LogFormat, verbose: bool) -> None:
 
 
 def writes_json() -> bool:
-    """Whether what people would watch, such as a bar, is out of place."""
+    """Whether the log is JSON, so that a progress bar would be out of place."""
     return any(isinstance(h.formatter, JsonLines) for h in logging.getLogger().handlers)
 
 
 def log_event(
     logger: logging.Logger, event: str, text: str, level: int = logging.INFO, **fields: Any
 ) -> None:
-    """Log `text`; as JSON with the name of the event and its fields."""
+    """Log `text`; in a JSON log, with the name of the event and its fields."""
     logger.log(level, "%s", text, extra={FIELDS: {"event": event, **fields}})
 
 
 class TextLines(logging.Formatter):
-    """A record as its message, which may quote files of strangers."""
+    """Formats a record as its message, which may quote untrusted files."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Lines that a terminal only prints."""
+        """Return lines without characters that a terminal would interpret."""
         return printable_lines(super().format(record))
 
 
 class JsonLines(logging.Formatter):
-    """A record as one JSON object: `time` (UTC), `level`, `event`, `message` and fields."""
+    """Formats a record as one JSON object: `time` (UTC), `level`, `event`, `message` and fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, whatever the message holds."""
+        """Return a single line, whatever the message contains."""
         fields = getattr(record, FIELDS, {"event": "message"})
         told = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),

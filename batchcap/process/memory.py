@@ -1,4 +1,4 @@
-"""The memory of this process: how it is kept, and how much it was."""
+"""The memory of this process."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,10 @@ LARGEST_KEPT_BYTES = 1 << 26
 
 
 def keep_freed_memory() -> None:
-    """Let the C library hand out again what was freed, rather than give it back to the system.
+    """Make the C library reuse freed memory instead of returning it to the system.
 
-    Photos and batches are allocated and freed without end, and fresh pages cost a run a few
-    hundredths of its rate. Does nothing where the C library is not glibc.
+    Photos and batches are allocated and freed all the time, and fresh pages cost a run a few
+    percent of its rate. Does nothing if the C library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Return this process's peak resident memory."""
     # On Linux from /proc, since what getrusage says there begins at the parent's peak.
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

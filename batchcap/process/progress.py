@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, plain lines in a log. Always on stderr."""
+"""Progress of long work: a bar on a terminal, plain lines in a log. Always on stderr."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Told of every piece of work done, and of how much there is when that is known."""
+    """Counts finished work, and the total once it is known."""
 
     total: float | None
 
@@ -27,7 +27,7 @@ class Progress(Protocol):
 
 
 class _Lines:
-    """The same news as the bar's, as one log line every half a minute."""
+    """Logs progress as one line every half minute."""
 
     def __init__(self, what: str, total: float | None, unit: str, done: int) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done

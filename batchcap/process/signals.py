@@ -1,4 +1,4 @@
-"""Signals that end the program: at once, or while a run goes on after what is in flight."""
+"""Signals that end the program: at once, or after a run has committed its rows."""
 
 import signal
 import types
@@ -11,21 +11,21 @@ GRACE_S = 7.0  # for what is in flight; service managers and users wait ten seco
 
 
 class Stopped(BaseException):
-    """A signal to end: unwinds like KeyboardInterrupt, so that temporary files are removed."""
+    """Raised by a signal; unwinds like KeyboardInterrupt, so that temporary files are removed."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as shells have it."""
+        """128 plus the signal's number, as in shells."""
         return 128 + self.signal
 
 
 class StopRequest:
-    """Whether a signal has asked the run to end; called, says so.
+    """Whether a signal has asked the run to stop; call it to find out.
 
-    `insisted` is whether a second one has come.
+    `insisted` is True after a second signal.
     """
 
     number: signal.Signals | None = None
@@ -33,12 +33,12 @@ class StopRequest:
     is_unhurried = False
 
     def __call__(self) -> bool:
-        """True once it has."""
+        """Return True after a signal."""
         return self.number is not None
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
-        """In the block, time does not run out; a second signal stops it nevertheless."""
+        """Suspend the time limit during the block; a second signal still stops it."""
         self.is_unhurried = True
         try:
             yield
@@ -47,7 +47,7 @@ class StopRequest:
 
 
 def stop_on_signals() -> None:
-    """From now on signals raise `Stopped` in the main thread, but those that are ignored."""
+    """Raise `Stopped` in the main thread on signals, except those that are ignored."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, _stop)
@@ -55,7 +55,7 @@ def stop_on_signals() -> None:
 
 @contextmanager
 def stopping_softly() -> Iterator[StopRequest]:
-    """In the block, a first signal is a request; a second one, or time that runs out, stops it."""
+    """In the block, the first signal is a request; a second one, or the time limit, stops it."""
     request = StopRequest()
 
     def take(number: int, _frame: types.FrameType | None) -> None:

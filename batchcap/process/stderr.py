@@ -1,6 +1,6 @@
 """Hold back what a library prints while it starts, and show it only if the start fails.
 
-C++ code may end the process without returning to Python, so a separate process keeps the text.
+C++ code can end the process without returning to Python, so a separate process keeps the text.
 """
 
 import os
@@ -20,7 +20,7 @@ if text:
 
 @contextmanager
 def kept_back(library: str) -> Iterator[None]:
-    """Hold back what this process, C++ code too, prints on stderr in the block.
+    """Hold back what this process prints on stderr during the block, also from C++ code.
 
     The text is shown if the block raises an Exception, or if the process ends in it.
     """
@@ -45,7 +45,7 @@ def kept_back(library: str) -> Iterator[None]:
 
 @contextmanager
 def stderr_to(descriptor: int) -> Iterator[None]:
-    """Redirect the stderr of this process, C++ code too, to an open file in the block."""
+    """Redirect this process's stderr to an open file during the block, also for C++ code."""
     stderr = os.dup(2)
     os.dup2(descriptor, 2)
     try:

@@ -1,4 +1,4 @@
-"""How counts, values and names of others stand in what users read."""
+"""Counts, values and untrusted names in messages."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ LONGEST_EXCERPT = 100
 
 
 def printable(text: str) -> str:
-    """A text of others on one line, without characters that a terminal would obey or hide."""
+    """Return untrusted text on one line, without control and invisible characters."""
     return "".join(char if _is_visible(char) else "?" for char in text)
 
 
 def printable_lines(text: str) -> str:
-    """The same of each line of a text; tabs become blanks."""
+    """Apply `printable` to each line of a text; tabs become spaces."""
     return "\n".join(map(printable, text.expandtabs().split("\n")))
 
 
 def printable_json(text: str) -> str:
-    """JSON of the same values, where escapes stand for what a terminal would obey or hide."""
+    """Escape control and invisible characters in JSON; its values stay the same."""
     return "".join(char if _is_visible(char) or char == "\n" else _escaped(char) for char in text)
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text of others, on one line."""
+    """Return the beginning of an untrusted text, on one line."""
     return printable(text[:LONGEST_EXCERPT])
 
 
 def _is_visible(char: str) -> bool:
-    """Whether a character only prints itself; blanks of any width do."""
+    """Whether a character only prints itself; spaces of any width do."""
     return char.isprintable() or unicodedata.category(char) == "Zs"
 
 
@@ -40,18 +40,18 @@ def _escaped(char: str) -> str:
 
 
 def counted(count: int, noun: str, nouns: str = "") -> str:
-    """`1 caption`, `2 captions`; `nouns` is the plural, unless it is `noun` with an s."""
+    """Return `1 caption`, `2 captions`; `nouns` is the plural if it is not `noun` with an s."""
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def shown(value: object) -> str:
-    """A value in a report, not too long."""
+    """Return a short form of a value for a report."""
     return "missing" if value is None else repr(value)[:40]
 
 
 @contextmanager
 def saying_which(file: object) -> Iterator[None]:
-    """Turn what the file system says of a file into what a user can do.
+    """Turn file system errors of the block into errors that a user can act on.
 
     Raises:
         UsageError: for a FileNotFoundError in the block.

@@ -1,1 +1,1 @@
-"""What a report shows: rows to cards, photos to small pictures, and the page that holds them."""
+"""The report page: cards of rows, thumbnails of photos, and the page itself."""

@@ -1,6 +1,6 @@
-"""Rows to what a page says of each photo and of all together, in one pass. Knows no HTML.
+"""Rows to the page's cards and totals, in one pass. Knows no HTML.
 
-Of a million rows only the drawn ones are held, their attention as one byte a cell.
+Of a million rows only the sampled ones are kept, their attention as one byte per cell.
 """
 
 import base64
@@ -27,7 +27,7 @@ Card = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A drawn row: what the page's script reads of it, and its photo's SHA-256."""
+    """A sampled row: what the page's script reads of it, and its photo's SHA-256."""
 
     card: Card
     sha256: str | None
@@ -35,10 +35,10 @@ class Shown:
 
 @dataclass
 class Digest:
-    """What all rows say together, and the drawn ones in the order of the file.
+    """Totals of all rows, and the sampled ones in the order of the file.
 
-    `failures` are the first photos of each reason with their messages, `scored` the captions that
-    an evaluation is of, `confidences` the geometric means of the words' probabilities, one a
+    `failures` are the first photos of each reason with their messages, `scored` counts the captions
+    with an evaluation, `confidences` are the geometric means of the words' probabilities per
     caption.
     """
 
@@ -52,10 +52,10 @@ class Digest:
 
 
 class Draw:
-    """Keeps at most `most` rows of a stream, each as likely as any other, in the stream's order.
+    """Samples at most `most` rows of a stream, uniformly, in the stream's order.
 
-    Each row draws a number, and the lowest stay: which these are depends on the rows' places alone,
-    not on how the stream is cut into groups.
+    Each row gets a random number, and the lowest stay: the sample depends on the rows' places only,
+    not on how the stream is grouped.
     """
 
     def __init__(self, most: int, seed: int, keep: Callable[[Row], Shown]) -> None:
@@ -66,7 +66,7 @@ class Draw:
         self._kept: list[tuple[float, int, Shown]] = []
 
     def add(self, table: Any) -> None:
-        """Take the next group of rows, an Arrow table."""
+        """Add the next group of rows, an Arrow table."""
         numbers = self._numbers.random(len(table))
         places = np.flatnonzero(numbers < self._limit)
         for place, row in zip(places.tolist(), table.take(places).to_pylist(), strict=True):
@@ -77,7 +77,7 @@ class Draw:
             self._limit = self._kept[-1][0]
 
     def rows(self) -> list[Shown]:
-        """Those that stay."""
+        """Return the sample."""
         return [shown for _, _, shown in sorted(self._kept, key=itemgetter(1))]
 
 
@@ -113,7 +113,7 @@ def _count(digest: Digest, table: Any, evaluated: Mapping[str, Row]) -> None:
 
 
 def grid_of(metadata: Mapping[str, str]) -> tuple[int, int]:
-    """Rows and columns of the grid of attention, from the metadata of rows."""
+    """Return rows and columns of the attention grid, from the metadata of rows."""
     told = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", metadata.get("batchcap.grid", ""))
     return (int(told[1]), int(told[2])) if told else GRID
 
@@ -141,26 +141,26 @@ def _shown(row: Row, grid: tuple[int, int], evaluated: Mapping[str, Row]) -> Sho
 
 
 def _is_of(scored: Row | None, caption: str | None) -> bool:
-    """Whether an evaluation is of this caption: that of another one says nothing of it."""
+    """Whether an evaluation is about this caption, and not an older one."""
     return scored is not None and (scored["caption"] or "") == (caption or "")
 
 
 def _exp(logarithm: float | None) -> float | None:
-    """A probability from its natural logarithm."""
+    """Return a probability from its natural logarithm."""
     return None if logarithm is None else _number(math.exp(min(logarithm, 0.0)), 4)
 
 
 def _number(value: float | None, digits: int) -> float | None:
-    """What JSON can say of it."""
+    """Return a number that JSON has, or None."""
     return None if value is None or not math.isfinite(value) else round(value, digits)
 
 
 def _looks(
     attention: list[dict[str, float] | None] | None, words: int, grid: tuple[int, int]
 ) -> list[list[float]]:
-    """Per word: centre (row, column), strongest cell (row, column), its weight.
+    """Return per word: centre (row, column), strongest cell (row, column), its weight.
 
-    Empty where one is missing or lies outside the grid.
+    Empty if one is missing or outside of the grid.
     """
     looks = []
     for look in attention or []:
@@ -177,7 +177,7 @@ def _inside(place: list[float], grid: tuple[int, int]) -> bool:
 
 
 def _maps(maps: list[list[float]] | None, words: int, grid: tuple[int, int]) -> str:
-    """Base64 of `uint8[words, cells]`, 255 a word's strongest cell; empty if one lacks."""
+    """Return Base64 of `uint8[words, cells]`, 255 for the strongest cell; empty if one lacks."""
     cells = grid[0] * grid[1]
     if not maps or len(maps) != words or any(len(one or ()) != cells for one in maps):
         return ""

@@ -1,7 +1,8 @@
-"""Verb: one page of an output of a run: photos, captions, scores, attention.
+"""Writes one page about an output of a run: photos, captions, scores, attention.
 
-The page is a single file that loads nothing. Names, captions and messages are not trusted: the
-template escapes them, the script sets them as text, and a policy lets nothing else run.
+The page is a single file that loads nothing. Names, captions and messages are untrusted: the
+template escapes them, the script sets them as text, and a content security policy lets nothing else
+run.
 """
 
 import base64
@@ -43,7 +44,7 @@ BARS = 20  # of the histogram, each 5 % wide
 
 
 def write_report(settings: ReportSettings) -> str:
-    """Write the page, whole or not at all; returns a line that says what it shows.
+    """Write the page, whole or not at all; return a message for the user.
 
     Raises:
         UsageError: there is no such file or INPUT, or OUT is one that is read or no plain file.
@@ -68,7 +69,7 @@ def write_report(settings: ReportSettings) -> str:
 
 
 def _add_photos(digest: Digest, settings: ReportSettings) -> list[str]:
-    """Put photos of `settings.images` into the cards; returns why others have none."""
+    """Add photos of `settings.images` to the cards; return why others have none."""
     if settings.images is None:
         return []
     captioned = {shown.card["id"]: shown for shown in digest.shown if not shown.card["failed"]}
@@ -91,7 +92,7 @@ def _add_photos(digest: Digest, settings: ReportSettings) -> list[str]:
 def render_page(
     digest: Digest, settings: ReportSettings, signature: str, scores: Mapping[str, float]
 ) -> str:
-    """The page as HTML. `signature` and `scores` are of the evaluation, empty without one."""
+    """Return the page as HTML; `signature` and `scores` are of the evaluation, if any."""
     style, script = (
         Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js")
     )
@@ -129,18 +130,18 @@ def render_page(
 
 
 def content_hash(text: str) -> str:
-    """What a Content-Security-Policy names an inline block by."""
+    """Return the hash by which a Content-Security-Policy allows an inline block."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def json_for_html(value: Any) -> str:
-    """JSON in which nothing looks like a tag, a comment or the end of a line of script."""
+    """Return JSON in which nothing looks like a tag, a comment or the end of a script line."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def made_with(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What made the captions, from the metadata of their file; what that lacks is left out."""
+    """Return how the captions were generated, from the metadata of their file."""
     said = {
         "Model": metadata.get("batchcap.model", "")[:12],
         "Words": _decoding(metadata.get("batchcap.decode", "")),
@@ -168,7 +169,7 @@ def _decoding(text: str) -> str:
 
 
 def last_run(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What the run's own summary says of it; empty without one."""
+    """Return the run's own summary; empty without one."""
     stages = summary.get("stage_seconds")
     stages = stages.items() if isinstance(stages, dict) else ()
     said = {
@@ -191,7 +192,7 @@ def _with_unit(number: object, unit: str) -> str:
 
 
 def histogram(confidences: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """How many captions have which geometric mean probability of a word, 5 % a bar.
+    """Count captions by geometric mean probability of a word, 5 % per bar.
 
     `bars` are (percent at the left end, captions, height relative to the highest).
     """

@@ -1,6 +1,6 @@
-"""Photos of rows as small pictures for a page, or why there is none. Knows no pages.
+"""Thumbnails of photos for a page, or why there is none. Knows no pages.
 
-Photos are decoded in processes of their own, as a run does, so that no file ends the work.
+Photos are decoded in reader processes, as in a run, so that no file ends the work.
 """
 
 import posixpath
@@ -49,9 +49,9 @@ class Thumbnail:
 
 
 def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iterator[ImageRef]:
-    """The photos of a run's INPUT that have these ids, each once; archives are read for them.
+    """Yield the photos of a run's INPUT that have these ids, each once; archives are read for them.
 
-    Photos of folders and lists need not exist.
+    Photos of directories and lists need not exist.
 
     Raises:
         UsageError: there is no such INPUT, or its Parquet files lack the columns.
@@ -81,7 +81,7 @@ def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iter
 
 
 def _locator(source: str) -> Callable[[str], str]:
-    """Make the function that says where the photo of a path in a folder or a list is."""
+    """Return a function from a path in a directory or a list to the photo's place."""
     if not (is_url(source) or is_stream(source) or Path(source).exists()):
         raise _no_input(source)
     if is_list(source):
@@ -102,7 +102,7 @@ def _no_input(source: str) -> UsageError:
 def make_thumbnails(
     photos: Iterable[ImageRef], sums: Mapping[str, str | None]
 ) -> Iterator[tuple[str, Thumbnail | str]]:
-    """The id of each photo, and its picture or a sentence that says why there is none.
+    """Yield each photo's id, and its thumbnail or a sentence that says why there is none.
 
     Files that end early are shown as far as they go: only those that a run accepted have captions.
 

@@ -1,6 +1,6 @@
-"""Ids as 64-bit hashes, the same on every machine: sets of many of them, and shards of them.
+"""Ids as 64-bit hashes, the same on every machine: sets of many ids, and shards.
 
-Ids of one hash are taken for one id. Among 10^8 that befalls a pair once in 3,700 data sets.
+Ids with the same hash count as one id. Among 10^8 ids, a pair collides in one of 3,700 data sets.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ Hashes = npt.NDArray[np.int64]
 
 
 def hashes_of(image_ids: Iterable[str]) -> Hashes:
-    """`int64[N]`: the first 64 bits of each id's BLAKE2b."""
+    """Return `int64[N]`: the first 64 bits of each id's BLAKE2b."""
     digests = b"".join(
         [blake2b(image_id.encode(), digest_size=8).digest() for image_id in image_ids]
     )
@@ -21,12 +21,12 @@ def hashes_of(image_ids: Iterable[str]) -> Hashes:
 
 
 def in_shard(hashes: Hashes, index: int, count: int) -> npt.NDArray[np.bool_]:
-    """`bool[N]`: which ids are in shard `index` of `count`; each is in one."""
+    """Return `bool[N]`: which ids belong to shard `index` of `count`; each belongs to one."""
     return hashes % count == index
 
 
 def positions(sorted_hashes: Hashes, wanted: Hashes) -> Hashes:
-    """`int64[N]`: where each wanted hash stands among sorted ones; -1 where it does not."""
+    """Return `int64[N]`: the positions of the wanted hashes among sorted ones, or -1."""
     if not len(sorted_hashes):
         return np.full(len(wanted), -1)
     # In order, since neighbours are then looked for in the same part of memory.
@@ -38,13 +38,13 @@ def positions(sorted_hashes: Hashes, wanted: Hashes) -> Hashes:
 
 
 class IdSet:
-    """A set of ids that grows: 8 bytes an id, up to 24 for the moment in which it grows."""
+    """A growing set of ids: 8 bytes per id, up to 24 while it grows."""
 
     def __init__(self) -> None:
         self._runs: list[Hashes] = []  # sorted, each at least twice as long as the next
 
     def add(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Add ids; `bool[N]` says which were not there, of equal ones the first."""
+        """Add ids; return `bool[N]`: which were new, of equal ids only the first."""
         distinct, first = np.unique(hashes, return_index=True)
         strangers = np.ones(len(distinct), np.bool_)
         for run in self._runs:

@@ -1,7 +1,7 @@
-"""Which images have rows already, and in which files: 46 bytes an image, whatever its name.
+"""Index of existing rows: which images have one, in which file. 46 bytes per image.
 
-Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays. Where files have several rows of an
-image, that of the newest file counts; the others are superseded.
+Ids and SHA-256 sums are kept as 64-bit hashes in sorted arrays. If files have several rows of an
+image, the newest file's counts; the others are superseded.
 """
 
 from bisect import bisect_left
@@ -22,7 +22,7 @@ UNKNOWN = -1  # a size or a time that could not be read
 
 
 class Known(Enum):
-    """How an image stands to the rows that are there."""
+    """State of an image relative to the existing output."""
 
     DONE = "done"
     FAILED = "failed before"
@@ -30,14 +30,14 @@ class Known(Enum):
 
 
 class Place(NamedTuple):
-    """Where a row is: which file of the index, which of its row groups."""
+    """Place of a row: its file in the index, and its row group."""
 
     file: int
     group: int
 
 
 class Entries(NamedTuple):
-    """What the index keeps of a file's rows, `int64[rows]` each."""
+    """The index's entries for the rows of a file, `int64[rows]` each."""
 
     hashes: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(groups: Iterable[pa.Table]) -> Entries:
-    """The entries of a file's rows, from its row groups."""
+    """Return the entries of a file's rows, from its row groups."""
     columns = [_columns(group, table) for group, table in enumerate(groups)]
     return Entries(*map(np.concatenate, zip(NO_ENTRIES, *columns, strict=True)))
 
@@ -57,16 +57,16 @@ NO_ENTRIES = Entries(*(np.zeros(0, np.int64) for _ in Entries._fields))
 
 
 class RowIndex:
-    """What the rows of some files, oldest first, say of their images.
+    """Index of the rows of files, oldest first.
 
-    `superseded` has, by the number of a file, the hashes of images that newer files have rows of.
+    `superseded` has, by the number of a file, the hashes of images with rows in newer files.
     """
 
     def __init__(self, files: Sequence[Entries]) -> None:
         order, self._file, self.superseded = _newest([entries.hashes for entries in files])
 
         def column(name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
-            """One at a time, since all of them together are large."""
+            """Merge one column; one at a time, since all of them together are large."""
             parts = [getattr(entries, name) for entries in (NO_ENTRIES, *files)]
             return np.concatenate(parts)[order].astype(kind, copy=False)
 
@@ -81,49 +81,49 @@ class RowIndex:
         return len(self._hashes)
 
     def find(self, image_id: str) -> int | None:
-        """The image's row number in the index."""
+        """Return the image's row number."""
         (row,) = self.find_all(hashes_of([image_id]))
         return int(row) if row >= 0 else None
 
     def find_all(self, hashes: Hashes) -> Hashes:
-        """`int64[N]`: the row numbers of images, by the hashes of their ids; -1 where none is."""
+        """Return `int64[N]`: the row numbers of images, by their ids' hashes; -1 without a row."""
         return positions(self._hashes, hashes)
 
     def compare(self, row: int, size: int, mtime_ns: int) -> Known:
-        """How a file of this size and modification time stands to its row."""
+        """Compare a file of this size and modification time with its row."""
         if self._sizes[row] != size or self._times[row] != mtime_ns:
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 
     def compare_bytes(self, row: int, size: int, sha256: str | None) -> Known:
-        """How a photo of this size and content stands to its row, whatever its time."""
+        """Compare a photo of this size and content with its row, whatever its time."""
         if self._sizes[row] != size or self._sums[row] != _sum(sha256):
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
 
     def files_of(self, rows: Hashes) -> npt.NDArray[np.int32]:
-        """`int32[N]`: the numbers of the files that rows are in."""
+        """Return `int32[N]`: the numbers of the rows' files."""
         return self._file[rows]
 
     def mark_seen(self, rows: int | Hashes) -> None:
-        """Remember that the input still has these images."""
+        """Mark images that the input still has."""
         self._seen[rows] = True
 
     def is_seen(self, rows: Hashes) -> npt.NDArray[np.bool_]:
-        """`bool[N]`: which of these rows are marked as seen."""
+        """Return `bool[N]`: which of these rows are marked as seen."""
         return self._seen[rows]
 
     @property
     def vanished(self) -> int:
-        """How many images have rows but were not seen."""
+        """Number of images that have rows but were not seen."""
         return len(self) - int(np.count_nonzero(self._seen))
 
     def vanished_of(self, file: int) -> Hashes:
-        """Of a file's images that were not seen: the hashes, sorted."""
+        """Return the sorted hashes of a file's images that were not seen."""
         return self._hashes[(self._file == file) & ~self._seen]
 
     def places_of(self, sha256: str) -> list[Place]:
-        """Where captioned rows may be of a file of these bytes; their own sums decide."""
+        """Return places of captioned rows that may have these bytes; compare their own sums."""
         wanted, by_sum = _sum(sha256), self._by_sum
         start = end = bisect_left(by_sum, wanted, key=self._sums.__getitem__)
         while end < len(by_sum) and self._sums[by_sum[end]] == wanted:
@@ -133,7 +133,7 @@ class RowIndex:
 
 
 def newest_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """The row groups of files, oldest first, without the rows that newer files supersede.
+    """Yield the row groups of files, oldest first, without superseded rows.
 
     Raises what `read_groups` raises.
     """
@@ -150,7 +150,7 @@ def newest_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 def without(table: pa.Table, superseded: Hashes | None) -> pa.Table:
-    """The rows whose images have none of these hashes, which are sorted."""
+    """Return the rows whose images have none of these sorted hashes."""
     if superseded is None:
         return table
     return table.filter(pa.array(positions(superseded, _hashes_in(table)) < 0))
@@ -159,7 +159,7 @@ def without(table: pa.Table, superseded: Hashes | None) -> pa.Table:
 def _newest(
     files: Sequence[Hashes],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], dict[int, Hashes]]:
-    """Where the newest rows are among those of all files, in the order of their hashes.
+    """Find the newest row of each image, in the order of the hashes.
 
     Returns their numbers, those of their files and, by file, the hashes that newer files have too.
     """

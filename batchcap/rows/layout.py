@@ -1,8 +1,8 @@
-"""Where the files of an output are: on this machine, in a store, in shards.
+"""Paths of an output's files: on this machine, in a store, in shards.
 
-A data set's folder holds only its parts and hidden empty files: Polars refuses a folder with any
-other file. All other files are beside the folder under hidden names. They are in the folder only
-if it is a mount point or a bucket, or if the folder around it can't be written.
+A data set's directory has only its parts and hidden empty files: Polars refuses a directory with
+any other file. All other files are beside the directory under hidden names, or inside it if it is a
+mount point or a bucket, or if its parent is not writable.
 """
 
 import hashlib
@@ -30,37 +30,37 @@ SHARE = re.compile(r"shard-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an output and what belongs to it lies; of one in a store, the working copy."""
+    """Paths of an output and of what belongs to it; in a store, of its working copy."""
 
     output: Path
     mirror: Mirror | None = None
 
     def __str__(self) -> str:
-        """The output as its user knows it."""
+        """Return the output as its user knows it."""
         if self.mirror is None:
             return str(self.output)
         return self.mirror.url + (self.output.name if self.is_file else "")
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one Parquet file rather than a folder of parts."""
+        """Whether the output is one Parquet file rather than a directory of parts."""
         return _is_file(self.output.name)
 
     @property
     def parts(self) -> Path:
-        """The folder of parts."""
+        """Directory of the parts."""
         return self.output.with_name(f".{self.output.name}.parts") if self.is_file else self.output
 
     @property
     def lock(self) -> Path:
-        """The file that a run locks."""
+        """File that a run locks."""
         if self.is_file:
             return self.output.with_name(f".{self.output.name}.lock")
         return self.output / ".lock"  # not beside: it is the same file wherever a folder is mounted
 
     @property
     def manifest(self) -> Path:
-        """The list of a data set's parts; one file has no manifest."""
+        """List of a data set's parts; a single file has no manifest."""
         return self._inside_or_beside(MANIFEST)
 
     @property
@@ -71,29 +71,29 @@ class Layout:
         return self._inside_or_beside(SUMMARY)
 
     def mark(self, digest: str) -> Path:
-        """The empty file that marks a data set as complete, by a digest of its parts.
+        """Empty file that marks a data set as complete, by a digest of its parts.
 
-        It lies in the folder, so that it is moved and copied with the parts.
+        It is in the directory, so that it is moved and copied with the parts.
         """
         return self.output / f"{MARK}{digest}"
 
     def marks(self) -> list[Path]:
-        """The marks of a data set: one, or none while it is not complete."""
+        """Marks of a data set: one, or none while it is incomplete."""
         return list(self.output.glob(f"{MARK}*"))
 
     def staged(self, part: Path) -> Path:
-        """The path that a part's temporary and damaged files are named after and lie beside."""
+        """Path beside which a part's temporary and damaged files are written."""
         return part if self.is_file or not self._has_room_beside else self._beside(part.name)
 
     def row_files(self) -> list[Path]:
-        """The files that hold the rows so far, oldest first."""
+        """Return the files with rows, oldest first."""
         if self.parts.is_dir():
             parts = filter(is_part, self.parts.glob("part-*.parquet"))
             return sorted(parts, key=number_of)
         return [self.output] if self.is_file and self.output.exists() else []
 
     def temporaries(self) -> Iterator[tuple[Path, str]]:
-        """Folder and regex of the names of each file that a run may have been killed writing."""
+        """Yield directory and name regex of the files that a killed run can have left behind."""
         if self.is_file:
             ours = [self.output, self.summary]
         else:
@@ -105,7 +105,7 @@ class Layout:
         yield self.parts, PART.pattern
 
     def refresh(self) -> None:
-        """Make the working copy what the store has; the caller holds the lock.
+        """Update the working copy from the store; the caller holds the lock.
 
         Raises:
             OutputError: the store can't be reached, or the disk is full.
@@ -120,7 +120,9 @@ class Layout:
             shutil.rmtree(self.parts, ignore_errors=True)
 
     def move_out(self) -> None:
-        """Move what earlier versions left in a data set's folder; the caller holds the lock.
+        """Move files that earlier versions left in a data set's directory.
+
+        The caller holds the lock.
 
         Raises:
             OSError: a file can't be moved.
@@ -141,7 +143,7 @@ class Layout:
                 self.publish(inside)
 
     def fetch_again(self, path: Path) -> bool:
-        """Replace a damaged file of rows by what the store has of it; False if it has nothing.
+        """Replace a damaged file of rows by the store's; False if the store has none.
 
         Raises:
             LockedError: another run has written it meanwhile.
@@ -159,7 +161,7 @@ class Layout:
         return True
 
     def publish(self, path: Path) -> None:
-        """Put a file that was written, or removed, into the store as well, if there is one.
+        """Copy a file that was written, or remove one that was removed, in the store, if any.
 
         Raises:
             LockedError: another run has written it meanwhile.
@@ -172,14 +174,14 @@ class Layout:
         return self.output / f"_{name}"
 
     def _beside(self, name: str) -> Path:
-        """The path of a hidden file beside a data set's folder."""
+        """Return the path of a hidden file beside a data set's directory."""
         if self.mirror is not None:
             return self.mirror.home / f"{self.mirror.prefix_beside}{name}"
         folder, data_set = _data_set_of(Path(os.path.realpath(self.output)))
         return Path(folder) / f".{data_set}.{name}"
 
     def _inside_or_beside(self, name: str) -> Path:
-        """The path of a data set's file; if it is in both places, the newer one is inside."""
+        """Return the path of a data set's file; if it is in both places, the newer is inside."""
         inside, beside = self._inside(name), self._beside(name)
         if inside.exists() or not (beside.exists() or self._has_room_beside):
             return inside
@@ -187,7 +189,7 @@ class Layout:
 
     @property
     def _has_room_beside(self) -> bool:
-        """Whether files can be put beside a data set's folder, and moved from there into it."""
+        """Whether files can be written beside a data set's directory, and moved into it."""
         if self.mirror is not None:
             return self.mirror.url != self.mirror.url_beside
         folder = self._beside(MANIFEST).parent
@@ -216,12 +218,12 @@ def is_part(path: Path) -> bool:
 
 
 def number_of(part: Path) -> int:
-    """The number of a part; names are not in its order from 1,000,000 on."""
+    """Return the number of a part; names are out of order from 1,000,000 on."""
     return int(part.stem.removeprefix("part-"))
 
 
 def part_name(number: int) -> str:
-    """The name of a part, which `is_part`."""
+    """Return the name of a part, which `is_part` recognises."""
     return f"part-{number:06}.parquet"
 
 
@@ -229,11 +231,11 @@ FIRST_PART = part_name(0)  # what `OUTPUT.parquet` was before
 
 
 def layout_of(output: Path | str, shard: tuple[int, int] = (0, 1)) -> Layout:
-    """The layout of an output, or of one of its shards (which, of how many); a str is a URL.
+    """Return the layout of an output, or of one of its shards (index, count); a str is a URL.
 
     A shard of `OUTPUT/` is `OUTPUT/shard-00000-of-00004/`, of `OUTPUT.parquet` it is
-    `OUTPUT-00000-of-00004.parquet`. A symbolic link is followed: all lies where its target does.
-    The working copy of what is in a store lies in the user's cache folder, which is made.
+    `OUTPUT-00000-of-00004.parquet`. Symbolic links are followed. The working copy of an output in a
+    store is in the user's cache directory, which is created.
 
     Raises:
         UsageError: it is a link named like a file to a folder, or the other way round.
@@ -247,9 +249,9 @@ def layout_of(output: Path | str, shard: tuple[int, int] = (0, 1)) -> Layout:
 
 
 def check_shards(output: Path | str, count: int) -> None:
-    """See that an output does not exist in another number of shards than `count`; 1 is unsharded.
+    """Check that an output has no other number of shards than `count`; 1 means no shards.
 
-    Only `OUTPUT.parquet` may be beside its shards: `merge` puts it there.
+    Only `OUTPUT.parquet` may be beside its shards: `merge` writes it.
 
     Raises:
         OtherOutputError: it does, so that every photo would get a second row.
@@ -279,7 +281,7 @@ def check_shards(output: Path | str, count: int) -> None:
 
 
 def existing_shards(output: Path | str) -> set[tuple[int, int]]:
-    """Which shards of an output are there, finished or not, and of how many.
+    """Return index and count of an output's existing shards, finished or not.
 
     Raises:
         OutputError: the store can't be reached.
@@ -289,7 +291,7 @@ def existing_shards(output: Path | str) -> set[tuple[int, int]]:
 
 
 def _names_around(output: Path | str) -> list[str]:
-    """The names in the folder that holds the shards of an output."""
+    """Return the names in the directory with an output's shards."""
     folder, name = _parted(output)
     with saying_where(output):
         return _names_in(folder if _is_file(name) else output)
@@ -304,7 +306,7 @@ def _shards_among(names: Iterable[str], output: Path | str) -> set[tuple[int, in
 
 
 def _rows_among(names: Iterable[str], output: Path | str) -> list[str]:
-    """The names of the files or folders with rows that are in no shard."""
+    """Return the names of files and directories with rows outside of shards."""
     _, name = _parted(output)
     if _is_file(name):
         return [found for found in names if found in (name, f".{name}.parts")]

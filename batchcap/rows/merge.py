@@ -1,4 +1,4 @@
-"""Verb: join the shards of an output, or the many parts of one, to one file or few parts."""
+"""Merges the shards of an output, or compacts a data set of many parts."""
 
 import errno
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,11 +43,11 @@ ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 
 
 def merge_captions(settings: MergeSettings) -> str:
-    """Write the rows of all shards to a new output; returns what to tell the user.
+    """Write the rows of all shards to a new output; return a message for the user.
 
-    The output appears under its final name when it is whole. In a store a data set grows part by
-    part; its mark and its manifest come last. A few row groups are in memory at a time, and 8 bytes
-    an image.
+    The output appears under its final name when it is complete. In a store, a data set grows part
+    by part, and its mark and manifest come last. A few row groups are in memory at a time, and 8
+    bytes per image.
 
     Raises:
         UsageError: there are no captions of this name.
@@ -96,7 +96,7 @@ def _shards(captions: Path | str) -> list[Layout]:
 
 
 def _common_metadata(shards: list[Layout]) -> dict[str, str]:
-    """What the files of all shards say of themselves."""
+    """Return the metadata that the files of all shards have."""
     metadata: dict[str, str] = {}
     for shard in shards:
         with locked(shard.lock):
@@ -109,7 +109,7 @@ def _common_metadata(shards: list[Layout]) -> dict[str, str]:
 
 
 def _common_schema(shards: list[Layout]) -> pa.Schema:
-    """The columns of all shards, with those that other programs have added."""
+    """Return the columns of all shards, including those that other programs have added."""
     try:
         return schema_of(path for shard in shards for path in shard.row_files())
     except DamagedError as error:
@@ -157,10 +157,10 @@ def _distinct_rows(shards: list[Layout], metadata: Mapping[str, str]) -> Iterato
 
 @contextmanager
 def _building(target: Layout, output: Path | str) -> Iterator[Layout]:
-    """Where to write an output that does not exist yet, locked; a failure leaves no rows there.
+    """Yield where to write a new output, locked; a failure leaves no rows there.
 
-    It is the output itself. Only a data set on this machine is written under a hidden name, which
-    has a lock of its own, and is renamed at the end.
+    It is the output itself, except for a data set on this machine, which is written under a hidden
+    name with its own lock, and renamed at the end.
 
     Raises:
         LockedError: a run or another merge is writing there.
@@ -216,7 +216,7 @@ def _write_parts(
     metadata: Mapping[str, str],
     schema: pa.Schema,
 ) -> int:
-    """Write a data set to `place` and put it where it belongs; returns its rows."""
+    """Write a data set to `place` and move it to its final path; return its number of rows."""
     files = [
         RowFile(path, write_rows(path, part, metadata, schema=schema))
         for path, part in _in_parts(place.output, tables)
@@ -249,7 +249,7 @@ def _in_parts(
 
 
 def _put_in_place(place: Layout, target: Layout, manifest: str) -> None:
-    """Rename a data set, with the lock in it: runs are kept out until its manifest is written."""
+    """Rename a data set with its lock: runs are kept out until its manifest is written."""
     sync(place.output)
     try:
         place.output.rename(target.output)

@@ -1,11 +1,9 @@
-"""A folder of a store and its working copy here: pulled at first, pushed file by file.
+"""A directory of a store and its working copy: pulled first, then pushed file by file.
 
-The hidden files that belong to the folder and are beside it are copied too.
-
-A file appears in the store whole, under its final name, or not at all. There is no lock that a
-store would free when a run dies. Instead each file that is pushed must be, in the store, what this
-run left or found there: of two runs that write at once, the one that comes second is refused.
-Knows nothing of what the files hold.
+Hidden files beside the directory that belong to it are copied too. A file appears in the store
+whole, under its final name, or not at all. A store has no lock that is freed when a run dies.
+Instead, each pushed file must still be, in the store, what this run left or found there: of two
+runs that write at the same time, the second is refused. Knows nothing of the files' content.
 """
 
 import json
@@ -23,7 +21,7 @@ RECORD = ".remote.json"
 
 
 class Copy(NamedTuple):
-    """Of which version in the store a file here is the copy, and what it was when it became so."""
+    """The store's version of which a local file is a copy, and the file's state at that time."""
 
     version: str
     size: int
@@ -32,10 +30,10 @@ class Copy(NamedTuple):
 
 @dataclass
 class Mirror:
-    """The files right in `url`, which ends in a slash, and those right in `folder`.
+    """The files directly in `url`, which ends in a slash, and those directly in `folder`.
 
-    Those whose names begin with `prefix_beside` are right in `url_beside` and in `home`, where the
-    record of what was copied lies too. One process at a time may use it.
+    Files whose names begin with `prefix_beside` are directly in `url_beside` and in `home`, which
+    also has the record of copies. One process at a time may use it.
     """
 
     url: str
@@ -46,10 +44,10 @@ class Mirror:
     _copies: dict[str, Copy] = field(default_factory=dict)
 
     def pull(self, there: Iterable[RemoteFile], here: Iterable[Path]) -> set[str]:
-        """Make the files here equal to those in the store, `there`, and remove all others.
+        """Make the local files equal to those in the store, `there`, and remove all others.
 
-        `here` are files that may exist here without having reached the store. Returns the names of
-        the files that somebody else has changed since the last run here.
+        `here` are files that may exist locally without having reached the store. Returns the names
+        of files that somebody else has changed since the last run here.
 
         Raises:
             OutputError: the store can't be reached, or the disk is full.
@@ -69,9 +67,9 @@ class Mirror:
         return changed
 
     def push(self, path: Path) -> None:
-        """Make a file in the store equal to the one here, or remove it if this one is gone.
+        """Make a file in the store equal to the local one, or remove it if that is gone.
 
-        Files that are neither in the folder nor belong to it are ignored.
+        Files that neither are in the directory nor belong to it are ignored.
 
         Raises:
             LockedError: somebody else has written it meanwhile.
@@ -92,7 +90,7 @@ class Mirror:
             self._write_record()
 
     def fetch_again(self, path: Path) -> bool:
-        """Replace a file here by the store's; False if it is not there or not of this folder.
+        """Replace a local file by the store's; False if the store has none.
 
         Raises:
             LockedError: somebody else has written it since `pull`.
@@ -130,7 +128,7 @@ class Mirror:
         return self._copies[name].version if name in self._copies else ""
 
     def _copy_of(self, name: str) -> Copy | None:
-        """What the record says of a file here if it is untouched."""
+        """Return the record of a local file if the file is untouched."""
         try:
             status = self._path(name).stat()
         except FileNotFoundError:
@@ -149,9 +147,10 @@ class Mirror:
 
 
 def _uploaded(path: Path, url: str, before: str) -> RemoteFile:
-    """Upload a file in the place of the version `before`, empty for none; returns what is there.
+    """Upload a file in place of the version `before`, empty for none; return its description.
 
-    A client repeats requests whose answers were lost, and is refused by what it has written itself.
+    A client repeats requests whose answers were lost, and is then refused by what it has written
+    itself.
 
     Raises:
         LockedError: somebody else has written the file meanwhile.

@@ -29,11 +29,11 @@ SHORTAGE = re.compile(r"memory|alloc|DCtx create|worker thread|temporarily", re.
 
 
 class DamagedError(Exception):
-    """A file of rows that is not as it was written."""
+    """A file of rows is not as it was written."""
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    """Rows as a table of the schema; a column that a row leaves out is null there."""
+    """Return rows as a table of the schema; a column that a row lacks is null."""
     return pa.Table.from_pylist(rows, ARROW_SCHEMA)
 
 
@@ -45,10 +45,10 @@ def write_rows(
     like: os.stat_result | None = None,
     schema: pa.Schema = ARROW_SCHEMA,
 ) -> int:
-    """Write tables as the row groups of `path`, which appears, or is replaced, when it is whole.
+    """Write tables as the row groups of `path`, whole or not at all; return the number of rows.
 
-    Returns how many rows it has. `staged` and `like` are those of `replacing`. `schema` is one of
-    `schema_of`; a column of it that a table lacks is null there.
+    `staged` and `like` are those of `replacing`. `schema` is one of `schema_of`; a column of it
+    that a table lacks is null.
 
     Raises:
         OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
@@ -72,7 +72,7 @@ def write_rows(
 
 
 def read_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The row groups of a file, every checksum verified; all columns, or some of the newest schema.
+    """Yield the row groups of a file, every checksum verified; all columns, or some.
 
     Raises:
         DamagedError: it is not as it was written.
@@ -87,7 +87,7 @@ def read_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tab
 
 
 def read_group(path: Path, group: int) -> pa.Table:
-    """One row group of a file that `read_groups` has found whole.
+    """Return one row group of a file that `read_groups` has verified.
 
     Raises:
         DamagedError: it is not as it was any more.
@@ -98,7 +98,7 @@ def read_group(path: Path, group: int) -> pa.Table:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a file has.
+    """Return the number of rows of a file.
 
     Raises:
         DamagedError: it is not as it was written.
@@ -109,7 +109,7 @@ def count_rows(path: Path) -> int:
 
 
 def read_file_metadata(path: Path) -> dict[str, str]:
-    """What the file says of itself.
+    """Return the metadata of a file.
 
     Raises:
         DamagedError: it is not as it was written.
@@ -138,7 +138,7 @@ def is_of_newest_schema(path: Path) -> bool:
 
 
 def schema_of(paths: Iterable[Path]) -> pa.Schema:
-    """The newest schema, and behind it the columns that other programs have added to these files.
+    """Return the newest schema, then the columns that other programs have added to these files.
 
     Raises:
         DamagedError: a file is not as it was written.
@@ -176,7 +176,7 @@ def _is_of_schema_1(found: pa.Schema) -> bool:
 
 
 def _upgraded(table: pa.Table) -> pa.Table:
-    """The columns of the newest schema in their order, and any others behind them."""
+    """Return a table with the newest schema's columns in order, then any others."""
     added = [name for name in table.column_names if name not in ARROW_SCHEMA.names]
     if _is_of_schema_1(table.schema):
         model, nothing = pa.scalar(CaptionSource.MODEL.value), pa.scalar(None, pa.string())
@@ -188,7 +188,7 @@ def _upgraded(table: pa.Table) -> pa.Table:
 
 
 def with_columns_of(schema: pa.Schema, table: pa.Table) -> pa.Table:
-    """The table with the columns of a schema, in its order; those that it lacks are null."""
+    """Return a table with the columns of a schema, in order; missing ones are null."""
     if table.column_names == schema.names:
         return table
     columns = [
@@ -199,7 +199,7 @@ def with_columns_of(schema: pa.Schema, table: pa.Table) -> pa.Table:
 
 
 def _seems_parquet(path: Path) -> bool:
-    """Whether it begins or ends like one, or is empty: so that damage at one end is damage."""
+    """Whether a file begins or ends like Parquet, or is empty, so that it may be damaged."""
     with path.open("rb") as file:
         first = file.read(len(MAGIC))
         file.seek(max(0, path.stat().st_size - len(MAGIC)))
@@ -208,7 +208,7 @@ def _seems_parquet(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A file of rows; what goes wrong in the block is damage, or an OutputError."""
+    """Open a file of rows; errors in the block become DamagedError or OutputError."""
     # By Python, which opens any name; Arrow takes only UTF-8.
     with (
         _noticing_damage(path),
@@ -236,9 +236,9 @@ def _noticing_damage(path: Path) -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    """Whether the machine may be to blame, and not the file.
+    """Whether the machine may be at fault, not the file.
 
-    A damaged file asks for more memory than there is on any machine.
+    A damaged file asks for more memory than any machine has.
     """
     wanted = re.search(r"size (\d+)", str(error))
     if wanted and int(wanted[1]) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -248,7 +248,7 @@ def _is_shortage(error: Exception) -> bool:
 
 @contextmanager
 def saying_where(place: object) -> Iterator[None]:
-    """Turn what the file system says into what a user can do.
+    """Turn file system errors of the block into errors that a user can act on.
 
     Raises:
         OutputError: for any OSError in the block.

@@ -1,13 +1,11 @@
-"""The safe folder: rows are committed in parts, and what is committed is never lost or doubled.
+"""The output: rows are committed in parts; committed rows are never lost or doubled.
 
-A part is a Parquet file that a rename puts in place: that is the one moment at which its rows begin
-to exist. `OUTPUT/` is the folder of parts itself, a data set for others to read at any moment.
-`OUTPUT.parquet` has its parts in a hidden folder beside it, the first of which is the old file, and
-is replaced by all of them at the end of a run. All else (which images are done, the manifest) is
-made from the parts: if two have a row of one image, the newer part's counts, and the other row is
-dropped sooner or later.
-
-Knows no photos and no models.
+A part is a Parquet file that a rename puts in place: at that moment its rows begin to exist.
+`OUTPUT/` is the directory of parts itself, a data set that others can read at any moment.
+`OUTPUT.parquet` has its parts in a hidden directory beside it, the first of which is the old file,
+and is replaced by all of them at the end of a run. Everything else (the index, the manifest) is
+derived from the parts: if two parts have a row of one image, the newer part's counts, and the other
+row is dropped later. Knows no photos and no models.
 """
 
 import errno
@@ -82,7 +80,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RowFile:
-    """A file of rows, how many it has, and whether its schema is an earlier one."""
+    """A file of rows, its number of rows, and whether its schema is an earlier one."""
 
     path: Path
     rows: int
@@ -91,11 +89,11 @@ class RowFile:
 
 @dataclass(frozen=True)
 class Upgrades:
-    """How rows of earlier versions, or of a setting that was `auto`, fit those to come.
+    """How existing rows of earlier versions, or of an `auto` setting, fit new rows.
 
-    decode_defaults: of decode settings that a file of an earlier version lacks.
-    keeps_precision: whether the precision of existing rows is kept.
-    has_shipped_model: whether the model is the one that batchcap ships, which versions replace.
+    decode_defaults: of decode settings that a file of an earlier version lacks. keeps_precision:
+    whether the precision of existing rows is kept. has_shipped_model: whether the model is the
+    shipped one, which new versions replace.
     """
 
     decode_defaults: Mapping[str, object] = field(default_factory=dict)
@@ -103,7 +101,7 @@ class Upgrades:
     has_shipped_model: bool = False
 
     def comparable(self, metadata: Mapping[str, str]) -> dict[str, str | None]:
-        """What must be equal, in the terms of this version."""
+        """Return the metadata that must be equal, in the terms of this version."""
         values = {key: metadata.get(key) for key in IDENTITY}
         if values["batchcap.schema"] in READABLE_SCHEMAS:
             values["batchcap.schema"] = str(SCHEMA_VERSION)
@@ -114,7 +112,7 @@ class Upgrades:
 
 
 class CaptionFolder:
-    """An output that is locked for this run: which images have rows, and where new rows go."""
+    """An output locked for this run: its index, and where new rows go."""
 
     def __init__(
         self,
@@ -138,13 +136,13 @@ class CaptionFolder:
 
     @property
     def pending(self) -> int:
-        """How many rows are not committed yet."""
+        """Number of rows that are not committed yet."""
         return sum(map(len, self._pending))
 
     def append(self, rows: list[Row], again: bool = False) -> None:
-        """Take rows for the next part; each replaces the row that its image may have.
+        """Add rows to the next part; each replaces its image's existing row.
 
-        `again` says that some of these images have got rows in this run, which are replaced too.
+        `again` means that some of these images got rows in this run, which are replaced too.
         """
         if not rows:
             return
@@ -159,9 +157,9 @@ class CaptionFolder:
         self._pending.append(table_of(rows))
 
     def commit(self) -> None:
-        """Put the rows taken so far on disk as one part.
+        """Write all pending rows to disk as one part.
 
-        A crash at any line loses these rows at most. The rows that they replace are still there.
+        A crash at any line loses at most these rows; the rows that they replace still exist.
 
         Raises:
             OutputError: the folder is read-only or full; what was committed before is intact.
@@ -179,11 +177,11 @@ class CaptionFolder:
         self._write_manifest(complete=False)
 
     def drop_superseded(self, progress: Callable[[], object] = lambda: None) -> None:
-        """Rewrite a data set's files without the rows that committed ones replace.
+        """Rewrite a data set's files without rows that committed ones replace.
 
         Files of an earlier schema are rewritten too, so that all are alike. `progress` is called
-        after each file. What a crash prevents, the next run does. A single file is rewritten only
-        at the end.
+        after each file. The next run completes what a crash prevents. A single file is rewritten
+        only at the end.
 
         Raises:
             OutputError: the folder is read-only or full; no row is lost.
@@ -204,7 +202,7 @@ class CaptionFolder:
             self._write_manifest(complete=False)
 
     def reusable(self, sha256: str) -> Row | None:
-        """The caption of a photo of these bytes, if one had been captioned before this run."""
+        """Return the caption of a photo with these bytes from before this run, or None."""
         for place in self.index.places_of(sha256):
             with suppress(DamagedError):  # since the run began: then the model sees the photo
                 table, row_of = self._captions(place)
@@ -213,9 +211,9 @@ class CaptionFolder:
         return None
 
     def prune(self, is_excluded: Callable[[str], bool] = lambda _image_id: False) -> int:
-        """Drop the rows of images that the whole input no longer has; returns how many.
+        """Drop the rows of images that the whole input no longer has; return how many.
 
-        Rows of excluded images stay: whether the input has these images is not known.
+        Rows of excluded images stay: it is not known whether the input has these images.
         """
         count = 0
         for file in range(len(self._files)):
@@ -228,9 +226,10 @@ class CaptionFolder:
         return count
 
     def finish(self, complete: bool = True) -> None:
-        """Make the output whole: commit what is left and, for one file, join the parts.
+        """Complete the output: commit pending rows and, for a single file, join the parts.
 
-        `complete` says whether all of the input has rows now; if not, the output says so too.
+        `complete` means that all of the input has rows; if not, the output is not marked as
+        complete.
 
         Raises:
             OutputError: there is no room; the parts stay, and the next run joins them.
@@ -280,7 +279,7 @@ class CaptionFolder:
             self.layout.publish(mark)
 
     def _current_rows(self, number: int) -> Iterator[pa.Table]:
-        """The row groups of a file without superseded rows; they keep their numbers, even empty."""
+        """Yield a file's row groups without superseded rows, even empty, to keep their numbers."""
         hashes = self._superseded.get(number)
         superseded = None if hashes is None else np.unique(np.concatenate(hashes))
         return (without(table, superseded) for table in verified(self._files[number].path))
@@ -304,7 +303,7 @@ class CaptionFolder:
         return rows
 
     def _begin(self) -> None:
-        """Make the folder of parts, at the first change and not before."""
+        """Create the directory of parts, at the first change and not before."""
         if self._begun:
             return
         with saying_where(self.layout):
@@ -328,7 +327,7 @@ class CaptionFolder:
                 self.layout.publish(path)
 
     def _make_parts(self) -> None:
-        """Whole or not at all: where the folder is, the old rows are in it and nowhere else."""
+        """Create the directory of parts whole: once it exists, the old rows are only in it."""
         parts = self.layout.parts
         new = parts.with_name(f"{parts.name}.new")
         new.mkdir()
@@ -348,7 +347,7 @@ class CaptionFolder:
             yield from table["image_id"].to_pylist()
 
     def _read_captions(self, place: Place) -> tuple[pa.Table, dict[str, int]]:
-        """A row group's captions, and the row of each SHA-256; those of whole photos only."""
+        """Return a row group's captions, and the row of each SHA-256; whole photos only."""
         table = read_group(self._files[place.file].path, place.group)
         table = table.filter(
             pc.and_(pc.equal(table["status"], "ok"), table["error_type"].is_null())
@@ -366,7 +365,7 @@ class CaptionFolder:
 
 
 def manifest_text(complete: bool, metadata: Mapping[str, str], files: list[RowFile]) -> str:
-    """What a data set says of its parts."""
+    """Return the manifest of a data set's parts."""
     manifest = {
         "complete": complete,
         "metadata": dict(metadata),
@@ -386,7 +385,7 @@ def digest_of(files: list[RowFile]) -> str:
 
 
 def is_whole(layout: Layout, files: list[RowFile]) -> bool:
-    """Whether a run has made these rows whole, so that nothing is left to be done."""
+    """Whether these rows are complete, so that nothing is left to be done."""
     if layout.is_file:
         return is_joined(layout) and not INCOMPLETE.items() <= _metadata_of(files).items()
     if layout.mark(digest_of(files)).exists():
@@ -418,9 +417,9 @@ def open_captions(
     on_existing: OnExisting,
     upgrades: Upgrades = Upgrades(),
 ) -> Iterator[CaptionFolder]:
-    """An output to add rows to, held by this process alone.
+    """Open an output for this process alone.
 
-    Files of rows that are damaged are set aside, so that their images are captioned again.
+    Damaged files are moved aside, so that their images are captioned again.
 
     Args:
         layout: which output; the folder that it is in must exist.
@@ -472,7 +471,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
-    """The files of rows to go on from, oldest first.
+    """Return the files of rows to resume from, oldest first.
 
     Raises:
         OutputError: there are some, or other people's files, and there must not be.
@@ -498,9 +497,9 @@ def check_identity(
     upgrades: Upgrades = Upgrades(),
     fetch_again: Callable[[Path], bool] = lambda _path: False,
 ) -> dict[str, str]:
-    """See that rows are of the same model and settings as those to come.
+    """Check that existing rows have the model and settings of the rows to come.
 
-    Returns the identity, with what else the newest rows say of themselves.
+    Returns the identity, with further metadata of the newest rows.
 
     Raises:
         OtherOutputError: they are not; says what differs.
@@ -539,7 +538,7 @@ def _other_output(
 
 
 def _differing(there: str, asked: str) -> tuple[str, str]:
-    """Of two JSON objects the fields that differ; of other texts, the texts."""
+    """Return the differing fields of two JSON objects; of other texts, both texts."""
     try:
         fields, others = json.loads(there), json.loads(asked)
         differing = [key for key in fields | others if fields.get(key) != others.get(key)]
@@ -556,9 +555,9 @@ def index_of(
     on_damage: Callable[[Path, DamagedError], object],
     fetch_again: Callable[[Path], bool] = lambda _path: False,
 ) -> tuple[list[RowFile], RowIndex]:
-    """The files of rows that are whole, and what they say; `on_damage` is told of the others.
+    """Index the undamaged files of rows; `on_damage` gets the others.
 
-    Of one that is damaged here only, `fetch_again` brings the store's copy, if there is one.
+    If a file is damaged here only, `fetch_again` downloads the store's copy, if there is one.
 
     Raises:
         OutputError: a file can't be opened, or this machine has no memory for it.
@@ -589,7 +588,7 @@ def _read_or_fetch(
 
 
 def verified(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a file.
+    """Yield the row groups of a file.
 
     Raises:
         OutputError: it is damaged, or can't be opened.
@@ -607,7 +606,7 @@ def _damage_reported() -> Iterator[None]:
 
 
 def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in row groups of a good size."""
+    """Yield the same rows in row groups of a good size."""
     gathered: list[pa.Table] = []
     for table in tables:
         gathered.append(table)
@@ -628,7 +627,7 @@ def _set_aside(layout: Layout, path: Path, error: DamagedError) -> None:
 
 
 def _remove_leftovers(layout: Layout) -> None:
-    """What killed runs have left under temporary names."""
+    """Remove temporary files of killed runs."""
     parts = layout.parts
     for folder, names in layout.temporaries():
         remove_temporaries(folder, names)
@@ -638,7 +637,7 @@ def _remove_leftovers(layout: Layout) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """By a rename first: half a folder would look like less work done."""
+    """Remove a directory by a rename first: half a directory would look like less work done."""
     if folder.exists():
         going = folder.with_name(f"{folder.name}.old")
         folder.rename(going)

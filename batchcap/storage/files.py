@@ -1,4 +1,4 @@
-"""Replace files whole or not at all; links, modes and owners are kept. Knows no formats."""
+"""Write files whole or not at all; links, modes and owners are kept. Knows no formats."""
 
 import errno
 import os
@@ -22,11 +22,12 @@ MAX_LINKS = 40  # followed in a row, as on Linux
 def replacing(
     path: Path, staged: Path | None = None, like: os.stat_result | None = None
 ) -> Iterator[Path]:
-    """An empty hidden file that takes the place of `path` when the block ends well and is on disk.
+    """Yield an empty hidden file that replaces `path` at the end of the block.
 
-    A crash leaves `path` as it was, and at most the hidden file. A symbolic link is followed and
-    kept. Mode, owner and group of a replaced file are kept as far as this process may set them;
-    until then nobody else can read the hidden file. Other hard links to it keep the old content.
+    The file is synced to disk first. A crash leaves `path` unchanged, and at most the hidden file.
+    Symbolic links are followed and kept. The new file gets the mode, owner and group of the old one
+    as far as this process may set them; before that, nobody else can read it. Other hard links to
+    the old file keep the old content.
 
     Args:
         path: the file to write.
@@ -61,7 +62,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def followed(path: Path) -> Path:
-    """The target of a symbolic link, which need not exist; any other path unchanged.
+    """Return the target of a symbolic link, which need not exist; any other path unchanged.
 
     Raises:
         OSError: the links lead in a circle, or can't be read.
@@ -74,7 +75,7 @@ def followed(path: Path) -> Path:
 
 
 def check_replaceable(path: Path) -> os.stat_result | None:
-    """The status of a file that this process may replace; None if there is no file.
+    """Return the status of a file that this process may replace; None if there is no file.
 
     Raises:
         OSError: it is a folder, a link, a pipe, a device or a mount point, or this user may not
@@ -112,9 +113,10 @@ def is_mounted_apart(path: Path, folder: Path) -> bool:
 
 
 def remove_temporaries(folder: Path, names: str) -> None:
-    """Remove what killed processes left of `replacing` files whose names match a regex, `names`.
+    """Remove files that killed `replacing` blocks left behind.
 
-    No other process may be writing such files.
+    `names` is a regex for the names that were being written. No other process may be writing such
+    files.
     """
     left_names = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
     for left in folder.glob(f".*{TEMPORARY}"):
@@ -123,7 +125,7 @@ def remove_temporaries(folder: Path, names: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, unless it is there, and wait until its name has reached the disk.
+    """Create a directory unless it exists, and sync its name to disk.
 
     Raises:
         OSError: it can't be made, or is a file.
@@ -133,9 +135,9 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk.
+    """Sync a file, or the names in a directory, to disk.
 
-    A file system that can't sync folders is no failure.
+    A file system that cannot sync directories is not an error.
 
     Raises:
         OSError: the disk is full or broken, or `path` is missing.

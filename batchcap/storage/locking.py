@@ -1,4 +1,4 @@
-"""One process at a time, by a lock that the operating system frees when its holder dies."""
+"""Locks between processes; the operating system frees them when a process dies."""
 
 import fcntl
 import os
@@ -11,10 +11,10 @@ from batchcap.errors import LockedError, OutputError
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` for as long as the block runs; the file is removed at its end.
+    """Hold the lock file `path` during the block; remove it afterwards.
 
-    `flock(2)` on a descriptor that programs started from here do not inherit: a holder that is
-    killed leaves the file, but not the lock.
+    Uses `flock(2)` on a descriptor that child processes do not inherit: a killed process leaves the
+    file, but not the lock.
 
     Raises:
         LockedError: another process holds it.
@@ -61,7 +61,7 @@ def _acquire(path: Path) -> int:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the file was not removed by its last holder between opening and locking it."""
+    """Whether the file still exists, so that no other process removed it before it was locked."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

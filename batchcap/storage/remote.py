@@ -1,7 +1,7 @@
-"""The door to object stores: files behind URLs, by fsspec. Knows no photos and no rows.
+"""Object stores: files behind URLs, by fsspec. Knows no photos and no rows.
 
 Every failure is an OSError with a reason, as for local files, so that callers handle both alike.
-`file:` URLs are paths, and nothing else.
+`file:` URLs are paths.
 """
 
 import errno
@@ -47,10 +47,10 @@ _COLONS_MASK = "\x1a\x1a"
 
 
 class RemoteFile(NamedTuple):
-    """A file as its store describes it. The URL of a folder ends in a slash.
+    """A file as its store describes it.
 
-    `size` and `mtime_ns` are None where the store does not give them; `version` changes whenever
-    the file does.
+    The URL of a directory ends in a slash. `size` and `mtime_ns` are None if the store does not
+    report them; `version` changes whenever the file does.
     """
 
     url: str
@@ -65,7 +65,7 @@ def is_url(name: str) -> bool:
 
 
 def without_file_scheme(name: str) -> str:
-    """The path that a `file:` URL stands for, percent-decoded; other names as they are."""
+    """Return the path of a `file:` URL, percent-decoded; other names unchanged."""
     scheme = _FILE_SCHEME.match(name)
     return unquote(name[scheme.end() :], errors="surrogateescape") if scheme else name
 
@@ -82,10 +82,10 @@ def describe(url: str) -> RemoteFile:
 
 
 def list_folder(url: str) -> list[RemoteFile]:
-    """The files and folders directly in a folder, in no order; `url` ends in a slash.
+    """List the files and directories directly in a directory, in no order; `url` ends in a slash.
 
-    Where the URL has a folder without a name (`a//`), all files below are listed at once, however
-    deep. The folder itself is listed too if it is also a file, and not empty.
+    If the URL contains a directory without a name (`a//`), all files below it are listed at once,
+    however deep. The directory itself is listed too if it is also a non-empty file.
 
     Raises:
         OSError: there is nothing, or it can't be reached.
@@ -103,7 +103,7 @@ def list_folder(url: str) -> list[RemoteFile]:
 
 
 def _below_nameless(url: str, folder: str, store: Any) -> list[RemoteFile]:
-    """The files whose names begin with `folder`: `ls` knows no folder without a name."""
+    """List all files whose names begin with `folder`; `ls` needs directories with names."""
     named, _, below = folder.partition("//")
     infos = store.find(named, prefix=f"/{below}", detail=True)
     names = [name for name in infos if name.startswith(folder) and not name.endswith("/")]
@@ -113,7 +113,7 @@ def _below_nameless(url: str, folder: str, store: Any) -> list[RemoteFile]:
 
 
 def _in_store(url: str, folder: str, infos: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
-    """What a store lists in a folder; a folder without a name gets a URL that ends in `//`."""
+    """List a directory of a store; a directory without a name gets a URL that ends in `//`."""
     for info in infos:
         name = info["name"]
         if name.rstrip("/") != folder.rstrip("/"):
@@ -125,7 +125,7 @@ def _in_store(url: str, folder: str, infos: Iterable[dict[str, Any]]) -> Iterato
 
 
 def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
-    """The links of a page that lead below it."""
+    """List the links of a web page that lead below it."""
     for link in links:
         name = link["name"].partition("://")[2].removeprefix(url.partition("://")[2])
         name = name.removeprefix("./")
@@ -134,7 +134,7 @@ def _on_web(url: str, links: Iterable[dict[str, Any]]) -> Iterator[RemoteFile]:
 
 
 def matching(url: str) -> list[str]:
-    """The URLs that a glob matches, sorted.
+    """Return the URLs that match a glob, sorted.
 
     Raises:
         OSError: the store can't be reached.
@@ -145,7 +145,7 @@ def matching(url: str) -> list[str]:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """The file of a path or a URL, which can be sought in; of a URL, some megabytes at a time.
+    """Open a path or a URL for reading and seeking; a URL is read some megabytes at a time.
 
     Raises:
         OSError: it is not there, or can't be reached; and later, for what reading meets.
@@ -158,7 +158,7 @@ def open_file(name: str) -> IO[bytes]:
 
 
 def read_file(url: str) -> bytes:
-    """All of a file.
+    """Return the content of a file.
 
     Raises:
         OSError: it is not there, or can't be reached.
@@ -169,7 +169,7 @@ def read_file(url: str) -> bytes:
 
 
 def download(url: str, path: Path) -> None:
-    """Copy a file to here. A crash leaves half of it.
+    """Copy a file of a store to this machine. A crash can leave half of it.
 
     Raises:
         OSError: it is not there, or can't be reached; or the disk is full.
@@ -179,11 +179,11 @@ def download(url: str, path: Path) -> None:
 
 
 def upload(path: Path, url: str, replaced: str) -> None:
-    """Copy a file from here, whole or not at all.
+    """Copy a file of this machine to a store, whole or not at all.
 
-    S3 and Google's store make the file appear with its last byte, and refuse it if it must be new
-    and is not. S3 refuses it too if it is to replace another version than the file there, unless
-    it goes in several requests (from 100 MiB on). Other stores do as well as they can.
+    S3 and Google's store show the file only when it is complete, and refuse it if it must be new
+    but exists. S3 also refuses to replace another version than the given one, unless the upload
+    takes several requests (from 100 MiB on). Other stores do what they can.
 
     Args:
         path: the file here.
@@ -201,7 +201,7 @@ def upload(path: Path, url: str, replaced: str) -> None:
 
 
 def holds_same(url: str, path: Path) -> bool:
-    """Whether a file of a store is there, and has the bytes of one here.
+    """Whether a store has a file with the bytes of a local one.
 
     Raises:
         OSError: one of them can't be read or reached.
@@ -223,7 +223,7 @@ def holds_same(url: str, path: Path) -> bool:
 
 
 def remove(url: str) -> None:
-    """Remove a file, if it is there.
+    """Remove a file if it exists.
 
     Raises:
         OSError: it can't be removed or reached.
@@ -247,7 +247,7 @@ def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
 
 
 def _moment(info: dict[str, Any]) -> float | None:
-    """When the file was written, in Unix time, by the names that S3, Google and others give it."""
+    """Return a file's modification time (Unix time), under the name that its store uses."""
     moment = info.get("LastModified") or info.get("mtime") or info.get("created")
     if isinstance(moment, datetime):
         return moment.timestamp()
@@ -256,7 +256,7 @@ def _moment(info: dict[str, Any]) -> float | None:
 
 @contextmanager
 def _reaching(url: str) -> Iterator[tuple[Any, str]]:
-    """Yield the store of a URL and the path there; every failure in the block is an OSError."""
+    """Yield the store of a URL and the path in it; every failure in the block is an OSError."""
     fsspec = _import_fsspec()
     scheme = url.partition("://")[0].lower()
     try:
@@ -271,9 +271,10 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _store_and_path(fsspec: Any, url: str) -> tuple[Any, str]:
-    """The store of a URL and the path there, without a cache of listings, which may be outdated.
+    """Return the store of a URL and the path in it, without a cache of listings.
 
-    Fsspec splits URLs at every `::`, even within names; this does only where another URL follows.
+    fsspec splits URLs at every `::`, even within names; this function splits only where another URL
+    follows.
     """
     masked = _COLONS.sub(_COLONS_MASK, url)
     store, path = fsspec.core.url_to_fs(masked, use_listings_cache=False)
@@ -289,7 +290,7 @@ def _is_web(url: str) -> bool:
 
 
 def _answer_of(error: Exception) -> Exception:
-    """The error that fsspec replaced: it reports any answer of a server as a missing file."""
+    """Return the error that fsspec replaced: it reports any server answer as a missing file."""
     cause = error.__cause__
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
 
@@ -308,13 +309,13 @@ def _as_os_error(error: Exception) -> OSError:
 
 
 def _code_of(error: Exception) -> str:
-    """What S3 calls an error; empty for other stores."""
+    """Return S3's name of an error; empty for other stores."""
     response = getattr(error.__cause__, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _import_fsspec() -> Any:
-    """The package `fsspec`, imported late because it reads the user's settings.
+    """Import `fsspec` late, because it reads the user's settings.
 
     Raises:
         UsageError: the settings are wrong.

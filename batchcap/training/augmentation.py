@@ -1,7 +1,7 @@
-"""Ways in which training sees a photo: as it is, mirrored, and parts of it.
+"""Augmentation: crops, flips and colour jitter.
 
-Where the backbone is frozen, a photo has the same few parts in every training, so that its features
-can be kept. Where it is trained, parts and light are drawn anew each time.
+With a frozen backbone, a photo has the same few crops in every training, so that its features can
+be cached. When the backbone is trained, crops and colours are random in each epoch.
 """
 
 import math
@@ -21,13 +21,13 @@ WHOLE = np.array([0, 0, 1, 1], np.float32)  # top, left, bottom, right
 
 
 class View(NamedTuple):
-    """`crop` numbers the parts from 1; 0 is the whole photo."""
+    """A view of a photo: `crop` numbers the crops from 1; 0 is the whole photo."""
 
     mirrored: bool = False
     crop: int = 0
 
     def key(self, sha256: str) -> str:
-        """The name of its features in the cache."""
+        """Return the key of its features in the cache."""
         crop = f"-crop-{self.crop}" if self.crop else ""
         return f"{sha256}{crop}{'-mirrored' if self.mirrored else ''}"
 
@@ -36,15 +36,15 @@ PLAIN = View()
 
 
 def training_views(flip: bool, crops: int) -> tuple[View, ...]:
-    """The whole photo and its parts; with `flip` also its mirror image, and every other part's."""
+    """Return the whole photo and its crops; with `flip`, also every view flipped."""
     whole = (PLAIN, View(mirrored=True)) if flip else (PLAIN,)
     return (*whole, *(View(flip and crop % 2 == 1, crop) for crop in range(1, crops + 1)))
 
 
 def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> Any:
-    """A view of photos `uint8[B, S, S, 3]`, the same shape, as numpy's or TensorFlow's.
+    """Return a view of photos `uint8[B, S, S, 3]`, as an array or tensor of the same shape.
 
-    There may be fewer `sha256s` than photos, the rest of which only fill the batch.
+    There may be fewer `sha256s` than photos; the others only pad the batch.
     """
     if view.crop:
         boxes = np.tile(WHOLE, (len(pixels), 1))
@@ -58,7 +58,7 @@ def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> A
 def augmented(
     pixels: npt.NDArray[np.uint8], mirrored: npt.NDArray[np.bool_], rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """A random part of each photo of `uint8[B, S, S, 3]`, in random light; some of them mirrored.
+    """Return a random crop of each photo of `uint8[B, S, S, 3]`, with colour jitter; some flipped.
 
     Hues stay, since captions name colours.
     """
@@ -80,12 +80,12 @@ def _jitter_colours(pixels: Any, brightness: Any, contrast: Any, saturation: Any
 
 
 def part_of(sha256: str, crop: int) -> list[float]:
-    """Top, left, bottom and right of a part, 0 to 1, drawn by the photo's SHA-256."""
+    """Return top, left, bottom and right of a crop, 0 to 1, derived from the photo's SHA-256."""
     return _box(np.random.default_rng((int(sha256, 16), crop)))
 
 
 def _box(rng: np.random.Generator) -> list[float]:
-    """Top, left, bottom and right of a random part, 0 to 1."""
+    """Return top, left, bottom and right of a random crop, 0 to 1."""
     area = rng.uniform(LEAST_AREA, 1)
     elongation = math.exp(rng.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)
     height = min(1.0, math.sqrt(area) * elongation)

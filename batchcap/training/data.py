@@ -1,7 +1,7 @@
 """Annotated photos to training batches: splits, token tables, cached features.
 
-Which batch a step gets follows from the seed and the step's number alone, so that training goes on
-after a kill exactly where it was.
+The batch of a step depends only on the seed and the step's number, so that a killed training
+resumes exactly where it was.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ Tokens = npt.NDArray[np.int32]
 class Example:
     """A photo and its captions, cut into words.
 
-    `sha256` is of the file's bytes, `data_set` the number of the data set that it is of. `styles`
-    are of the captions, where any has one.
+    `sha256` is of the file's bytes, `data_set` is the number of its data set. `styles` are those of
+    the captions, if any has one.
     """
 
     image_id: str
@@ -74,11 +74,11 @@ class Example:
 
 
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples of all data sets, one set after the other.
+    """Return training and validation examples of all data sets, one set after the other.
 
-    They are told apart by the annotations' split or a seeded draw. Photos without a file or a word
-    are left out of both; photos of other splits than train, and copies of validation and test
-    photos of any data set, out of training. The log counts them.
+    They are separated by the annotations' split or at random. Photos without a file or a word are
+    skipped; photos of other splits than train, and copies of validation and test photos of any data
+    set, are not trained on. The log counts them.
 
     Raises:
         UsageError: more photos are to be held out than there are.
@@ -102,7 +102,7 @@ def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]
 def check_each_set(
     settings: TrainSettings, training: Sequence[Example], validation: Sequence[Example]
 ) -> None:
-    """See that each data set has a photo on both sides.
+    """Check that each data set has training and validation photos.
 
     Raises:
         InputError: it has none.
@@ -118,12 +118,12 @@ def check_each_set(
 
 
 def numbers_of_sets(examples: Sequence[Example]) -> npt.NDArray[np.int32]:
-    """`int32[examples]`: the number of the data set that each is of."""
+    """Return `int32[examples]`: the number of each example's data set."""
     return np.array([example.data_set for example in examples], np.int32)
 
 
 def data_set_names(annotations: Sequence[Path]) -> list[str]:
-    """A short name for each data set: the last part of its path that tells it from all others."""
+    """Return a short name per data set: the last part of its path that is unique."""
     paths = [path.resolve() for path in annotations]
     for depth in range(max(len(path.parts) for path in paths)):
         names = [path.parts[-1 - depth] if depth < len(path.parts) else "" for path in paths]
@@ -136,7 +136,7 @@ def data_set_names(annotations: Sequence[Path]) -> list[str]:
 def _split(
     path: Path, annotated: list[AnnotatedImage], settings: TrainSettings
 ) -> tuple[list[AnnotatedImage], list[AnnotatedImage], list[AnnotatedImage]]:
-    """Training, validation and test photos; none of split test is in the first."""
+    """Return training, validation and test photos; training has none of split test."""
     test = [image for image in annotated if image.split == "test"]
     if settings.validation_annotations is not None:
         validating = read_annotations(settings.validation_annotations)
@@ -167,7 +167,7 @@ def _split(
 def _of_splits(
     annotated: list[AnnotatedImage], splits: set[str | None], counted_elsewhere: int = 0
 ) -> list[AnnotatedImage]:
-    """The photos of these splits; the others are logged, less those that are used elsewhere."""
+    """Return the photos of these splits; log the others unless they are used elsewhere."""
     chosen = [image for image in annotated if image.split in splits]
     if others := len(annotated) - len(chosen) - counted_elsewhere:
         log.info("skipped for training: %s of other splits", counted(others, "photo"))
@@ -175,13 +175,13 @@ def _of_splits(
 
 
 def _digests(annotated: Sequence[AnnotatedImage], images: Path) -> set[str | None]:
-    """The SHA-256 of each photo; None among them if one is missing or unreadable."""
+    """Return the SHA-256 of each photo, including None if one is missing or unreadable."""
     with ThreadPoolExecutor() as pool:
         return set(pool.map(lambda image: _file_digest(images / image.image_id), annotated))
 
 
 def _without(training: list[Example], held_out: Container[str | None]) -> list[Example]:
-    """Training photos that are not validation or test photos too, under whatever name."""
+    """Return training photos that are not also validation or test photos, under any name."""
     kept = [example for example in training if example.sha256 not in held_out]
     if both := len(training) - len(kept):
         log.warning("skipped %d training photos that are validation or test photos too", both)
@@ -230,7 +230,7 @@ def _file_digest(path: Path) -> str | None:
 
 
 def styles_of(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The styles that captions are of, in order of first appearance."""
+    """Return the styles of captions, in order of first appearance."""
     return tuple(dict.fromkeys(style for one in examples for style in one.styles if style))
 
 
@@ -240,7 +240,7 @@ def token_table(
     max_length: int,
     styles: Sequence[str] = (),
 ) -> Tokens:
-    """Captions as ids, `int32[images, captions, max_length + 1]`: START, words, END, padding.
+    """Return captions as ids, START to END and padding: `int32[images, captions, max_length + 1]`.
 
     Every image has as many rows as the one with the most captions; rows without a caption are all
     padding. A caption that is too long loses its tail and its END. Captions of one of `styles`
@@ -258,7 +258,7 @@ def token_table(
 
 
 class Sight(Protocol):
-    """What a model is trained on sees of photos."""
+    """What the model sees of photos in training."""
 
     def __call__(
         self, photos: npt.NDArray[np.int64], rng: np.random.Generator
@@ -267,7 +267,7 @@ class Sight(Protocol):
 
 
 class CachedFeatures:
-    """Sees backbone features from the cache, of one view of each photo.
+    """Backbone features from the cache, of one random view per photo.
 
     `places`, `int64[views, examples]`, are their rows.
     """
@@ -289,7 +289,7 @@ class CachedFeatures:
         return self._read(self.places[views, photos]), self.mirrored[views]
 
     def whole(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Features `float32[n, G, D]` of the photos as they are."""
+        """Return features `float32[n, G, D]` of whole photos."""
         return self._read(self.places[0, start:stop])
 
     def _read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -297,7 +297,7 @@ class CachedFeatures:
 
 
 class AugmentedPhotos:
-    """Sees photos themselves, in new parts and light each time."""
+    """Photos, augmented anew each time."""
 
     def __init__(self, examples: Sequence[Example], side: int, flip: bool) -> None:
         self.examples, self.side, self.flip = examples, side, flip
@@ -312,7 +312,7 @@ class AugmentedPhotos:
 
 
 def load_pixels(examples: Sequence[Example], side: int) -> npt.NDArray[np.uint8]:
-    """`uint8[n, S, S, 3]` of photos that could be read before.
+    """Return `uint8[n, S, S, 3]` of photos that were readable before.
 
     Raises:
         InputError: one of them can't be read any more.
@@ -334,9 +334,9 @@ def extract_all(
     views: Sequence[View] = (PLAIN,),
     cache_root: Path | None = None,
 ) -> tuple[FeatureCache, list[Example]]:
-    """Features of every example in the cache of this backbone, extracted where not there yet.
+    """Extract the features of all examples that are not in this backbone's cache.
 
-    Returns the cache, and the examples less those that are no photos, which are said.
+    Returns the cache, and the examples without those that are no photos, which are logged.
 
     Raises:
         InputError: none of them is one, or features are not finite.
@@ -375,7 +375,7 @@ def _extract(
     config: BackboneConfig,
     views: Sequence[View],
 ) -> Iterator[Path]:
-    """Extract and cache; yield the paths of those that are no photos."""
+    """Extract and cache features; yield the paths of unreadable photos."""
     extract = tensorflow_extractor(backbone, config)
     load_settings = LoadSettings(config.image_size)
     with progress("features", len(examples), "photo") as bar, ThreadPoolExecutor() as pool:
@@ -415,10 +415,9 @@ def _check_finite(features: npt.NDArray[np.float16], examples: Sequence[Example]
 class TrainingBatches:
     """The endless stream of training batches, addressed by step number.
 
-    In each pass every photo is seen as often as `settings.weight` says of its data set: of weight
-    1.5 all are seen once, and a half of them, drawn anew, once more. One is seen at least. Half of
-    the captions with a style, drawn at random, begin with START instead, so that START means any
-    style.
+    In each pass, photos are shown as often as `settings.weight` of their data set says: with weight
+    1.5, all are shown once, and a random half once more; at least one photo. Half of the captions
+    with a style, at random, begin with START instead, so that START means any style.
     """
 
     def __init__(
@@ -456,7 +455,7 @@ class TrainingBatches:
         return seen, trim(captions), self.data_sets[chosen]
 
     def _order(self, number: int) -> npt.NDArray[np.int64]:
-        """The photos of a pass, some of them several times or not at all."""
+        """Return the photos of a pass, some several times or not at all."""
         rng = np.random.default_rng((self.seed, number))
         parts = []
         for data_set, weight in enumerate(self.weights):

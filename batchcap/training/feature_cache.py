@@ -1,9 +1,9 @@
-"""Features of photos on disk, so that a backbone sees each photo once. Arrays and keys only.
+"""Cache of features on disk, so that a backbone sees each photo once. Arrays and keys only.
 
-A cache is a folder of one backbone with one set of weights: `features.f16` holds row after row of
-float16, `index.txt` a line for each row, with its key and the CRC-32 of its bytes. A row is there
-when its line is: lines are written after the rows have reached the disk, and what a killed process
-left half-written is cut off by the next.
+A cache is a directory for one backbone with one set of weights: `features.f16` has rows of float16,
+`index.txt` has a line per row with its key and the CRC-32 of its bytes. A row exists if its line
+does: lines are written after the rows were synced to disk, and the next process cuts off what a
+killed one left half-written.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ LINE = re.compile(rb"(?P<key>[^ ]+) (?P<crc>[0-9a-f]{8})")
 
 
 class FeatureCache:
-    """Rows `float16[G, D]` by key. Keys have no blanks and no line breaks."""
+    """Rows `float16[G, D]` by key. Keys have no spaces and no line breaks."""
 
     def __init__(self, folder: Path, row_shape: tuple[int, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class FeatureCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the cache for this process alone, mended and read anew; others wait."""
+        """Hold the cache for this process alone, repaired and read again; others wait."""
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._mend()
@@ -71,7 +71,7 @@ class FeatureCache:
         )
 
     def drop_damaged(self, keys: Iterable[str]) -> int:
-        """Forget the rows of these keys whose bytes have changed since; returns how many."""
+        """Drop the rows of these keys whose bytes have changed; return how many."""
         rows = self.rows() if self.row_count else np.empty((0, *self.row_shape), np.float16)
         known = {key: self.row_of[key] for key in keys if key in self.row_of}
         damaged = [
@@ -87,7 +87,7 @@ class FeatureCache:
             self.row_count += 1
 
     def _mend(self) -> None:
-        """Read the index anew, and cut off rows without a line and lines without a row."""
+        """Read the index again, and cut off rows without a line and lines without a row."""
         index, features = self.folder / INDEX_FILE, self.folder / FEATURES_FILE
         index.touch()
         features.touch()

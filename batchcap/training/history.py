@@ -1,4 +1,4 @@
-"""The course of a training, epoch by epoch, as a table and a picture."""
+"""Scores of each epoch, as a table and a figure."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,7 @@ CURVES_FILE = "history.png"
 
 
 def write_history(history: list[dict[str, float]], folder: Path) -> None:
-    """Epoch by epoch results as `history.csv` and, drawn, `history.png`."""
+    """Write the results of each epoch to `history.csv` and `history.png`."""
     with replacing(folder / HISTORY_FILE) as temporary, temporary.open("w", newline="") as file:
         columns = dict.fromkeys(name for row in history for name in row)
         writer = csv.DictWriter(file, list(columns))

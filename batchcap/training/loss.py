@@ -1,4 +1,4 @@
-"""The training loss of captions. Knows neither optimizers nor data sets."""
+"""The training loss. Knows neither optimizers nor data sets."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from batchcap.training.replicas import summed_over_replicas
 
 
 def loss_function(decoder: CaptionDecoder, label_smoothing: float) -> Any:
-    """Masked cross entropy of captions given features.
+    """Return the masked cross entropy of captions given features.
 
-    Padding and [UNK] count nothing: the one is no word, the other can't be said. With label
-    smoothing (Szegedy et al. 2016, section 7) over the words that can be said.
+    Padding and [UNK] are masked out of the loss. Label smoothing (Szegedy et al. 2016, section 7)
+    is over the words that can be generated.
 
     Returns:
         a function of features `float32[B, G, D]` and captions `int32[B, C, T + 1]` to the mean loss

@@ -1,4 +1,4 @@
-"""What a model directory is, for people: its card, and a short description. No TensorFlow."""
+"""A model directory described for people: its card, and a short description. No TensorFlow."""
 
 import json
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 def write_card(
     path: Path, config: ModelConfig, settings: TrainSettings, metrics: dict[str, Any]
 ) -> None:
-    """Write the card, from the same numbers as `metrics.json`."""
+    """Write the card, from the numbers in `metrics.json`."""
     decoder = config.decoder
     text = CARD.format(
         backbone=config.backbone.name,
@@ -115,7 +115,7 @@ def _styles(styles: Sequence[str]) -> str:
 
 
 def _data_sets(sets: list[dict[str, Any]]) -> str:
-    """How many photos are of which data set, where there are several."""
+    """Return the number of photos per data set, if there are several."""
     if len(sets) == 1:
         return ""
     counts = [
@@ -125,7 +125,7 @@ def _data_sets(sets: list[dict[str, Any]]) -> str:
 
 
 def _results(metrics: dict[str, Any]) -> str:
-    """A table of the metrics; of several data sets the mean first, by which epochs are chosen."""
+    """Return a table of metrics; with several data sets, the mean, which chooses epochs, is first."""
     columns = {"value": metrics["validation"]}
     if len(metrics["data_sets"]) > 1:
         columns = {"mean of the data sets": metrics["validation"]}
@@ -139,7 +139,7 @@ def _results(metrics: dict[str, Any]) -> str:
 
 
 def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:
-    """The phases whose weights the model has, and those that brought none better."""
+    """Return the phases whose weights the model has, and those that brought no better epoch."""
     told = {
         "likelihood": "likelihood",
         "fine-tuning": f"likelihood with the backbone fine-tuned after {settings.fine_tune_from} "
@@ -158,7 +158,7 @@ def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:
 
 
 def read_card(directory: Path) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Raises:
         ModelError: the directory has none.
@@ -171,7 +171,7 @@ def read_card(directory: Path) -> str:
 
 
 def describe(directory: Path) -> str:
-    """A model in a few lines: fingerprint, backbone, decoder, vocabulary, size, metrics.
+    """Return fingerprint, backbone, decoder, vocabulary, size and metrics of a model.
 
     Raises:
         ModelError: a file is missing or a field is wrong.
@@ -198,7 +198,7 @@ def describe(directory: Path) -> str:
 
 
 def _word_count(config: ModelConfig) -> str:
-    """Words that a caption can hold: the special ones can't stand in it."""
+    """Return the number of words that a caption can have: no special ones."""
     return f"{config.decoder.vocabulary_size - len(SPECIAL_WORDS):,}"
 
 

@@ -1,4 +1,4 @@
-"""What training raises: the phases that a training consists of."""
+"""Training phases: likelihood, fine-tuning, self-critical."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,11 +34,10 @@ Step = Callable[[Any, Any, Any], None]
 
 
 class Phase(Protocol):
-    """One stretch of a training, with what it raises and how.
+    """A training phase.
 
-    name: of its checkpoint.
-    epochs: at most.
-    variables: what it trains, of the decoder or of more.
+    name: of its checkpoint. epochs: maximum number. variables: trained weights, of the decoder or
+    of more.
     """
 
     name: str
@@ -47,17 +46,17 @@ class Phase(Protocol):
     variables: Sequence[Any]
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
-        """A rate, or a schedule of Keras."""
+        """Return a rate, or a Keras schedule."""
 
     def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
-        """Make the function that trains on a batch, of which each replica takes its share."""
+        """Return a function that trains on a batch, of which each replica takes its part."""
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
-        """What the sums of an epoch tell, by column of the history."""
+        """Return results of an epoch's sums, by column of the history."""
 
 
 class Likelihood:
-    """Training the decoder by cross entropy."""
+    """Trains the decoder by cross entropy."""
 
     name = "likelihood"
 
@@ -82,7 +81,7 @@ class Likelihood:
         return _warm_cosine(peak, warmup, steps, lowest)
 
     def features(self, seen: Any) -> Any:
-        """Features `float32[B, G, D]` of what a batch shows: here the same."""
+        """Return features `float32[B, G, D]` of a batch, which has them already."""
         return seen
 
     def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
@@ -107,7 +106,7 @@ class Likelihood:
 
 
 class FineTuning(Likelihood):
-    """Training the backbone's trainable weights too, on pixels."""
+    """Trains the backbone's trainable weights too, on pixels."""
 
     name = "fine-tuning"
 
@@ -133,7 +132,7 @@ class FineTuning(Likelihood):
 
 
 class SelfCritical:
-    """Training the decoder by the CIDEr-D of drawn captions. Rewards are computed on the host."""
+    """Trains the decoder by the CIDEr-D of sampled captions. Rewards are computed on the host."""
 
     name = "cider"
 
@@ -190,7 +189,7 @@ class SelfCritical:
     def _rewards(
         self, drawn: Tokens, references: Tokens, data_sets: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.float32]:
-        """As `CiderD`, with the document frequencies of the data set that each image is of."""
+        """Return rewards by `CiderD`, with the document frequencies of each image's data set."""
         rewards = np.zeros(drawn.shape[:2], np.float32)
         for number, reward in enumerate(self.rewards):
             images = data_sets == number
@@ -205,7 +204,7 @@ class SelfCritical:
 def _descend(
     optimizer: keras.Optimizer, variables: Sequence[Any], loss: Callable[[], tuple[Any, Any]]
 ) -> Any:
-    """One step down the loss, by these variables alone; returns what the loss says beside it."""
+    """Take one step along the gradient of these variables; return the loss's second value."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([variable.value for variable in variables])
         mean, said = loss()
@@ -216,7 +215,7 @@ def _descend(
 
 
 def _warm_cosine(peak: float, warmup_steps: int, steps: int, lowest: float) -> Any:
-    """Up to a peak in a straight line, then down to `lowest` of it along a cosine."""
+    """Return a schedule: linear warm-up to a peak, then cosine decay to `lowest` times the peak."""
     return keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else peak,
         decay_steps=max(steps - warmup_steps, 1),

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 
 def training_strategy() -> Any:
-    """Several GPUs mirror each other's weights; on one, or on CPUs, nothing is distributed."""
+    """Return a strategy that mirrors weights on several GPUs; on one GPU or CPUs, the default."""
     gpus = tf.config.list_logical_devices("GPU")
     return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
 
@@ -26,12 +26,12 @@ def joined(strategy: Any, parts: Any) -> Any:
 
 
 def summed_over_replicas(value: Any) -> Any:
-    """The sum of a tensor of each replica, known to all."""
+    """Return the sum of a tensor over all replicas."""
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 def sum_variable(size: int) -> Any:
-    """`float32[size]` zeros: each replica adds to its own, read is their sum."""
+    """Return `float32[size]` zeros: each replica adds to its own; reading gives the sum."""
     return tf.Variable(
         tf.zeros(size),
         synchronization=tf.VariableSynchronization.ON_READ,

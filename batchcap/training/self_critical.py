@@ -1,8 +1,8 @@
-"""Self-critical sequence training (Rennie et al. 2017): draw captions, reward their CIDEr-D.
+"""Self-critical sequence training (Rennie et al. 2017): sample captions, reward their CIDEr-D.
 
-A drawn caption gains by as much as it is better than the others of its photo (the baseline of Luo
-2020). They are drawn of features with dropout on, since what a model gets for photos that it knows
-by heart says nothing.
+The baseline of a sampled caption is the mean of the others of its photo (Luo 2020). Captions are
+sampled with dropout in the features, since rewards for photos that the model knows by heart say
+nothing.
 """
 
 import math
@@ -28,13 +28,13 @@ Vector = tuple[list[dict[tuple[int, ...], float]], list[float], int]
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al. 2015) of token ids, with the document frequencies of training.
+    """CIDEr-D (Vedantam et al. 2015) of token ids, with the training set's document frequencies.
 
-    END counts as a word: without it captions learn to stop in the middle of a sentence.
+    END counts as a word: without it, captions learn to stop in the middle of a sentence.
     """
 
     def __init__(self, tokens: Tokens) -> None:
-        """Count in which of the images of `int32[images, captions, T + 1]` n-grams stand."""
+        """Count the images of `int32[images, captions, T + 1]` in which each n-gram occurs."""
         self.frequency: Counter[tuple[int, ...]] = Counter()
         for captions in tokens:
             self.frequency.update(
@@ -44,9 +44,9 @@ class CiderD:
         self._references: dict[bytes, Vector] = {}
 
     def __call__(self, captions: Tokens, references: Tokens) -> npt.NDArray[np.float32]:
-        """Rewards `float32[B, S]` of captions `int32[B, S, T + 1]`, by references `[B, C, T + 1]`.
+        """Return rewards `float32[B, S]` of captions `int32[B, S, T + 1]`.
 
-        10 is full marks.
+        References are `[B, C, T + 1]`. 10 is the maximum.
         """
         rewards = np.zeros(captions.shape[:2], np.float32)
         for image, drawn in enumerate(captions):
@@ -75,7 +75,7 @@ class CiderD:
 
 
 def _words(row: Tokens) -> list[int]:
-    """The ids of a row between START and padding."""
+    """Return the ids of a row between START and padding."""
     return [word for word in row[1:].tolist() if word != PADDING_ID]
 
 
@@ -101,11 +101,11 @@ def _similarity(caption: Vector, reference: Vector) -> float:
 
 
 def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
-    """A compiled function that draws captions.
+    """Return a compiled function that samples captions.
 
-    Of features `float32[B, G, D]`, random numbers `float32[B * S, T]` in [0, 1) and `int32[B]`, the
-    ids that stand before the captions of each image, it makes `int32[B * S, T]` words and
-    `int32[B * S]`, how many, and `bool[B * S]`, whether END follows.
+    Its arguments are features `float32[B, G, D]`, random numbers `float32[B * S, T]` in [0, 1) and
+    `int32[B]`, the start ids of each image's captions. It returns words `int32[B * S, T]`, lengths
+    `int32[B * S]`, and `bool[B * S]`, whether END follows.
     """
 
     @tf.function(jit_compile=True, autograph=False)
@@ -133,13 +133,13 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
 
 
 def draw_starts(captions: Tokens, rng: np.random.Generator) -> Tokens:
-    """`int32[B]`: what one of each image's captions, of `int32[B, C, T + 1]`, begins with."""
+    """Return `int32[B]`: the start id of a random caption per image of `int32[B, C, T + 1]`."""
     count = (captions[:, :, 1] != PADDING_ID).sum(axis=1)  # padding rows are the last
     return captions[np.arange(len(captions)), rng.integers(count), 0]
 
 
 def of_style(captions: Tokens, starts: Tokens) -> Tokens:
-    """`captions`, less those of other styles where `starts`, `int32[B]`, is that of a style."""
+    """Return `captions` without those of other styles, if `starts`, `int32[B]`, is a style's id."""
     kept = (captions[:, :, 0] == starts[:, None]) | (starts == START_ID)[:, None]
     return np.where(kept[:, :, None], captions, PADDING_ID)
 
@@ -147,20 +147,20 @@ def of_style(captions: Tokens, starts: Tokens) -> Tokens:
 def as_captions(
     starts: Tokens, words: Tokens, lengths: Tokens, finished: npt.NDArray[np.bool_]
 ) -> Tokens:
-    """`int32[N, T + 1]`: one of `starts`, words, END where it was reached, padding."""
+    """Return `int32[N, T + 1]`: the start id, words, END if it was reached, padding."""
     captions = np.concatenate([starts[:, None], words], axis=1)
     captions[np.flatnonzero(finished), 1 + lengths[finished]] = END_ID
     return captions
 
 
 def advantages(rewards: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """`float32[B, S]`: by how much each caption is better than the mean of the others."""
+    """Return `float32[B, S]`: each reward minus the mean of the others of its image."""
     samples = rewards.shape[1]
     return (rewards - rewards.mean(axis=1, keepdims=True)) * samples / (samples - 1)
 
 
 def policy_loss(decoder: CaptionDecoder) -> Any:
-    """The loss whose gradient is that of the expected reward, negative.
+    """Return the loss whose gradient is the negative gradient of the expected reward.
 
     Returns:
         a function of features `float32[B, G, D]`, captions `int32[B * S, T + 1]` and advantages

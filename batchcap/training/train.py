@@ -1,4 +1,4 @@
-"""Verb: fit a captioner to annotated photos, and write it as a model directory."""
+"""Trains a captioner on annotated photos, and writes a model directory."""
 
 import hashlib
 import json
@@ -76,7 +76,7 @@ Stage = tuple[Phase, TrainingBatches, Validator]
 
 
 def train_captioner(settings: TrainSettings) -> Path:
-    """Train, or go on training, and write the model directory `settings.out`.
+    """Train, or resume training, and write the model directory `settings.out`.
 
     Raises:
         UsageError: the model exists, its unfinished training had other settings or data, or its
@@ -143,7 +143,7 @@ def _stages(
     tokens: Tokens,
     strategy: Any,
 ) -> Iterator[Stage]:
-    """What is trained one after the other; the features of a stage are made when its time comes."""
+    """Yield the phases one after the other; a phase's features are extracted when it begins."""
     decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
 
     names, data_sets = data_set_names(settings.annotations), numbers_of_sets(training)
@@ -176,7 +176,7 @@ def _stages(
 def _features_by(
     backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
 ) -> Features:
-    """Features of a backbone that is still changing."""
+    """Return a function for the features of a backbone that is still changing."""
     extract = tf.function(
         partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
     )
@@ -184,7 +184,7 @@ def _features_by(
 
 
 def _check_validation(settings: TrainSettings, validation: Sequence[Example]) -> None:
-    """See that each data set has photos enough to choose an epoch by CIDEr-D."""
+    """Check that each data set has enough photos to choose an epoch by CIDEr-D."""
     if settings.monitor is not Monitor.CIDER_D:
         return
     for name, count in zip(
@@ -221,7 +221,7 @@ def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabul
 
 
 def _make_work_folder(out: Path) -> Path:
-    """The hidden folder beside the model to be, made before hours of work are put into it."""
+    """Create the hidden directory beside the model directory, before hours of work."""
     folder = out.with_name(f".{out.name}.training")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def _run_digest(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> str:
-    """What must be equal for training to go on: settings but places, backbone, all the data."""
+    """Hash what must be equal to resume: settings without paths, backbone, all data."""
     places = {
         "annotations",
         "images",
@@ -288,7 +288,7 @@ def _about_set(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> dict[str, Any]:
-    """What `metrics.json` says of one data set; its results where there are several."""
+    """Return the part of `metrics.json` about one data set; results if there are several."""
     told = {
         "name": name,
         "training_photos": sum(example.data_set == number for example in training),
@@ -307,7 +307,7 @@ def _write_model(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> Path:
-    """The weights, rounded as they are stored; judged once more as who loads them has them."""
+    """Write the weights, rounded as they are stored, and validate the model as it is loaded."""
     unfinished = work_folder / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_captioner(captioner, unfinished)

@@ -1,6 +1,6 @@
-"""Steps, epochs and checkpoints of a training, which goes on after a kill exactly where it was.
+"""Steps, epochs and checkpoints of a training, which resumes exactly after a kill.
 
-Work in progress lives in a folder of its own, hidden beside the model to be: `.NAME.training`.
+Work in progress is in a hidden directory beside the model directory: `.NAME.training`.
 """
 
 import json
@@ -36,10 +36,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """Where a phase is: all of it but the numbers of the network and the optimizer.
+    """State of a phase, apart from the network's and the optimizer's.
 
-    before: epochs of the phases before.
-    history: of these, too.
+    before: epochs of earlier phases. history: of earlier phases, too.
     """
 
     run: str
@@ -51,9 +50,9 @@ class Record:
 
 
 class Trainer:
-    """The steps, epochs and checkpoints of one phase of a training.
+    """Steps, epochs and checkpoints of one training phase.
 
-    `previous` is the record of the phase before, whose best weights are those to start from.
+    `previous` is the record of the phase before, whose best weights are the starting point.
 
     Raises:
         UsageError: the batches can't be shared by the GPUs.
@@ -91,10 +90,10 @@ class Trainer:
         self._step = phase.compile_step(strategy, self.optimizer, self.sums)
 
     def run(self, validator: Validator) -> Record:
-        """Train to the phase's last epoch, or until `patience` epochs brought nothing better.
+        """Train to the phase's last epoch, or until `patience` epochs brought no better one.
 
-        The weights are then those of the best epoch, of this phase or, before any was better in it,
-        those it began with.
+        The weights are then those of the best epoch of this phase or, if none was better, the first
+        ones.
 
         Raises:
             UsageError: the folder holds another training.
@@ -129,7 +128,7 @@ class Trainer:
                 saved = time.monotonic()
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Any, Any, Any]]:
-        """The batches of some steps, made ahead of them.
+        """Yield the batches of some steps, prepared ahead.
 
         Raises:
             InputError: a photo can't be read any more.
@@ -192,7 +191,7 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Judge the moving average of the weights, if one is kept; then train on with the last."""
+        """Validate the weights' moving average, if any; then continue with the last ones."""
         variables = self.phase.variables
         last = [variable.numpy() for variable in variables]
         self.optimizer.finalize_variable_values(variables)
@@ -201,7 +200,7 @@ class Trainer:
             variable.assign(value)
 
     def _value(self, row: dict[str, float]) -> tuple[float, float]:
-        """What is best where it is highest; of epochs with equal CIDEr-D, that of less loss."""
+        """Return a value that is highest for the best epoch; equal CIDEr-D is decided by loss."""
         monitored = row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else 0.0
         return monitored, -row["val_loss"]
 
@@ -260,7 +259,7 @@ class Trainer:
 
 
 def _of_sets(row: dict[str, float], names: Sequence[str]) -> str:
-    """The CIDEr-D of each data set, where there are several."""
+    """Return the CIDEr-D of each data set, if there are several."""
     if len(names) == 1:
         return ""
     values = [f"{name} {row[name + '_cider_d']:.1f}" for name in names]

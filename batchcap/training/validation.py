@@ -1,4 +1,4 @@
-"""How good a captioner is on held-out photos, while it is trained."""
+"""Scores of a captioner on held-out photos, during training."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ SAMPLE_TEMPERATURES = (0.0, 0.5, 1.0)
 
 
 class Validator:
-    """Validation: loss, accuracy and caption metrics on held-out photos, and sample captions.
+    """Loss, accuracy and caption metrics on held-out photos, and sample captions.
 
     `examples` are of the data sets `names`, one set after the other.
     """
@@ -46,9 +46,10 @@ class Validator:
         self._loss = tf.function(loss, reduce_retracing=True, autograph=False)
 
     def results(self) -> dict[str, float]:
-        """`val_loss`, `val_accuracy` of known captions, and metrics (times 100) of greedy ones.
+        """Return `val_loss`, `val_accuracy` and metrics (times 100) of greedy captions.
 
-        Of several data sets each one's results, as `NAME_cider_d`, after the means of the sets.
+        With several data sets, these are means over the sets; each set's results follow as
+        `NAME_cider_d`.
         """
         numbers = [example.data_set for example in self.examples]
         ends = [0, *(bisect_right(numbers, number) for number in range(len(self.names)))]
@@ -63,7 +64,7 @@ class Validator:
         }
 
     def _results(self, first: int, end: int) -> dict[str, float]:
-        """Of the photos from one number to another."""
+        """Return the results of a range of photos."""
         sums = np.zeros(3)
         hypotheses: list[list[str]] = []
         for start in range(first, end, BATCH):
@@ -80,7 +81,7 @@ class Validator:
         return {"val_loss": loss / count, "val_accuracy": correct / count} | scores.overall
 
     def samples(self) -> list[str]:
-        """Captions of each data set's first validation photo, at rising temperatures."""
+        """Return captions of each data set's first validation photo, at rising temperatures."""
         numbers = [example.data_set for example in self.examples]
         return [
             f"{printable(self.examples[first].image_id)}, temperature {temperature}: "
