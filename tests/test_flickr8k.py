@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcap.caption_files.annotations import read_annotations
-from batchcap.captioning.run import RunSummary, run_captioning
+from batchcap.captioning.run import run_captioning
+from batchcap.captioning.summary import RunSummary
 from batchcap.evaluation.metrics import score_captions
 from batchcap.model.captioner import Captioner
 from batchcap.model.vocabulary import segment

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -249,7 +249,7 @@ def asking(ray: Any, pulse: Any, workers: Workers, warn_s: float) -> Callable[[]
 
 def with_news(
     items: Iterable[Item], moves: Callable[[], bool], seconds: float
-) -> Iterator[Item | None]:
+) -> Generator[Item | None, None, None]:
     """Yield items as they arrive and, every so many seconds without one, None if `moves()`."""
     arrived: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(1)
     over = threading.Event()

@@ -25,7 +25,8 @@ from helpers.workers import worker_of
 from batchcap.errors import UsageError
 from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.runtime import Execution, choose_execution
-from batchcap.photos.listing import ImageRef, list_images
+from batchcap.photos.listing import list_images
+from batchcap.schema import ImageRef
 from batchcap.settings import DEFAULT_MODEL, Precision, Runtime
 
 SCALES = (4.0, 5.0, 8.0)

@@ -47,8 +47,13 @@ def main(images: Path, references: Path, model: Path, count: int, seed: int) -> 
         corners = rng.integers(side - side // 2, size=(BATCH, 2))
         pixels = np.stack(
             [
-                _composed(*(images / annotated[i].image_id for i in pair), corner, side)
-                for pair, corner in zip(chosen, corners, strict=True)
+                _composed(
+                    images / annotated[front].image_id,
+                    images / annotated[behind].image_id,
+                    corner,
+                    side,
+                )
+                for (front, behind), corner in zip(chosen, corners, strict=True)
             ]
         )
         captions = captioner.caption(pixels, settings, [""] * BATCH)

@@ -175,7 +175,7 @@ def plain_product(multiply_adds: int) -> Callable[[], Any]:
 def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
     side, longest = captioner.config.backbone.image_size, captioner.config.decoder.max_length
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
-    pixels = np.stack([load_image(ref.path, LoadSettings(side)).pixels for ref in refs])
+    pixels = np.stack([np.asarray(load_image(ref.path, LoadSettings(side)).pixels) for ref in refs])
     features = [
         tf.constant(captioner.extract(pixels[start : start + BATCH]))
         for start in range(0, DECODED_PHOTOS, BATCH)

@@ -88,7 +88,7 @@ def main() -> None:
 def batches_of_features(captioner: Captioner, photos: Path) -> Any:
     side = captioner.config.backbone.image_size
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
-    pixels = np.stack([load_image(ref.path, LoadSettings(side)).pixels for ref in refs])
+    pixels = np.stack([np.asarray(load_image(ref.path, LoadSettings(side)).pixels) for ref in refs])
     for start in range(0, DECODED_PHOTOS, BATCH):
         yield tf.constant(captioner.extract(pixels[start : start + BATCH]))
 

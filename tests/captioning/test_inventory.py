@@ -65,7 +65,7 @@ def test_photos_of_shards_are_known_by_their_bytes_whatever_their_time(tmp_path)
 def test_photos_of_shards_that_failed_are_known_too(tmp_path):
     write_parquet(tmp_path / "x.parquet", image=[b"x", None], key=["bad", "none"])
     bad = failed_row("bad", file_size=1, sha256=sum_of("x"))
-    asked = {"id_column": "key"}
+    asked: dict[str, Any] = {"id_column": "key"}
     assert unfinished(tmp_path / "x.parquet", bad, failed_row("none"), **asked) == []
     asked |= {"retry_failed": True}
     assert unfinished(tmp_path / "x.parquet", bad, failed_row("none"), **asked) == ["bad", "none"]

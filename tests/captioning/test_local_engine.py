@@ -23,9 +23,8 @@ from batchcap.captioning.local_engine import (
 )
 from batchcap.errors import ModelError
 from batchcap.model.captioner import Captioner
-from batchcap.photos.listing import ImageRef
 from batchcap.process.clock import StageClock
-from batchcap.schema import ErrorType, LoadedImage, Rejection
+from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection
 from batchcap.settings import DecodeSettings
 
 
@@ -57,7 +56,8 @@ class SmallDevice:
     """A captioner whose device has memory for so many photos at a time."""
 
     def __init__(self, captioner: Captioner, room: int) -> None:
-        self.captioner, self.room, self.tried = captioner, room, []
+        self.captioner, self.room = captioner, room
+        self.tried: list[int] = []
         self.config = captioner.config
 
     def caption(self, pixels: Any, *arguments: Any) -> Any:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -200,7 +201,7 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
     photo_crops: npt.NDArray[np.uint8], address: str, tmp_path: Path
 ) -> None:
     for number in range(2):
-        photos = []
+        photos: list[Any] = []
         for crop in photo_crops[40 * number :][:40]:
             file = io.BytesIO()
             Image.fromarray(crop).save(file, "PNG")
@@ -287,7 +288,9 @@ HEAD = {"memory": 1e9}
         ([HEAD], 4, 1, Workers(4, 1, 1)),
     ],
 )
-def test_machines_are_shared_out(nodes: list, workers: int, gpus: float, wanted: Workers) -> None:
+def test_machines_are_shared_out(
+    nodes: list[Any], workers: int, gpus: float, wanted: Workers
+) -> None:
     assert workers_on(nodes, workers, gpus) == wanted
 
 

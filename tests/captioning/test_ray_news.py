@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from batchcap.captioning import ray_engine
 from batchcap.captioning.ray_engine import Pulse, Workers, asking, at_most_every, with_news
 
 
@@ -152,7 +151,7 @@ def test_waiting_for_machines_is_logged_now_and_then(
     start = time.monotonic()
 
     def logged_at(seconds: float) -> int:
-        monkeypatch.setattr(ray_engine.time, "monotonic", lambda: start + seconds)
+        monkeypatch.setattr(time, "monotonic", lambda: start + seconds)
         with caplog.at_level(logging.WARNING):
             cluster.moves()
         return len(caplog.messages)

@@ -128,8 +128,8 @@ print(time.monotonic() - started)""")
 def test_a_process_without_stderr_is_watched_too(redirection):
     """As some schedulers start programs: faulthandler refused to work, and so the run to start."""
     command = ["bash", "-c", f'"$@" {redirection}', "bash", *script("stand_still()")]
-    run = subprocess.run(command, capture_output=True, check=False, timeout=30)
-    assert run.returncode == 1
+    stuck = subprocess.run(command, capture_output=True, check=False, timeout=30)
+    assert stuck.returncode == 1
     fine = script("print('fine')")
     fine[-1] += "\n"
     command = ["bash", "-c", f'"$@" {redirection}', "bash", *fine]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from batchcap import cli
+from batchcap.model.runtime import Execution
 from batchcap.process.clock import StageClock
 from batchcap.process.signals import SIGNALS
 from batchcap.settings import DEFAULT_MODEL
@@ -37,7 +38,7 @@ def sharing_the_model() -> Iterator[None]:
     def load(directory: Path, execution: Any = None, compiled: bool = True) -> Any:
         if directory != DEFAULT_MODEL:
             return load_anew(directory, execution, compiled)
-        shared = load_shipped(execution or module.Execution())
+        shared = load_shipped(execution or Execution())
         if compiled:
             captioner = copy.copy(shared)
             captioner.clock = StageClock()

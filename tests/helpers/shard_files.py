@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +34,7 @@ def failures(refs: Iterable[ImageRef]) -> list[ErrorType]:
     return [ref.data.error_type for ref in refs if isinstance(ref.data, Rejection)]
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: Any = "w") -> Path:
     with tarfile.open(path, mode) as tar:
         for name, data in members:
             _add(tar, name, data)

@@ -47,10 +47,13 @@ class Tensor:
     """Is pickled as a call of `torch._utils._rebuild_tensor_v2`."""
 
     def __init__(self, storage: Stored, offset: int, size: tuple[int, ...], strides: Any) -> None:
-        self.arguments = (storage, offset, size, strides, False, OrderedDict())
+        self.arguments: Any = (storage, offset, size, strides, False, OrderedDict())
 
 
-class Writer(pickle._Pickler):  # type: ignore[misc, name-defined]
+PurePickler: Any = pickle._Pickler
+
+
+class Writer(PurePickler):
     def persistent_id(self, thing: Any) -> Any:
         if isinstance(thing, Stored):
             return ("storage", Global(f"torch {thing.kind}"), thing.key, "cpu", 0, None)
@@ -69,7 +72,8 @@ class Writer(pickle._Pickler):  # type: ignore[misc, name-defined]
 
 def write_pth(path: Path, tensors: Any, storages: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        for value in (0x1950A86A20F9469CFC6C, 1001, {}, tensors, list(storages)):
+        values: list[Any] = [0x1950A86A20F9469CFC6C, 1001, {}, tensors, list(storages)]
+        for value in values:
             Writer(file, protocol=2).dump(value)
         for numbers in storages.values():
             file.write(np.int64(numbers.size).tobytes() + numbers.tobytes())
@@ -119,7 +123,7 @@ def test_every_weight_of_the_network_is_taken_from_one_of_pytorch_s(recipe: Modu
 def photos_of(folder: Path, side: int) -> np.ndarray:
     """As the original wants them."""
     loaded = [load_image(path, LoadSettings(side)) for path in sorted(folder.rglob("*.jpg"))]
-    return (np.stack([image.pixels for image in loaded]).astype(np.float32) - 127) / 128
+    return (np.stack([np.asarray(image.pixels) for image in loaded]).astype(np.float32) - 127) / 128
 
 
 def original_of(recipe: ModuleType, name: str) -> tuple[keras.Model, dict[str, np.ndarray]]:

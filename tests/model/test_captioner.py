@@ -126,7 +126,7 @@ def drawn_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
     return caption_photos(captioner, photos, temperature=1.0)
 
 
-def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Caption]:
+def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Written]:
     """One photo alone, and no cache: the whole caption is read anew for each word.
 
     The two calls of the network are compiled for speed; the loop is plain Python.
@@ -190,7 +190,7 @@ def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixel
     names = (flickr8k / "val.txt").read_text().split()[:count]
     paths = [flickr8k / "images" / f"{Path(name).stem}.jpg" for name in names]
     size = captioner.config.backbone.image_size
-    return np.stack([load_image(path, LoadSettings(size)).pixels for path in paths])
+    return np.stack([np.asarray(load_image(path, LoadSettings(size)).pixels) for path in paths])
 
 
 @pytest.mark.slow

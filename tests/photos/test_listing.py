@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from batchcap.errors import InputError, UsageError
 from batchcap.photos import listing
 from batchcap.photos.listing import (
-    ImageRef,
     image_id_of,
     path_of_image_id,
 )
+from batchcap.schema import ImageRef
 
 
 def make_tree(root: Path, *names: str) -> str:

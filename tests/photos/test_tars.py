@@ -6,6 +6,7 @@ import io
 import lzma
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.shard_files import MTIME, failures, ids, listed, tar_of, write_tar
@@ -357,7 +358,7 @@ def test_one_member_is_read_at_a_time(three, monkeypatch):
 def test_a_listing_that_ends_early_closes_its_tar(three, monkeypatch):
     opened = io.BytesIO(three.read_bytes())
     monkeypatch.setattr(tars, "open_archive", lambda _: opened)
-    refs = list_images(str(three))
+    refs: Any = list_images(str(three))
     next(refs)
     refs.close()
     assert opened.closed

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,8 @@ def test_tiff_is_turned_upright(orientation, compression):
 
 def without_strips(data: bytes, kept: int) -> bytes:
     """A TIFF all strips of which, but the first ones, would stand behind its end."""
-    places = Image.open(io.BytesIO(data)).tag_v2[OFFSETS]
+    image: Any = Image.open(io.BytesIO(data))
+    places = image.tag_v2[OFFSETS]
     moved = [*places[:kept], *(place + len(data) for place in places[kept:])]
     before, after = (struct.pack(f"<{len(places)}I", *numbers) for numbers in (places, moved))
     assert before in data

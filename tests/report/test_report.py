@@ -118,8 +118,8 @@ def test_photos_are_found_by_their_id(
     tmp_path: Path, write: Callable[..., Path], name: str
 ) -> None:
     sha256 = make_photo(tmp_path / "photos" / name)
-    image_id = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
-    image_id = image_id.decode("utf-8", "backslashreplace")
+    escaped = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
+    image_id = escaped.decode("utf-8", "backslashreplace")
     page = write([captioned_row(image_id, sha256=sha256)], images=tmp_path / "photos")
     card = cards_of(page)[image_id]
     assert base64.b64decode(card["photo"])[8:12] == b"WEBP"

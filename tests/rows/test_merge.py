@@ -19,8 +19,9 @@ from batchcap.errors import InputError, LockedError, OtherOutputError, OutputErr
 from batchcap.rows import merge
 from batchcap.rows.layout import check_shards, existing_shards, layout_of
 from batchcap.rows.merge import merge_captions
-from batchcap.rows.writer import open_captions
+from batchcap.rows.writer import open_captions, verified
 from batchcap.settings import MergeSettings, OnExisting
+from batchcap.storage.files import replace_text
 from batchcap.storage.locking import locked
 
 OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
@@ -182,7 +183,7 @@ def test_a_shard_that_a_run_holds_is_waited_for(tmp_path):
 @contextmanager
 def while_merging(happens: Callable[[], object]) -> Iterator[None]:
     """Do this once in the midst of a merge."""
-    read, left = merge.verified, [happens]
+    read, left = verified, [happens]
 
     def read_and_do(path: Path) -> Iterator[pa.Table]:
         yield from read(path)
@@ -250,7 +251,6 @@ def test_a_data_set_that_a_run_makes_meanwhile_is_kept(tmp_path):
 
 def test_runs_are_kept_out_until_a_merged_data_set_is_complete(tmp_path, monkeypatch):
     write(tmp_path / "captions", "a")
-    replace_text = merge.replace_text
 
     def run_before(path: Path, text: str) -> None:
         with pytest.raises(LockedError):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import fsspec
@@ -14,8 +15,9 @@ from batchcap.rows import layout as layouts
 from batchcap.rows import merge
 from batchcap.rows.layout import Layout, check_shards, existing_shards, layout_of
 from batchcap.rows.merge import merge_captions
+from batchcap.rows.mirror import Mirror
 from batchcap.rows.parquet import DamagedError, read_groups
-from batchcap.rows.writer import CaptionFolder, open_captions
+from batchcap.rows.writer import CaptionFolder, open_captions, verified
 from batchcap.settings import MergeSettings, OnExisting
 
 OUTPUTS = pytest.mark.parametrize("url", ["memory://bucket/out", "memory://bucket/out.parquet"])
@@ -35,7 +37,7 @@ def on_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "cache_folder", lambda name: cache / name)
 
 
-def opened(layout: Layout) -> Iterator[CaptionFolder]:
+def opened(layout: Layout) -> AbstractContextManager[CaptionFolder]:
     return open_captions(layout, METADATA, OnExisting.RESUME)
 
 
@@ -160,7 +162,7 @@ def test_rows_that_are_replaced_are_so_in_the_store(url, store, tmp_path, monkey
 def test_a_part_that_never_got_there_is_forgotten(store, monkeypatch):
     url = "memory://bucket/out"
     run(url, 1)
-    monkeypatch.setattr(layouts.Mirror, "push", lambda *_: None)  # killed before
+    monkeypatch.setattr(Mirror, "push", lambda *_: None)  # killed before
     run(url, 2)
     assert ids_in(url) == ["1"]
 
@@ -377,7 +379,7 @@ def test_a_merge_that_another_machine_overtakes_is_refused(target, other, tmp_pa
     run("memory://bucket/others", "other")
     monkeypatch.setattr(merge, "ROWS_PER_PART", 1)
     monkeypatch.setattr("batchcap.rows.writer.ROWS_PER_GROUP", 1)
-    verified, left = merge.verified, [True]
+    left = [True]
 
     def overtaken(path: Path) -> Iterator[pa.Table]:
         yield from verified(path)

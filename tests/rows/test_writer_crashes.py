@@ -200,7 +200,8 @@ class Crashes(RuleBasedStateMachine):
 
 
 def crashes_of(name: str) -> Any:
-    case = type("Case", (Crashes,), {"layout_name": name}).TestCase
+    machine: Any = type("Case", (Crashes,), {"layout_name": name})
+    case = machine.TestCase
     case.settings = settings(
         max_examples=25,
         stateful_step_count=15,

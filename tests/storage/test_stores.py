@@ -153,7 +153,8 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
     """
 
     def lose(method: str, end: str) -> list[str]:
-        send, lost = AIOHTTPSession.send, []
+        send = AIOHTTPSession.send
+        lost: list[str] = []
 
         async def send_and_lose(session: AIOHTTPSession, request: Any) -> Any:
             answer = await send(session, request)

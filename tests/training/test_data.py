@@ -484,7 +484,9 @@ def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
     cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos
     features = CachedFeatures(cache, good, VIEWS)
-    pixels = np.stack([load_image(photo.path, LoadSettings(32)).pixels for photo in photos])
+    pixels = np.stack(
+        [np.asarray(load_image(photo.path, LoadSettings(32)).pixels) for photo in photos]
+    )
     sha256s = [photo.sha256 for photo in photos]
     for rows, view in zip(features.places, VIEWS, strict=True):
         expected = extract_features(backbone, BACKBONE, seen(pixels, view, sha256s))
