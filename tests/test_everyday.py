@@ -65,4 +65,4 @@ def test_greedy_captions_reach_the_published_score(everyday: Path, tmp_path: Pat
     captions = pq.read_table(tmp_path / "captions.parquet")["caption"].to_pylist()
     references = [[segment(caption) for caption in image.captions] for image in annotated]
     scores = score_captions([segment(caption) for caption in captions], references).overall
-    assert scores["cider_d"] >= 95
+    assert scores["cider_d"] >= 98

@@ -24,7 +24,6 @@ RIGHT = {
 WRONG = (
     "astronaut.jpg",
     "coffee.jpg",
-    "photographer.jpg",
     "rocket.jpg",
     "animals/raccoon.jpg",
     "flower.jpg",
