@@ -69,15 +69,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os._exit(stop.exit_code)
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
-            log.debug("where it happened", exc_info=True)
+            log.debug("traceback", exc_info=True)
         sys.exit(_report(error))
 
 
 def _open_standard_streams() -> None:
-    """Open the standard streams that the shell closed, as by `2>&-`, on the null device.
+    """Open standard streams that the shell closed (`2>&-`) on the null device.
 
-    Otherwise the next file to be opened, such as the output, would take a stream's number and get
-    what libraries print there.
+    Otherwise the next file opened, such as the output, would take a stream's number and receive
+    what libraries print to it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -109,7 +109,7 @@ def _report(error: Exception) -> int:
 
 
 def _say(event: str, message: str, exit_code: int) -> int:
-    """Why the program ends, in the form that the log has."""
+    """Report why the program ends, in the log's format."""
     if writes_json():
         log_event(log, event, message, logging.ERROR, exit_code=exit_code)
     else:
@@ -124,7 +124,7 @@ def _show(error: click.ClickException) -> None:
 
 
 def _echo(text: object, err: bool = False) -> None:
-    """Print a text that may quote files of strangers."""
+    """Print a text that may quote untrusted files."""
     click.echo(printable_lines(str(text)), err=err)
 
 
@@ -133,7 +133,7 @@ def _echo_json(value: object) -> None:
 
 
 def _configure(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
-    """Take the verb's table of a TOML file as defaults, below flags and the environment."""
+    """Use the command's table in a TOML file as defaults; flags and the environment override it."""
     if path is None:
         return
     options = {
@@ -146,7 +146,7 @@ def _configure(context: click.Context, _parameter: click.Parameter, path: Path |
         name = key.replace("-", "_")
         if name not in options:
             raise click.UsageError(f"{path}: [{context.info_name}] has no setting {key!r}")
-        # As text, which click then checks like a flag's.
+        # As text, so that click checks it like a flag's value.
         option = options[name]
         if isinstance(value, list) and (option.multiple or option.nargs > 1):
             settings[name] = [str(item) for item in value]
@@ -175,7 +175,7 @@ def _be_verbose(_context: click.Context, _parameter: click.Parameter, verbose: b
 
 
 def options_of(settings: type[Any]) -> Decorator:
-    """A flag for each field of a settings class that has a help text."""
+    """Add a flag for each field of a settings class that has a help text."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         hints = typing.get_type_hints(settings)
@@ -237,7 +237,7 @@ verbose_option = click.option(
 
 
 def _path_or_url(name: str | Path) -> Path | str:
-    """A URL as a str, anything else as a Path."""
+    """Return a URL as a str, anything else as a Path."""
     plain = without_file_scheme(str(name))
     return plain if is_url(plain) else Path(plain)
 
@@ -282,7 +282,7 @@ def run(**asked: Any) -> None:
 
     Example: batchcap run ./images captions.parquet
     """
-    if asked["log_format"] is LogFormat.JSON:  # first, so that what is wrong with others is too
+    if asked["log_format"] is LogFormat.JSON:  # before checks, so that their errors are JSON too
         configure_logging(LogFormat.JSON, logging.getLogger().isEnabledFor(logging.DEBUG))
     settings = RunSettings(**asked)
     from batchcap.captioning.run import plan_run, run_captioning
@@ -306,7 +306,7 @@ def run(**asked: Any) -> None:
 def merge(**asked: Any) -> None:
     """Merge the shards that `batchcap run --shard` wrote to CAPTIONS into OUTPUT.
 
-    CAPTIONS is the OUTPUT of these runs. A data set of many parts is also compacted to few.
+    CAPTIONS is the OUTPUT of these runs. A data set of many parts is compacted.
 
     Example: batchcap merge captions/ captions.parquet
     """
@@ -429,7 +429,7 @@ def caption(**asked: Any) -> None:
 @config_option
 @verbose_option
 def bench(**asked: Any) -> None:
-    """Measure images per second on this machine: of each stage alone, and of a whole run.
+    """Measure images per second on this machine, per stage and for a whole run.
 
     Example: batchcap bench --images ./images
     """

@@ -1,16 +1,16 @@
-"""What ends a command: exceptions worded for users, with their exit codes."""
+"""Exceptions that end a command, worded for users, with their exit codes."""
 
-TOO_MANY_FAILED = 3  # the exit code of a run that finished with more failures than were allowed
+TOO_MANY_FAILED = 3  # exit code of a run with more failures than allowed
 
 
 class BatchcapError(Exception):
     """A failure of the whole job, worded for the user.
 
     BatchcapError         1
-    ├── UsageError        2   what was asked for cannot be
+    ├── UsageError        2   an invalid or impossible request
     ├── InputError        1   photos or annotations
     ├── ModelError        1   a model directory
-    └── OutputError       1   the place to write to
+    └── OutputError       1   the output
         ├── OtherOutputError  4   it belongs to another model or other settings
         └── LockedError       5   another run holds it
     """
@@ -43,5 +43,5 @@ class LockedError(OutputError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type where it has no message."""
+    """Return the first line of an error's message, or the error's type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

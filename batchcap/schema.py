@@ -1,4 +1,4 @@
-"""What others rely on: the row, its Parquet schema, and what photos and rows share."""
+"""The row, its Parquet schema, and the types that photos and rows share."""
 
 import hashlib
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class CaptionSource(StrEnum):
 
 
 class ErrorType(StrEnum):
-    """Why a photo has no caption, or one of a part only: the values of the column `error_type`."""
+    """Why a photo has no caption, or only part was captioned: values of the column `error_type`."""
 
     MISSING = "missing"
     NOT_A_FILE = "not_a_file"
@@ -87,12 +87,12 @@ class Rejection:
 
 
 def int64_or_none(value: float | None) -> int | None:
-    """The value as a column of 64 bits holds it; None where it does not fit, or is not finite."""
+    """Return the value as an int64; None if it does not fit or is not finite."""
     return int(value) if value is not None and -(2**63) <= value < 2**63 else None
 
 
 def sha256_of(data: bytes) -> str:
-    """As the column `sha256` has it."""
+    """Return the SHA-256 in hex, as in the column `sha256`."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -100,9 +100,9 @@ class ImageRef(NamedTuple):
     """One photo, from the listing to its row: its id, and where its bytes are.
 
     image_id: empty for a photo that gets no row.
-    path: what opens the photo, a path (surrogateescape str) or a URL; for a photo of an archive,
-        the archive and the name in it.
-    size, mtime_ns: from a store's listing or an archive; None where unknown.
+    path: where the photo is, a path (surrogateescape str) or a URL; for a photo of an archive, the
+        archive and the name in it.
+    size, mtime_ns: from a store's listing or an archive; None if unknown.
     data: the bytes of a photo of an archive, or why there are none.
     """
 
@@ -114,17 +114,17 @@ class ImageRef(NamedTuple):
 
     @property
     def sha256(self) -> str | None:
-        """Of `data`; None without bytes."""
+        """The SHA-256 of `data`; None without bytes."""
         return sha256_of(self.data) if isinstance(self.data, bytes) else None
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """One file, read once: what it was and its pixels, or why there are none.
+    """One file, read once: its properties, and its pixels or why it has none.
 
-    `pixels` is `uint8[S, S, 3]`, RGB. The other fields are None where the file could not be
-    read that far; `width` and `height` are in pixels, after EXIF rotation. `note` says what is
-    wrong with a file that was accepted nevertheless.
+    `pixels` is `uint8[S, S, 3]`, RGB. The other fields are None if the file could not be read that
+    far; `width` and `height` are in pixels, after EXIF rotation. `note` says what is wrong with an
+    accepted file.
     """
 
     pixels: npt.NDArray[np.uint8] | Rejection

@@ -81,7 +81,7 @@ class LogFormat(StrEnum):
 
 
 class TokenKind(StrEnum):
-    """How captions are cut into words to be compared."""
+    """How captions are cut into words for comparison."""
 
     WORDS = "words"
     AI_CHALLENGER = "ai-challenger"
@@ -90,7 +90,7 @@ class TokenKind(StrEnum):
 
 
 class MatchBy(StrEnum):
-    """Which ids say that captions and references are of the same image."""
+    """Ids by which captions and references are matched."""
 
     AUTO = "auto"
     IMAGE_ID = "image-id"
@@ -131,9 +131,9 @@ class Decay(StrEnum):
 
 
 def _option(default: Any, description: str, **more: float | str) -> Any:
-    """A field with its help text and its limits, `least` and `most`, both included.
+    """Return a field with its help text and inclusive limits, `least` and `most`.
 
-    `alone` is the value of a flag that is given without one.
+    `alone` is the value of the flag if it is given without one.
     """
     return field(default=default, metadata={"help": description, **more})
 
@@ -153,7 +153,7 @@ def _match_by_option() -> Any:
         MatchBy.AUTO,
         "How to match captions with references: by id, by COCO id, by file name without folders "
         "and extension, or by the number in the name. auto uses the strictest way that fits, and "
-        "fails where two ways disagree.",
+        "fails if two ways disagree.",
     )
 
 
@@ -259,7 +259,7 @@ class RunSettings(ModelOptions):
     )
     address: str | None = _option(
         None,
-        "Ray cluster; auto: the one of this machine [default: RAY_ADDRESS, or start one here].",
+        "Ray cluster; auto: this machine's [default: RAY_ADDRESS, or start one here].",
     )
     workers: int | None = _option(
         None, "Ray workers [default: one per GPU, or one per machine without GPUs].", least=1
@@ -282,7 +282,7 @@ class RunSettings(ModelOptions):
         MAX_PIXELS, "Reject photos with more pixels, without decoding them.", least=1
     )
     truncated: Truncated = _option(
-        Truncated.ERROR, "Reject photos whose file ends early, or caption the part that is there."
+        Truncated.ERROR, "Reject photos whose file ends early, or caption their readable part."
     )
     rows_per_part: int = _option(2000, "Commit after this many photos.", least=1)
     seconds_per_part: float = _option(60.0, "Commit after this many seconds.", least=0)
@@ -582,7 +582,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How captions are generated; recorded in every output, since they depend on it.
+    """How captions are generated; recorded in every output.
 
     `temperature` 0 takes the most probable words; above 0, words are sampled. `seed`, `top_k` and
     `top_p` matter only then, `length_penalty` only with a `beam_size` above 1; see

@@ -1,10 +1,10 @@
 #!/bin/sh
-# The first table of ablations.md: Flickr8k-CN alone, five epochs by likelihood, with one thing changed.
+# The first table of ablations.md: Flickr8k-CN alone, five epochs by likelihood, one change a row.
 #
 #   sh jobs/ablations.sh flickr8k-cn efficientnet-lite2.weights.h5 work
 #
-# flickr8k-cn holds captions.zh.txt, train.txt, val.txt and images/. What is in work already is not
-# done again. Half an hour on two CPU cores, once the features are in the cache.
+# flickr8k-cn holds captions.zh.txt, train.txt, val.txt and images/. Models already in work are not
+# trained again. Half an hour on two CPU cores, once the features are in the cache.
 set -eu
 data=$1 lite=$2 work=$3
 mkdir -p "$work"

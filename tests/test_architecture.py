@@ -1,4 +1,4 @@
-"""Who may import whom: rooms import from lower levels only, heavy libraries have one home."""
+"""Import rules: rooms import from lower levels only, and heavy libraries in one place each."""
 
 import ast
 from graphlib import TopologicalSorter

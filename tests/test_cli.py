@@ -1,4 +1,4 @@
-"""The door: help without weight, settings by precedence, exit codes, no traceback."""
+"""The command line: light help, precedence of settings, exit codes, no tracebacks."""
 
 import codecs
 import os
@@ -57,7 +57,7 @@ def test_runs_as_a_module() -> None:
 
 
 def test_files_never_get_the_number_of_a_closed_stream() -> None:
-    """Else what libraries print on stderr would go into the output."""
+    """Otherwise libraries' messages on stderr could go into the output."""
     program = (
         "import os, batchcap.cli as cli\n"
         "try: cli.main(['no-such-verb'])\n"
@@ -86,7 +86,7 @@ def test_names_of_files_do_not_depend_on_the_locale() -> None:
     assert done.stdout.splitlines()[-1] == r"'\u72d7' ascii"
 
 
-def test_version_is_the_package_s() -> None:
+def test_version_is_that_of_the_package() -> None:
     assert __version__ in invoke("--version").output
 
 
@@ -124,7 +124,7 @@ def test_flag_beats_environment_beats_file_beats_default(
     assert settings.attention == "summary"
 
 
-def test_a_flag_that_may_be_repeated_is_a_list_in_each_place(
+def test_repeatable_flag_is_a_list_everywhere(
     asked_of_run: list[RunSettings], tmp_path: Path
 ) -> None:
     config = tmp_path / "nightly.toml"
@@ -188,7 +188,7 @@ def test_a_file_is_checked_like_flags(toml: str, named: str, tmp_path: Path) -> 
     assert named in result.output
 
 
-def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
+def test_invalid_toml_file_is_named(tmp_path: Path) -> None:
     config = tmp_path / "broken.toml"
     config.write_text("[run\n")
     result = invoke("run", "in", "out.parquet", "--config", config)
@@ -202,7 +202,7 @@ def exit_code(*arguments: object) -> Any:
     return stopped.value.code
 
 
-def test_a_failure_nobody_foresaw_is_one_line(
+def test_unexpected_failure_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_settings: RunSettings) -> None:
@@ -210,20 +210,20 @@ def test_a_failure_nobody_foresaw_is_one_line(
 
     monkeypatch.setattr("batchcap.captioning.run.run_captioning", fail)
     assert exit_code("run", "in", "out.parquet") == 1
-    said = capsys.readouterr().err
-    assert said == "batchcap: unexpected ZeroDivisionError: of a kind (--verbose shows where)\n"
+    message = capsys.readouterr().err
+    assert message == "batchcap: unexpected ZeroDivisionError: of a kind (--verbose shows where)\n"
 
 
 @pytest.mark.parametrize(
     "arguments", [("\x1b[2J",), ("run", "--\x9b2J"), ("model", "show", "\u202e\x1b[2J")]
 )
-def test_what_is_wrong_is_quoted_without_what_a_terminal_obeys(
+def test_errors_quote_no_control_characters(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(*arguments) in (1, 2)
-    said = capsys.readouterr().err
-    assert "2J" in said
-    assert said.replace("\n", "").isprintable()
+    message = capsys.readouterr().err
+    assert "2J" in message
+    assert message.replace("\n", "").isprintable()
 
 
 def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "no photo in" in done.stderr
 
 
-def test_model_show_tells_what_the_shipped_model_is() -> None:
+def test_model_show_describes_the_shipped_model() -> None:
     shown = invoke("model", "show").output
     assert "fingerprint" in shown
     assert "efficientnet-lite2, 240 px" in shown
@@ -281,7 +281,7 @@ def test_model_card_names_data_licence_and_limits() -> None:
     assert "## Limits" in card
 
 
-def test_a_directory_that_is_no_model_is_exit_code_1(
+def test_directory_without_a_model_is_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code("model", "show", tmp_path) == 1

@@ -1,4 +1,4 @@
-"""Stories of runs that are killed, stopped, starved and doubled: real processes, real signals."""
+"""Runs that are killed, stopped, stalled, starved or concurrent: real processes, real signals."""
 
 import json
 import os
@@ -50,23 +50,23 @@ pytestmark = pytest.mark.skipif(
 PHOTOS = 200
 FLAGS = ("--rows-per-part", 32, "--batch-size", 16)
 STOP_S = 10.0  # what service managers allow
-AT_ONCE_S = 5.0  # less than what is given to batches in flight
+AT_ONCE_S = 5.0  # less than the time allowed for batches in flight
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 class Watched(NamedTuple):
-    """A run that nobody disturbed, and what others saw of it."""
+    """An undisturbed run, as seen by others."""
 
     output: Path
     done: subprocess.CompletedProcess[str]
     summary: dict[str, Any]
     metrics: Path
-    seen: list[int]  # rows, as a reader found them again and again
+    seen: list[int]  # numbers of rows that a reader found over time
 
 
 @pytest.fixture(scope="module")
 def photos(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs, no two alike."""
+    """Return a folder of distinct JPEGs."""
     folder = tmp_path_factory.mktemp("crashes") / "photos"
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -87,9 +87,9 @@ def whole(photos: Path) -> Watched:
             if output.is_dir():
                 seen.append(check_readable(output))
             time.sleep(0.01)
-        told, errors = process.communicate()
+        printed, errors = process.communicate()
     assert process.returncode == 0, errors
-    done = subprocess.CompletedProcess(process.args, process.returncode, told, errors)
+    done = subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
     return Watched(output, done, summary_of(output), metrics, seen)
 
 
@@ -98,7 +98,7 @@ def summary_of(output: Path) -> dict[str, Any]:
 
 
 def few(photos: Path, folder: Path, count: int) -> Path:
-    """A folder of the first photos, to change."""
+    """Return a folder with copies of the first photos, to be changed."""
     folder.mkdir()
     for path in sorted(photos.iterdir())[:count]:
         shutil.copy2(path, folder)
@@ -110,10 +110,10 @@ def few(photos: Path, folder: Path, count: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["o.parquet", "o"])
-def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
+def test_repeatedly_killed_run_equals_an_undisturbed_one(
     name: str, photos: Path, whole: Watched, tmp_path: Path
 ) -> None:
-    """Between two kills everything is readable, and no committed row is ever gone or done again."""
+    """Between kills everything is readable, and no committed row is lost or redone."""
     rng = random.Random(f"1 {name}")
     phases = ["starting", "captioning", "committing"]
     phases += ["joining"] if name.endswith(".parquet") else ["captioning", "committing"]
@@ -123,14 +123,14 @@ def test_a_run_that_is_killed_again_and_again_makes_what_one_makes_undisturbed(
     rows, expected = rows_of(chain.output), rows_of(whole.output)
     assert rows["image_id"].to_pylist() == [f"{number:03}.jpg" for number in range(PHOTOS)]
     assert difference(rows, expected) <= ROUNDING
-    assert chain.largest_part < 32 + 2 * 16  # and a kill costs less than a part
+    assert chain.largest_part < 32 + 2 * 16  # a kill costs less than a part
 
 
 @pytest.mark.slow
 def test_kills_while_rows_are_replaced_leave_each_photo_a_row(
     photos: Path, whole: Watched, tmp_path: Path
 ) -> None:
-    """The old rows went before the new ones came."""
+    """Old rows were dropped before new ones were written."""
     folder = shutil.copytree(photos, tmp_path / "photos")
     output = shutil.copytree(whole.output, tmp_path / "o")
     for photo in folder.iterdir():
@@ -167,14 +167,16 @@ def test_a_reader_sees_whole_parts_and_no_image_twice_at_any_moment(whole: Watch
 @pytest.mark.slow
 def test_a_reader_process_that_is_killed_costs_no_photo(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
-    with running(photos, output, "--limit", 96, "--batch-size", 16, "--rows-per-part", 16) as going:
-        wait_until(lambda: going.poll() is not None or [*output.glob("part-*")])
-        readers = _readers_of(going.pid)
+    with running(
+        photos, output, "--limit", 96, "--batch-size", 16, "--rows-per-part", 16
+    ) as process:
+        wait_until(lambda: process.poll() is not None or [*output.glob("part-*")])
+        readers = _readers_of(process.pid)
         assert readers
         for pid in readers:
             os.kill(pid, signal.SIGKILL)
-        _, errors = going.communicate(timeout=LONG_S)
-    assert going.returncode == 0, errors
+        _, errors = process.communicate(timeout=LONG_S)
+    assert process.returncode == 0, errors
     assert rows_of(output)["status"].to_pylist() == ["ok"] * 96
 
 
@@ -212,23 +214,23 @@ def test_three_photos_of_a_thousand_that_kill_readers_cost_three_rows(
     assert Counter(deaths.read_text().splitlines()) == {f"{folder}/{p}": 2 for p in poisoned}
 
 
-def test_readers_that_cannot_start_are_the_runs_failure_and_not_the_photos(
+def test_readers_that_cannot_start_fail_the_run_and_not_the_photos(
     photos: Path, tmp_path: Path
 ) -> None:
-    """Where Python could not start once more, every photo was quarantined, with exit code 0.
+    """If Python could not start again, every photo was quarantined, with exit code 0.
 
-    So it was as another user than the one whose Python it was; and so where processes are limited.
+    Causes were a Python of another user, and a limit on processes.
     """
     stub = "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n    os._exit(9)\n"
     (tmp_path / "sitecustomize.py").write_text(stub)
     done = run(photos, tmp_path / "o", env=finding_first(tmp_path))
     assert done.returncode == 1
-    assert "cannot start a process that reads photos: each ended with exit code 9" in done.stderr
+    assert "cannot start a reader process: each ended with exit code 9" in done.stderr
     assert committed(tmp_path / "o") == frozenset()
 
 
 def finding_first(folder: Path) -> dict[str, str]:
-    """The environment of a Python that imports from a folder rather than from anywhere else."""
+    """Return an environment in which Python imports from a folder first."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -255,7 +257,7 @@ def _stopped(
     times: int = 1,
     has_begun: Callable[[int, Path], object] = lambda _pid, output: [*output.glob("part-*")],
 ) -> tuple[int, str, float]:
-    """Exit code, stderr and the seconds until the end of a run that gets a signal."""
+    """Signal a run; return its exit code, its stderr and the seconds until its end."""
     with running(photos, output, *FLAGS) as process:
         wait_until(lambda: process.poll() is not None or has_begun(process.pid, output))
         began = time.monotonic()
@@ -266,17 +268,15 @@ def _stopped(
         return process.returncode, errors, time.monotonic() - began
 
 
-def test_sigterm_ends_a_run_soon_with_what_was_finished_committed(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_sigterm_ends_a_run_soon_and_commits_finished_rows(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
     code, errors, seconds = _stopped(photos, output, signal.SIGTERM)
     assert (code, errors.splitlines()[-1]) == (143, "batchcap: stopped by SIGTERM")
     assert seconds < STOP_S
     assert leftovers(output) == []
-    told = summary_of(output)
-    assert (told["outcome"], told["exit_code"]) == ("stopped", 143)
-    assert 32 < told["captioned"] == len(committed(output)) < PHOTOS
+    summary = summary_of(output)
+    assert (summary["outcome"], summary["exit_code"]) == ("stopped", 143)
+    assert 32 < summary["captioned"] == len(committed(output)) < PHOTOS
 
 
 SLOW_DISK = """
@@ -290,7 +290,7 @@ os.fsync = lambda descriptor: (time.sleep(0.7), sync(descriptor))
 
 @pytest.mark.slow
 def test_a_last_commit_to_a_slow_disk_loses_no_row(photos: Path, tmp_path: Path) -> None:
-    """The alarm, which repeats each second, cut it off."""
+    """The alarm, which repeats every second, interrupted the commit."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     output = tmp_path / "o"
     with running(photos, output, *FLAGS, env=finding_first(tmp_path)) as process:
@@ -314,10 +314,10 @@ def test_control_c_on_a_terminal_reaches_all_processes_and_is_one_line(
 
 
 def test_control_c_while_readers_start_is_one_line_too(photos: Path, tmp_path: Path) -> None:
-    """A reader takes most of a second to come to ignoring signals.
+    """A reader takes most of a second until it ignores signals.
 
-    Ctrl-C in that second killed the readers, each with a traceback over the terminal; and the run
-    went on to load the model before it saw that it was to end.
+    Ctrl-C in that second killed the readers, each with a traceback on the terminal, and the run
+    loaded the model before it stopped.
     """
     code, errors, seconds = _stopped(
         photos,
@@ -340,7 +340,7 @@ def test_a_second_signal_ends_a_run_at_once(photos: Path, tmp_path: Path) -> Non
     assert len(committed(output)) >= 32
 
 
-# Two runs, and photos that come and go
+# Two runs, and photos that appear and vanish
 
 
 @pytest.mark.slow
@@ -348,9 +348,9 @@ def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) ->
     for output in (tmp_path / "o", tmp_path / "o.parquet"):
         command = (photos, output, "--limit", 8)
         with running(*command) as one, running(*command) as other:
-            told = {process.wait(LONG_S): process.communicate()[1] for process in (one, other)}
-        assert sorted(told) == [0, 5]
-        assert "another run" in told[5]
+            errors = {process.wait(LONG_S): process.communicate()[1] for process in (one, other)}
+        assert sorted(errors) == [0, 5]
+        assert "another run" in errors[5]
         assert len(committed(output)) == 8
         assert summary_of(output)["exit_code"] == 0
 
@@ -370,9 +370,9 @@ COUNTS = ("captioned", "reused", "already_done", "new", "changed", "retried", "v
 
 
 def counts_of(output: Path) -> dict[str, int]:
-    """What is not zero."""
-    told = summary_of(output)
-    counts = {name: told[name] for name in COUNTS} | {"failed": sum(told["failed"].values())}
+    """Return the counts above zero."""
+    summary = summary_of(output)
+    counts = {name: summary[name] for name in COUNTS} | {"failed": sum(summary["failed"].values())}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -381,18 +381,18 @@ def entries_of(folder: Path) -> dict[str, int]:
 
 
 def go(folder: Path, output: Path, *flags: object, code: int = 0) -> dict[str, int]:
-    """The counts of a run; first, that --dry-run foretells them and writes nothing."""
+    """Return the counts of a run; check that --dry-run foretells them and writes nothing."""
     before = entries_of(folder.parent)
     dry = batchcap_here("run", folder, output, *flags, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert entries_of(folder.parent) == before
     done = batchcap_here("run", folder, output, *flags)
     assert done.returncode == code, done.stderr
-    told = summary_of(output)
+    made = summary_of(output)
     assert (
-        f"{told['new']} new, {told['changed']} changed, {told['retried']} failed before and to be "
-        f"tried again; {told['already_done']} done, {told['failed_before']} of them failed; "
-        f"{told['vanished']} vanished"
+        f"{made['new']} new, {made['changed']} changed, {made['retried']} failed before and to be "
+        f"retried; {made['already_done']} done, {made['failed_before']} of them failed; "
+        f"{made['vanished']} vanished"
     ) in dry.stdout
     return counts_of(output)
 
@@ -427,13 +427,13 @@ def test_only_photos_that_need_it_are_captioned(name: str, photos: Path, tmp_pat
     assert set(rows_of(output)["image_id"].to_pylist()) == {path.name for path in folder.iterdir()}
 
 
-def test_without_reuse_copies_are_captioned_and_failures_are_tried_again_when_asked(
+def test_without_reuse_copies_are_captioned_and_failures_retried_on_request(
     photos: Path, tmp_path: Path
 ) -> None:
-    """A file that is repaired with its size and time kept is taken up by --retry-failed only.
+    """A file repaired with the same size and time is captioned with --retry-failed only.
 
-    The summary could not be written where a photo had failed: `asdict` makes a Counter of the
-    pairs of a Counter, whose keys are none for JSON. Each such run ended with 1.
+    The summary of a run with a failed photo could not be written, since `asdict` makes a Counter of
+    a Counter's items, which JSON refuses. Each such run exited with 1.
     """
     folder, output = few(photos, tmp_path / "photos", 3), tmp_path / "o.parquet"
     good = (folder / "000.jpg").read_bytes()
@@ -452,12 +452,12 @@ def test_without_reuse_copies_are_captioned_and_failures_are_tried_again_when_as
     assert go(folder, output, "--retry-failed", "--max-failures", 0, code=3) == counts
 
 
-def test_a_file_that_cannot_be_opened_is_taken_up_again_only_when_asked(
+def test_file_that_cannot_be_opened_is_retried_only_on_request(
     photos: Path, tmp_path: Path
 ) -> None:
-    """Its row had no size and no time, from which it differed in every run that followed.
+    """Its row had no size and time, so that every later run took it for changed.
 
-    So a file that kills readers killed two of them each night, and no run had nothing to do.
+    A file that kills readers thus killed two of them every night, and no run had nothing to do.
     """
     folder, output = few(photos, tmp_path / "photos", 1), tmp_path / "o.parquet"
     os.mkfifo(folder / "pipe.jpg")
@@ -473,7 +473,7 @@ def test_a_file_that_cannot_be_opened_is_taken_up_again_only_when_asked(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Mount a file system of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -508,7 +508,7 @@ def assert_says_that_the_disk_is_full(code: int, errors: str) -> None:
 def test_a_disk_that_fills_up_costs_no_committed_row(
     photos: Path, whole: Watched, small_disk: Path, tmp_path: Path
 ) -> None:
-    """Full while parts are committed, then full while they are joined; then there is room."""
+    """The disk is full during commits, then full during the join, then enlarged."""
     folder, output = few(photos, tmp_path / "photos", 96), small_disk / "o.parquet"
     parts, command = Layout(output).parts, (folder, output, *FLAGS)
     with running(*command) as process:
@@ -524,7 +524,7 @@ def test_a_disk_that_fills_up_costs_no_committed_row(
     for path in [*folder.iterdir()]:
         if path.name not in dict(kept):
             path.rename(aside / path.name)
-    fill(small_disk)  # what a summary may have left
+    fill(small_disk)  # the space that a summary may have freed
     joined = run(*command)
     assert_says_that_the_disk_is_full(joined.returncode, joined.stderr)
     assert committed(output) == kept
@@ -553,10 +553,10 @@ def test_a_read_only_disk_is_reported_before_tensorflow_starts(
         assert "Traceback" not in done.stderr
 
 
-def test_a_folder_without_permission_is_said_at_once(photos: Path) -> None:
+def test_folder_without_permission_is_reported_at_once(photos: Path) -> None:
     if os.geteuid() != 0 or shutil.which(AS_NOBODY[0]) is None:
         pytest.skip("only root can become nobody")
-    # Not below pytest's folder, which others can't enter.
+    # Outside of pytest's folder, which other users can't enter.
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         folder = few(photos, Path(name) / "photos", 1)
@@ -575,7 +575,7 @@ def test_a_folder_without_permission_is_said_at_once(photos: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_and_open_files_do_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
-    """A hundred thousand files that are no photos, which come faster than captions."""
+    """Use 100,000 files that are not photos, which are faster than captions."""
     folder, output = tmp_path / "photos", tmp_path / "o"
     folder.mkdir()
     for number in range(100_000):
@@ -589,7 +589,7 @@ def test_memory_and_open_files_do_not_grow_with_the_number_of_rows(tmp_path: Pat
     assert process.returncode == 0, errors
     mebibytes, files = zip(*seen, strict=True)
     assert max(mebibytes) - mebibytes[0] < 50
-    assert max(files) - files[0] <= 2  # the part that is being written
+    assert max(files) - files[0] <= 2  # the part being written
 
 
 def taken_by(pid: int) -> tuple[float, int]:
@@ -626,7 +626,7 @@ def test_an_empty_folder_is_a_failure_unless_allowed(tmp_path: Path) -> None:
     assert check_readable(output) == 0
 
 
-def test_an_output_of_other_settings_is_exit_code_4_and_stays(
+def test_output_of_other_settings_is_exit_code_4_and_kept(
     photos: Path, whole: Watched, tmp_path: Path
 ) -> None:
     metrics, before = tmp_path / "m.prom", entries_of(whole.output)
@@ -650,15 +650,15 @@ def events_of(errors: str) -> list[dict[str, Any]]:
 def test_every_line_on_stderr_is_json_and_metrics_are_written(whole: Watched) -> None:
     events = events_of(whole.done.stderr)
     assert events[0]["event"] == "run_started"
-    told = json.loads(whole.done.stdout)
-    assert events[0]["run_id"] == told["run_id"] == whole.summary["run_id"]
-    assert told == whole.summary
+    printed = json.loads(whole.done.stdout)
+    assert events[0]["run_id"] == printed["run_id"] == whole.summary["run_id"]
+    assert printed == whole.summary
     assert 'batchcap_run_images{state="captioned"} 200.0\n' in whole.metrics.read_text()
 
 
 @pytest.mark.parametrize(("flag", "code"), [("--glob=*.none", 1), ("--rows-per-part=0", 2)])
 def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path) -> None:
-    """A setting out of its limits was told as text, since it is found before the log is set up."""
+    """A setting beyond its limits was reported as text, before the log was set up."""
     metrics = tmp_path / "m.prom"
     flags = (flag, "--log-format", "json", "--metrics-file", metrics)
     done = batchcap_here("run", photos, tmp_path / "o", *flags)
@@ -670,8 +670,8 @@ def test_an_error_is_json_too(flag: str, code: int, photos: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> None:
-    """What was finished by then is committed."""
+def test_list_without_further_lines_is_a_stall(photos: Path, tmp_path: Path) -> None:
+    """Rows finished by then are committed."""
     names = [str(path) for path in sorted(photos.iterdir())[:60]]
     output = tmp_path / "o"
     with running(
@@ -688,13 +688,13 @@ def test_a_list_that_does_not_go_on_is_a_stall(photos: Path, tmp_path: Path) -> 
         process.stdin.flush()
         assert process.wait(LONG_S) == 1
         errors = process.stderr.read() if process.stderr else ""
-    assert "_read_list" in errors  # where the main thread stands
+    assert "_read_list" in errors  # where the main thread hangs
     last = errors.splitlines()[-1]
     assert last.startswith("batchcap: no progress for")
     assert "in flight: none" not in last
-    told = summary_of(output)
-    assert told["exit_code"] == 1
-    assert 0 < told["captioned"] == len(committed(output))
+    summary = summary_of(output)
+    assert summary["exit_code"] == 1
+    assert 0 < summary["captioned"] == len(committed(output))
 
 
 def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
@@ -705,7 +705,7 @@ def test_a_listing_that_hangs_is_a_stall(tmp_path: Path) -> None:
         process.stdin.flush()
         assert process.wait(LONG_S) == 1
         errors = process.stderr.read() if process.stderr else ""
-    assert "_read_list" in errors  # where the main thread stands
+    assert "_read_list" in errors  # where the main thread hangs
     assert errors.splitlines()[-1].startswith("batchcap: no progress for 2 s")
 
 
@@ -732,7 +732,7 @@ def test_a_list_that_names_no_photo_yet_is_no_stall(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_slow_photos_are_given_up_and_end_no_run(photos: Path, tmp_path: Path) -> None:
-    """Together they took longer than the timeout: each run ended there, without a row."""
+    """Together they exceeded the timeout, so that every run ended without a row."""
     folder = few(photos, tmp_path / "photos", 8)
     for number in range(4):
         (folder / f"{number:03}.jpg").rename(folder / f"slow{number}.jpg")
@@ -750,17 +750,17 @@ if "spawn_main" in " ".join(sys.orig_argv):
     from batchcap.photos import images
     load = images.load_image
     def load_image(source, settings):
-        if "/slow" in source:
+        if "/slow" in str(source):
             time.sleep(100)
         return load(source, settings)
     images.load_image = load_image
 """
 
 
-def test_a_stall_while_tensorflow_starts_is_told(photos: Path, tmp_path: Path) -> None:
-    """A GPU that hangs hangs the start of TensorFlow, for which stderr is silenced.
+def test_stall_while_tensorflow_starts_is_reported(photos: Path, tmp_path: Path) -> None:
+    """A hanging GPU hangs the start of TensorFlow, during which stderr is silenced.
 
-    So was the account of the stall: the run ended with 1 and without a word.
+    The report of the stall was silenced too: the run exited with 1 and no message.
     """
     module = tmp_path / "tensorflow" / "__init__.py"
     module.parent.mkdir()

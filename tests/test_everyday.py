@@ -1,4 +1,4 @@
-"""The captions of everyday photos that are published in `jobs`, and the photos where they are."""
+"""The captions of everyday photos published in `jobs`, and the photos if available."""
 
 import json
 from collections import Counter
@@ -27,12 +27,12 @@ def test_the_published_captions_are_annotations_of_two_splits() -> None:
     assert min(len(image.captions) for image in images) == 2
 
 
-def test_captions_have_the_style_of_their_place() -> None:
+def test_captions_have_the_style_of_their_position() -> None:
     for image in read_annotations(PUBLISHED):
         assert image.styles == STYLES[: len(image.captions)]
 
 
-def test_each_photo_tells_its_source_and_its_name_there() -> None:
+def test_each_photo_has_its_source_and_its_name_there() -> None:
     records = [json.loads(line) for line in PUBLISHED.open(encoding="utf-8")]
     assert all(list(record) == FIELDS for record in records)
     assert Counter(record["source"] for record in records) == {

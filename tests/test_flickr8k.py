@@ -1,4 +1,4 @@
-"""The shipped model on the 1,000 validation photos of Flickr8k-CN, where they are."""
+"""The shipped model on the 1,000 validation photos of Flickr8k-CN, if available."""
 
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def test_attention_moves_to_the_other_side_of_a_mirrored_photo(
 
 
 def columns_of_words(captioner: Captioner, pixels: Any) -> list[dict[int, float]]:
-    """Per photo, the column of the attention's centre for each word of its caption."""
+    """Return, per photo, the column of the attention's centre for each word of its caption."""
     settings, keys = DecodeSettings(captioner.config.decoder.max_length), [""] * len(pixels)
     columns = np.arange(captioner.grid[1])
     return [

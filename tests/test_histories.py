@@ -1,4 +1,4 @@
-"""Kills at each change of a file, and random histories: no row is lost, doubled or wrong."""
+"""Kills at each change of a file, and random histories: no row is lost, duplicated or wrong."""
 
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +17,7 @@ LAST_STEPS = {
     "merge to a file": [Run(), Merge("merged.parquet")],
     "merge to a folder": [Run(), Merge("merged")],
 }
-FOUND = {  # by random histories; each lost a row once
+FOUND = {  # by random histories; each once lost a row
     "unsynced folder": History(
         "out",
         is_in_store=False,
@@ -40,7 +40,7 @@ PLACES = {"kill": (False, None), "power cut": (False, 1), "kill with a store": (
 
 
 def kill_everywhere(history: History, power_cut: int | None = None) -> None:
-    """Kill the last step ahead of each change of a file, until it ends before it is killed."""
+    """Kill the last step before its n-th change of a file, for each n until it survives."""
     *steps, last = history.steps
     for changes in count():
         death = Death(changes, power_cut and power_cut + changes)
@@ -67,7 +67,7 @@ def test_no_row_is_lost_or_doubled_whatever_is_killed(output, place, steps):
 
 
 @pytest.mark.parametrize("history", FOUND.values(), ids=FOUND.keys())
-def test_histories_that_lost_a_row_do_so_no_more(history):
+def test_histories_that_once_lost_a_row_lose_none(history):
     play(history, Counter())
 
 

@@ -1,4 +1,4 @@
-"""`batchcap run`, as a user runs it, over a folder full of what no photo should be."""
+"""`batchcap run`, as a user runs it, over a folder of hostile files."""
 
 import hashlib
 import itertools
@@ -27,11 +27,11 @@ from safetensors.numpy import load_file, save_file
 
 from batchcap.model.captioner import save_captioner
 
-MOST_MEMORY_MIB = 500
-MOST_MEMORY_OF_A_READER_MIB = 300
-LONGEST_S = 1.0  # of a processor, for one file
+MAX_MEMORY_MIB = 500
+MAX_READER_MEMORY_MIB = 300
+MAX_SECONDS = 1.0  # of processor time, for one file
 TIME_LIMIT_S = 60
-# The child's own peak: what the kernel tells a parent counts the parent's memory in.
+# The child reports its own peak: the one that its parent sees includes the parent's memory.
 PROGRAM = """
 from pathlib import Path
 import os, sys
@@ -47,7 +47,7 @@ finally:
 
 @dataclass
 class Ran:
-    """A finished run: its file, its words, its peak of memory in MiB (0 where not known)."""
+    """A finished run: its file, its messages, its peak memory in MiB (0 if unknown)."""
 
     output: Path
     code: int
@@ -60,7 +60,7 @@ class Ran:
 
 
 def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> Ran:
-    """Run the program in a process of its own, and `meddle` again and again once it has begun."""
+    """Run the program in its own process, and call `meddle` repeatedly once it has begun."""
     output, peak = place / "captions.parquet", place / "peak"
     stdout, stderr = place / "stdout", place / "stderr"
     command = [sys.executable, "-c", PROGRAM, "run", str(source), str(output), "--batch-size", "8"]
@@ -71,7 +71,7 @@ def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> 
     deadline = time.monotonic() + TIME_LIMIT_S
     try:
         while meddle and process.poll() is None and time.monotonic() < deadline:
-            if stderr.stat().st_size:  # it says so when the folder has been listed
+            if stderr.stat().st_size:  # the first line follows the listing
                 meddle()
             time.sleep(0.01)
         process.wait(max(0.0, deadline - time.monotonic()))
@@ -79,13 +79,13 @@ def run(source: Path, place: Path, meddle: Callable[[], None] | None = None) -> 
         process.kill()
     lines = peak.read_text().splitlines() if peak.exists() else []
     high_water = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    said = stdout.read_text("utf-8"), stderr.read_text("utf-8")
-    return Ran(output, process.returncode, *said, sum(high_water) / 1024)
+    texts = stdout.read_text("utf-8"), stderr.read_text("utf-8")
+    return Ran(output, process.returncode, *texts, sum(high_water) / 1024)
 
 
 @dataclass
 class Hostile:
-    """The hostile tree with the ten photos in it, what is expected, and what came of it."""
+    """The hostile tree with the ten photos in it, the expected states, and the run."""
 
     folder: Path
     expected: dict[str, str]
@@ -129,22 +129,22 @@ def test_every_file_has_one_row_that_says_what_it_is(hostile: Hostile) -> None:
         assert (row["status"] == "ok") == (row["error_message"] is None)
 
 
-def test_found_is_captioned_and_failed(hostile: Hostile) -> None:
+def test_found_equals_captioned_plus_failed(hostile: Hostile) -> None:
     reasons = Counter(hostile.expected.values())
     captioned, found = reasons["ok"], reasons.total()
-    said = f"{found} found, {captioned} captioned, {found - captioned} failed ("
-    assert said in hostile.ran.stdout
+    counts = f"{found} found, {captioned} captioned, {found - captioned} failed ("
+    assert counts in hostile.ran.stdout
 
 
 def assert_harmless(*texts: str) -> None:
-    """See that a terminal only prints these, and that none is a traceback."""
+    """Check that texts have no control characters and no traceback."""
     for text in texts:
         assert "Traceback" not in text
         for char in text.replace("\n", ""):
             assert unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs"), ascii(text)
 
 
-def test_nothing_that_a_terminal_obeys_and_no_traceback_is_printed(hostile: Hostile) -> None:
+def test_no_control_character_and_no_traceback_is_printed(hostile: Hostile) -> None:
     assert_harmless(hostile.ran.stdout, hostile.ran.stderr)
     assert len(hostile.ran.stderr.splitlines()) == 1
 
@@ -154,7 +154,7 @@ OBEYED = "\x1b]0;x\x07\x1b[2J\x7f\x9b31m\u202e\u2066\u200b\u2028"
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose metrics and card have texts that a terminal would obey."""
+    """Return a model whose metrics and card have control characters."""
     folder = tmp_path_factory.mktemp("small") / "model"
     save_captioner(small_captioner(64), folder)
     scores = dict.fromkeys(("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"), 1.0)
@@ -176,7 +176,7 @@ def add_weight(model: Path, value: float) -> None:
 
 
 OBEYED_IN_JSON = json.dumps(OBEYED)[1:-1]
-# What is done to a model; which text the error has.
+# A change of a model, and the expected error.
 HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "word": (
         lambda model: replace_in(model / "vocabulary.txt", "猫", f"猫{OBEYED[:-1]}"),
@@ -184,7 +184,7 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "special word": (
         lambda model: replace_in(model / "vocabulary.txt", "[END]", OBEYED),
-        "vocabulary.txt:4: [END] is expected",
+        "vocabulary.txt:4: expected [END]",
     ),
     "field": (
         lambda model: replace_in(model / "config.json", "units", OBEYED_IN_JSON),
@@ -196,7 +196,7 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weight": (
         lambda model: add_weight(model, 1.0),
-        "has, but the model does not, backbone/?]0;x??[2J",
+        "has the unknown tensor backbone/?]0;x??[2J",
     ),
     "weight that is no number": (
         lambda model: add_weight(model, np.nan),
@@ -207,7 +207,7 @@ HOSTILE_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("verb", ["caption", "run"])
 @pytest.mark.parametrize("text", HOSTILE_MODELS)
-def test_a_models_texts_do_nothing_to_the_terminal_in_errors(
+def test_errors_quote_texts_of_a_model_harmlessly(
     small_model: Path, photos_folder: Path, tmp_path: Path, text: str, verb: str
 ) -> None:
     model = tmp_path / "model"
@@ -221,10 +221,10 @@ def test_a_models_texts_do_nothing_to_the_terminal_in_errors(
     assert_harmless(done.stdout, done.stderr)
 
 
-def test_annotations_of_strangers_do_nothing_to_the_terminal_in_training(
+def test_training_logs_untrusted_annotations_harmlessly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor do those of the model: its vocabulary, its card."""
+    """So are the texts of the resulting model: its vocabulary and its card."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     squares = make_squares(tmp_path)
     annotations = squares / "captions.jsonl"
@@ -244,7 +244,7 @@ def test_annotations_of_strangers_do_nothing_to_the_terminal_in_training(
     assert_harmless(done.stdout, done.stderr, card.stdout)
 
 
-def test_a_models_card_and_metrics_do_nothing_to_the_terminal(small_model: Path) -> None:
+def test_card_and_metrics_of_a_model_are_printed_harmlessly(small_model: Path) -> None:
     card = batchcap_here("model", "card", small_model)
     shown = batchcap_here("model", "show", small_model)
     assert card.stdout == "# Card\n\n- 一\u3000只   狗 ?]0;x??[2J??31m???\n"
@@ -260,8 +260,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Ran:
 @pytest.mark.slow
 def test_bad_files_cost_little_memory(hostile: Hostile, alone: Ran) -> None:
     if alone.peak_mib == 0:
-        pytest.skip("this system does not tell a process's peak of memory")
-    assert hostile.ran.peak_mib - alone.peak_mib <= MOST_MEMORY_MIB
+        pytest.skip("this system does not report the peak memory of a process")
+    assert hostile.ran.peak_mib - alone.peak_mib <= MAX_MEMORY_MIB
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_captions_among_bad_files_are_those_of_the_photos_alone(
     assert {name: among[f"photos/{name}"] for name in captions} == captions
 
 
-OF_A_READER = """
+READER_PROGRAM = """
 import json, sys, time
 from pathlib import Path
 from batchcap.photos.images import LoadSettings, load_image
@@ -297,15 +297,15 @@ print(json.dumps([peak_mib() - before, slowest]))
 
 def test_bombs_cost_a_reader_little_memory_and_time(hostile: Hostile) -> None:
     if not Path("/proc/self/status").exists():
-        pytest.skip("this system does not tell a process's peak of memory")
-    command = [sys.executable, "-c", OF_A_READER, str(hostile.folder)]
+        pytest.skip("this system does not report the peak memory of a process")
+    command = [sys.executable, "-c", READER_PROGRAM, str(hostile.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     mebibytes, seconds = json.loads(done.stdout)
-    assert mebibytes < MOST_MEMORY_OF_A_READER_MIB
-    assert seconds < LONGEST_S
+    assert mebibytes < MAX_READER_MEMORY_MIB
+    assert seconds < MAX_SECONDS
 
 
-def test_every_reader_reads_every_name(hostile: Hostile) -> None:
+def test_pandas_and_duckdb_read_every_name(hostile: Hostile) -> None:
     ids = [row["image_id"] for row in hostile.ran.rows()]
     assert ids == sorted(ids)
     assert pd.read_parquet(hostile.ran.output)["image_id"].tolist() == ids
@@ -318,7 +318,7 @@ def test_every_reader_reads_every_name(hostile: Hostile) -> None:
 
 @pytest.mark.slow
 def test_files_that_vanish_and_change_during_the_run_leave_one_row_each(tmp_path: Path) -> None:
-    """Deleted, cut, replaced and overwritten under the program, from its start to its end."""
+    """Files are deleted, cut, replaced and overwritten during the whole run."""
     folder = tmp_path / "photos"
     folder.mkdir()
     versions = [encoded(photo(seed), "JPEG") for seed in range(4)]

@@ -1,4 +1,4 @@
-"""What a run leaves alone, does without and keeps to itself."""
+"""A run never writes to INPUT, needs no network, and reveals nothing about the machine."""
 
 import getpass
 import hashlib
@@ -25,7 +25,7 @@ from PIL import ExifTags, Image
 
 from batchcap.rows.layout import Layout
 
-# Root without the right to read what its own modes forbid.
+# Root without the right to bypass file modes.
 AS_ANYBODY = (
     "setpriv",
     *(f"--{kind}=-dac_override,-dac_read_search" for kind in ("bounding-set", "inh-caps")),
@@ -34,7 +34,7 @@ WITHOUT_NETWORK = ("unshare", "--map-root-user", "--net")
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int, str]]:
-    """Mode, time and content of all that is below a folder."""
+    """Return mode, time and digest of everything in a folder."""
     state = {}
     for path in (folder, *folder.rglob("*")):
         status = path.lstat()
@@ -46,7 +46,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, str]]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Mount a folder read-only in its own place."""
+    """Remount a folder read-only at its own path."""
     mount = ["mount", "--bind", str(folder), str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a folder")
@@ -108,7 +108,7 @@ def test_a_run_without_network_makes_the_same_rows(photos_folder: Path, tmp_path
 
 
 class SetBack(datetime):
-    """A clock that somebody sets back by an hour each time it is read."""
+    """A clock that is set back by an hour each time it is read."""
 
     start = time.time()
     times = 0
@@ -122,7 +122,7 @@ class SetBack(datetime):
 def test_a_clock_that_is_set_back_skips_no_photo(
     photos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Photos are from the future then, too."""
+    """The photos' times are then in the future."""
     metrics, output = tmp_path / "m.prom", tmp_path / "o"
     command = ("run", photos_folder, output, "--rows-per-part", 1, "--metrics-file", metrics)
     with monkeypatch.context() as patch:
@@ -141,7 +141,7 @@ def test_a_clock_that_is_set_back_skips_no_photo(
     assert "0 captioned, 0 failed, 10 already done" in batchcap_here(*command).stdout
 
 
-def test_rows_tell_nothing_of_the_machine_and_its_user(tmp_path: Path) -> None:
+def test_rows_reveal_nothing_about_the_machine_and_its_user(tmp_path: Path) -> None:
     folder, output = tmp_path / "private" / "photos", tmp_path / "o.parquet"
     folder.mkdir(parents=True)
     exif = Image.Exif()
@@ -158,9 +158,9 @@ def test_rows_tell_nothing_of_the_machine_and_its_user(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     file = pq.ParquetFile(output)
     assert file.metadata.num_rows == 5
-    told = f"{file.read().to_pylist()} {file.schema_arrow.metadata} {file.metadata.created_by}"
+    content = f"{file.read().to_pylist()} {file.schema_arrow.metadata} {file.metadata.created_by}"
     secrets = (str(tmp_path), str(Path.home()), str(Path.cwd()), sys.executable, "private")
     for secret in (*secrets, "Jane", "29.6", "2019:08", "GPS"):
-        assert secret not in told
+        assert secret not in content
     for name in (socket.gethostname(), getpass.getuser()):
-        assert not re.search(rf"\b{re.escape(name)}\b", told)
+        assert not re.search(rf"\b{re.escape(name)}\b", content)

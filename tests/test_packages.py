@@ -1,4 +1,4 @@
-"""Wheel and sdist, built and run from an empty directory."""
+"""Wheel and sdist are built, installed and run in an empty directory."""
 
 import os
 import subprocess

@@ -13,7 +13,7 @@ NAMED = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", README)
 
 @cache
 def names_in(file: str) -> frozenset[str]:
-    """Functions and other names that a file defines, which need not be imported for it."""
+    """Return the top-level names that a file defines, without importing it."""
     names: set[str] = set()
     for node in ast.parse((TESTS / file).read_text(encoding="utf-8")).body:
         match node:

@@ -1,4 +1,4 @@
-"""Runs that the kernel kills or refuses at each call that puts rows on disk."""
+"""Runs killed or refused by the kernel at each system call that puts rows on disk."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from batchcap.rows.layout import Layout
 
 STRACE = ("strace", "-f", "-qq", "-o", "/dev/null")
 RENAME = "?rename,?renameat,?renameat2"
-NAMES = f"{RENAME},?link,?linkat"  # the others are of names that no reader looks at
+NAMES = f"{RENAME},?link,?linkat"  # other calls change only names that no reader sees
 FLAGS = ("--glob", "*", "--rows-per-part", "2", "--prune")
 BEFORE = {"same": "s", "changed": "old", "gone": "g"}
 AFTER = {"same": "s", "changed": "new bytes", "new": "n"}
@@ -41,7 +41,7 @@ pytestmark = [
 
 
 class Story:
-    """An output with a row each of an equal, a changed and a vanished photo; a new one waits."""
+    """An output with rows of an equal, a changed and a vanished photo; one photo is new."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.photos, self.name = folder, folder / "photos", name
@@ -60,12 +60,12 @@ class Story:
             if not (self.photos / name).exists() or (self.photos / name).read_text() != content:
                 (self.photos / name).write_text(content)
 
-    def begin_again(self) -> None:
-        """Put the output back to what it was before the photos changed."""
+    def reset(self) -> None:
+        """Restore the output from before the photos changed."""
         now, copy = self.folder / "now", self.folder / "copy"
         shutil.copytree(self.folder / "before", copy)
         shutil.rmtree(now, ignore_errors=True)
-        copy.rename(now)  # at once, as others are reading
+        copy.rename(now)  # in one step, since others are reading
         self.output = now / self.name
 
     def run_here(self) -> None:
@@ -89,7 +89,7 @@ class Story:
         )
 
     def captions(self) -> list[tuple[str, str]]:
-        """Names and captions of all rows, each file of which is whole."""
+        """Return names and captions of all rows; every file must be whole."""
         return sorted(
             (row["image_id"], row["caption"].removeprefix("一只"))
             for path in Layout(self.output).row_files()
@@ -103,9 +103,9 @@ def story(request: pytest.FixtureRequest, tmp_path: Path) -> Story:
 
 
 def disturbed(story: Story, calls: str, how: str) -> Iterator[subprocess.CompletedProcess[str]]:
-    """Yield the run that is disturbed at its first such call, at its second, and so on."""
+    """Yield a run disturbed at its first such call, then one at its second, and so on."""
     for number in range(1, 1000):
-        story.begin_again()
+        story.reset()
         inject = f"inject={calls}:{how}:when={number}"
         done = story.run_under(*STRACE, "-e", f"trace={calls}", "-e", inject)
         if done.returncode == 0:
@@ -125,7 +125,7 @@ def assert_the_next_run_completes(story: Story) -> None:
 
 @contextmanager
 def readers(folder: Path) -> Iterator[list[int]]:
-    """Open each Parquet file of a folder again and again; the sizes that were seen."""
+    """Repeatedly open each Parquet file of a folder; yield the row counts seen."""
     ended, seen, failures = threading.Event(), [], []
 
     def poll() -> None:

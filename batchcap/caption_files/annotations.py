@@ -32,7 +32,7 @@ SPLIT_SYNONYMS = {"restval": "train", "validation": "val"}
 # `#<number>` or `#<kind>#<number>` after a name; a kind is a word, such as zhc.
 FLICKR_NUMBER = re.compile(r"(?!^)#(?:(?P<kind>[^\W\d][\w-]*)#)?(?P<number>\d+)(?!\S)")
 KNOWN_FORMATS = (
-    "Known formats: Flickr8k text (`<file name>#<number> <caption>` a line), COCO captions, "
+    "Known formats: Flickr8k text (`<file name>#<number> <caption>` per line), COCO captions, "
     "Karpathy's JSON, AI Challenger's JSON, and JSON lines or CSV with `image_id` or `file_name` "
     "and `captions`, `caption` or `text`."
 )
@@ -66,7 +66,7 @@ def read_annotations(path: str | os.PathLike[str]) -> list[AnnotatedImage]:
 
     Raises:
         UsageError: there is no such file.
-        InputError: it is wrong; counts the places and shows the first ten.
+        InputError: it has wrong entries; counts them and shows the first ten.
     """
     annotations = _Annotations(Path(path))
     data = read_bytes(annotations.path)
@@ -97,7 +97,7 @@ class _Annotations:
     def add_image(
         self, place: str, image_id: object, split: object = None, number: object = None
     ) -> bool:
-        """Add a photo, also several times; return False if its name is wrong."""
+        """Add a photo, perhaps repeatedly; return False if its name is wrong."""
         if not isinstance(image_id, str) or not image_id:
             self.problems.report(place, f"the photo's name must be a string, not {shown(image_id)}")
             return False
@@ -151,9 +151,9 @@ class _Annotations:
 def caption_problem(caption: object) -> str | None:
     """Return why a value cannot be a caption, or None."""
     if not isinstance(caption, str):
-        return f"the caption is {shown(caption)}, not a text"
+        return f"the caption is {shown(caption)}, not a string"
     if re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", caption, re.DOTALL):
-        return "the caption is a list written as text; write one caption each"
+        return "the caption is a list written as text; write one caption per entry"
     if re.search("[\ud800-\udfff]", caption):
         return "the caption holds half a character (a lone surrogate)"
     return None
@@ -165,7 +165,7 @@ def clean(caption: str) -> str:
 
 
 def _add_flickr8k(annotations: _Annotations, data: bytes) -> None:
-    """Add lines of `<file name>#<kind>#<n> <caption>`, `#<kind>` optional, and splits beside."""
+    """Add lines of `<file name>#<kind>#<n> <caption>`, `#<kind>` optional, and their splits."""
     lines = list(text_lines(data, annotations.problems))
     numbers = _caption_numbers([line for _, line in lines])
     seen: set[tuple[str, str | None, str]] = set()
@@ -232,10 +232,10 @@ def _add_splits_beside(annotations: _Annotations) -> None:
 
 
 def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -> None:
-    """`{"image_id": ..., "captions": [...]}`, or one `"caption"`; `"split"` optional.
+    """Add `{"image_id": ..., "captions": [...]}`, or one `"caption"`; `"split"` is optional.
 
-    `"styles"`, optional too, has a name or null for each of the captions. AI Challenger 2017 has
-    arrays of these, Hugging Face's image folders `"file_name"` and `"text"`.
+    The optional `"styles"` has a name or null for each caption. AI Challenger 2017 has arrays of
+    such records; Hugging Face's image folders have `"file_name"` and `"text"`.
     """
     if not any(key in record for key in ("captions", "caption", "text")):
         annotations.problems.report(place, "the caption is missing")
@@ -251,7 +251,7 @@ def _add_record(annotations: _Annotations, place: str, record: dict[str, Any]) -
 
 
 def _styles_problem(styles: object, count: int) -> str | None:
-    """Return why a value cannot be the styles of so many captions, or None."""
+    """Return why a value cannot be the styles of `count` captions, or None."""
     if not isinstance(styles, list) or len(styles) != count:
         return f"`styles` is {shown(styles)}, not a list with a name or null for each caption"
     for style in styles:
@@ -271,7 +271,7 @@ def _add_document(annotations: _Annotations, document: dict[str, Any]) -> None:
 
 
 def _add_karpathy(annotations: _Annotations, place: str, image: dict[str, Any]) -> None:
-    """`filename`, in the folder `filepath`; `sentences`, whose `raw` is text; `split`, `cocoid`."""
+    """Add a photo: `filename` in `filepath`; `sentences` with text in `raw`; `split`, `cocoid`."""
     name: Any = image.get("filename")
     folder = image.get("filepath")
     if name and isinstance(name, str) and isinstance(folder, str):

@@ -41,23 +41,23 @@ CSV_COLUMNS = [
 ]
 FOLDER_COLUMNS = ["image_id", "caption", "mean_logprob"]
 FOLDER_METADATA = "metadata.jsonl"
-# What spreadsheets take for the beginning of a formula (OWASP, "CSV Injection"), blanks before it
-# too, and the quote itself, so that dropping one gives every text back.
+# Texts that spreadsheets take for formulas (OWASP, "CSV Injection"), also after blanks; and texts
+# that begin with a quote, so that dropping one quote restores every text.
 RISKY = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n']")
 
 NO_CAPTION = "without a caption"
 ELSEWHERE = "not in the folder of OUT"
-UNNAMEABLE = "whose name is not UTF-8 or holds a backslash"
+UNNAMEABLE = "whose name is not UTF-8 or has a backslash"
 
 
 def export_captions(settings: ExportSettings) -> str:
     """Write captions in a format; return a message for the user.
 
     Raises:
-        UsageError: the captions are no such file, or none that the format can be made of, or OUT
-            would be written over them.
+        UsageError: there is no file of captions, the format needs rows, or OUT would overwrite the
+            captions.
         InputError: the captions are damaged, or the format can't tell their photos apart.
-        OutputError: the folder is missing, read-only or full; what OUT was is unchanged.
+        OutputError: the folder is missing, read-only or full; an existing OUT is unchanged.
     """
     for out in (settings.out, _mapping_beside(settings.out)):
         check_out(out, settings.captions, settings.references)
@@ -87,16 +87,16 @@ def _write_coco(settings: ExportSettings) -> str:
     if settings.references is None:
         numbers: Sequence[int | None]
         numbers, clashing = _coco_numbers(settings.captions, known)
-        said = _clashes_said(clashing, "; --references FILE gives the ids of references")
+        notes = _clash_note(clashing, "; --references FILE gives the ids of references")
     else:
-        numbers, said = _numbers_of_references(known, settings, settings.references)
+        numbers, notes = _numbers_of_references(known, settings, settings.references)
         left_out[f"not in {settings.references.name}"] = numbers.count(None)
     numbered = [
         (number, caption)
         for number, caption in zip(numbers, captions, strict=True)
         if number is not None
     ]
-    said += _write_mapping(
+    notes += _write_mapping(
         settings.out, [(number, caption.image_id) for number, caption in numbered]
     )
     results = [
@@ -106,7 +106,7 @@ def _write_coco(settings: ExportSettings) -> str:
     with _writing(settings.out) as file:
         _write_array(file, results)
         file.write("\n")
-    return _said(settings.out, counted(len(results), "caption"), left_out) + said
+    return _message(settings.out, counted(len(results), "caption"), left_out) + notes
 
 
 def _coco_result(number: int, caption: GeneratedCaption) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _numbers_of_references(
     names = (settings.captions.name, path.name)
     partners = dict(match(known, images, settings.match_by, names).pairs) if known else {}
     numbers = [theirs[partners[i]] if i in partners else None for i in range(len(known))]
-    return numbers, _clashes_said(clashing)
+    return numbers, _clash_note(clashing)
 
 
 def _write_mapping(out: Path, images: list[tuple[int, str]]) -> str:
@@ -137,7 +137,7 @@ def _write_mapping(out: Path, images: list[tuple[int, str]]) -> str:
     with _writing(mapping) as file:
         _write_array(file, (_coco_image(name, number) for number, name in images))
         file.write("\n")
-    return f"\n{counted(hashed, 'id')} made of names by a hash: {mapping} tells all photos' ids"
+    return f"\n{counted(hashed, 'id')} hashed from names: {mapping} lists all photos' ids"
 
 
 def _is_mapping(path: Path) -> bool:
@@ -184,12 +184,12 @@ def _write_references(settings: ExportSettings) -> str:
         )
         file.write("}\n")
     written = f"{counted(len(captions), 'caption')} of {counted(len(images), 'photo')}"
-    said = _clashes_said(clashing)
+    notes = _clash_note(clashing)
     if own := sum(image.number not in (None, coco_number(image.image_id)) for image in images):
-        said += f"\n{counted(own, 'photo')} with another id than the number of the name"
-    if said:
-        said += f"; export captions with --references {path}, so that they get the same ids"
-    return _said(settings.out, written) + said
+        notes += f"\n{counted(own, 'photo')} with an id other than the number in the name"
+    if notes:
+        notes += f"; export captions with --references {path}, so that they get the same ids"
+    return _message(settings.out, written) + notes
 
 
 def _coco_numbers(path: Path, images: Sequence[ImageId]) -> tuple[list[int], int]:
@@ -208,7 +208,7 @@ def _coco_numbers(path: Path, images: Sequence[ImageId]) -> tuple[list[int], int
     return list(numbers), sum(count for count in counts.values() if count > 1)
 
 
-def _clashes_said(clashing: int, advice: str = "") -> str:
+def _clash_note(clashing: int, advice: str = "") -> str:
     if not clashing:
         return ""
     return (
@@ -246,7 +246,7 @@ def _write_ai_challenger(settings: ExportSettings) -> str:
         _write_array(file, results)
         file.write("\n")
     left_out = Counter({NO_CAPTION: len(captions) - len(results)})
-    return _said(settings.out, counted(len(results), "caption"), left_out)
+    return _message(settings.out, counted(len(results), "caption"), left_out)
 
 
 def _write_jsonl(settings: ExportSettings) -> str:
@@ -257,11 +257,11 @@ def _write_jsonl(settings: ExportSettings) -> str:
         for table in read_rows(settings.captions):
             file.writelines(_json(_json_value(row)) + "\n" for row in _with_times_as_text(table))
             rows, captions = rows + len(table), captions + table["caption"].drop_null().length()
-    return _rows_said(settings.out, rows, captions)
+    return _rows_message(settings.out, rows, captions)
 
 
 def _with_times_as_text(table: Any) -> Iterator[dict[str, Any]]:
-    """Return rows with ISO 8601 times; for objects, pyarrow would import pandas."""
+    """Yield rows with ISO 8601 times; for time objects, pyarrow would import pandas."""
     place = table.schema.get_field_index("created_at")
     texts = table["created_at"].cast("string")
     for row in table.set_column(place, "created_at", texts).to_pylist():
@@ -269,7 +269,7 @@ def _with_times_as_text(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def _write_csv(settings: ExportSettings) -> str:
-    """Write every row, and all that fits into a cell, with a byte order mark for spreadsheets."""
+    """Write all rows, in columns that fit into cells; spreadsheets need the byte order mark."""
     _check_captions(settings)
     rows, captions = 0, 0
     with _writing(settings.out, "utf-8-sig") as file:
@@ -279,7 +279,7 @@ def _write_csv(settings: ExportSettings) -> str:
             columns = table.select(CSV_COLUMNS).to_pydict()
             writer.writerows(map(_cell, row) for row in zip(*columns.values(), strict=True))
             rows, captions = rows + len(table), captions + table["caption"].drop_null().length()
-    return _rows_said(settings.out, rows, captions)
+    return _rows_message(settings.out, rows, captions)
 
 
 def _write_imagefolder(settings: ExportSettings) -> str:
@@ -310,7 +310,7 @@ def _write_imagefolder(settings: ExportSettings) -> str:
                 f"no photo of {settings.captions} is in {out.parent}: put {FOLDER_METADATA} into "
                 "INPUT of the run, beside the photos"
             )
-    return _said(out, counted(written, "caption"), left_out)
+    return _message(out, counted(written, "caption"), left_out)
 
 
 def _name_below(folder: Path, image_id: str) -> str | None:
@@ -318,7 +318,7 @@ def _name_below(folder: Path, image_id: str) -> str | None:
 
     A name with `\` is None as well: `datasets` takes it for a `/`.
     """
-    if "\\" in image_id:  # stands in an id for itself and for bytes that are not UTF-8
+    if "\\" in image_id:  # in an id, a backslash or a byte that is not UTF-8
         return None
     if image_id.startswith("/") or ".." in image_id:  # the line of a list
         return os.path.relpath(folder.absolute() / image_id, folder.absolute())
@@ -335,7 +335,7 @@ def _reason_against(folder: Path, name: str | None) -> str | None:
 
 @contextmanager
 def _writing(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
-    # A name that JSON gave half a character has it again: the escape is JSON's too.
+    # Lone surrogates of names are written as JSON's escapes, so that they are read back.
     with (
         saying_where(path),
         replacing(path) as temporary,
@@ -357,7 +357,7 @@ def _json(value: object) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """A value of a row as JSON has it."""
+    """Return a row's value in JSON's types."""
     if isinstance(value, float):
         return _shortest(value)
     if isinstance(value, dict):
@@ -380,13 +380,13 @@ def _shortest(value: float) -> float | None:
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 
-def _said(out: Path, written: str, left_out: Counter[str] | None = None) -> str:
+def _message(out: Path, written: str, left_out: Counter[str] | None = None) -> str:
     reasons = [f"{count} {reason}" for reason, count in (left_out or {}).items() if count]
     return f"wrote {out}: {written}" + (f"; left out {', '.join(reasons)}" if reasons else "")
 
 
-def _rows_said(out: Path, rows: int, captions: int) -> str:
-    return _said(out, f"{counted(rows, 'row')}, {counted(captions, 'caption')}")
+def _rows_message(out: Path, rows: int, captions: int) -> str:
+    return _message(out, f"{counted(rows, 'row')}, {counted(captions, 'caption')}")
 
 
 EXPORTERS: dict[ExportFormat, Callable[[ExportSettings], str]] = {

@@ -13,21 +13,21 @@ from batchcap.process.wording import counted, printable
 from batchcap.settings import MatchBy
 
 HASH_BITS = 51
-# Numbers of names stay below, hashes of names above; all are whole numbers in JavaScript too.
+# Numbers in names are below, hashes of names above; all are exact in JavaScript too.
 LEAST_HASH = 1 << 52
-# Where there is no place of a single image.
+# Instead of a place, if there is no single image.
 SEVERAL, NOBODY = -1, -2
 
-# An image's id, and its number in a COCO file where it has one.
+# An image's id, and its number in a COCO file if it has one.
 ImageId = tuple[str, int | None]
-# Places in the one and in the other list, in the order of the first.
+# Places in the first and in the second list, in the order of the first.
 Pairs = list[tuple[int, int]]
 Pairing = Callable[[Sequence[ImageId], Sequence[ImageId]], Pairs]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compare the ids of two lists. Keys that two images of a list share pair nothing."""
+    """A way to compare the ids of two lists. A key that two images share pairs nothing."""
 
     name: str
     by: MatchBy
@@ -89,7 +89,7 @@ def _nothing_in_common(
     if possible.pairs:
         i, j = possible.pairs[0]
         advice = (
-            f"if {quoted(generated[i])} is {quoted(annotated[j])}, say --match-by "
+            f"if {quoted(generated[i])} is {quoted(annotated[j])}, use --match-by "
             f"{possible.way.by}, which pairs {counted(len(possible.pairs), 'image')}"
         )
     return InputError(
@@ -116,7 +116,7 @@ def _agreed(
     best = by_image_id = found(BY_IMAGE_ID)
     for way in ways:
         if len(best.pairs) == min(len(generated), len(annotated)):
-            break  # what a weaker way pairs is among them
+            break  # weaker ways pair no further images
         other = found(way)
         if not best.pairs:
             best = other
@@ -142,7 +142,7 @@ def _agreed(
 def _have_several_roots(
     pairs: list[tuple[str, str]], generated: Sequence[ImageId], annotated: Sequence[ImageId]
 ) -> bool:
-    """Whether ids, which have directories in both lists, differ by several leading directories."""
+    """Whether paired ids, with directories in both lists, differ by several leading ones."""
     if not all(any("/" in name for name, _ in side) for side in (generated, annotated)):
         return False
     roots = {_folders(one)[: -len(_folders(other)) or None] for one, other in pairs}
@@ -163,7 +163,7 @@ def _ambiguous(
         i for i, _ in [*other.pairs, *one.pairs] if partners[0].get(i) != partners[1].get(i)
     )
 
-    def told(found: Match, partner: int | None) -> str:
+    def described(found: Match, partner: int | None) -> str:
         theirs = "no image" if partner is None else repr(printable(annotated[partner][0]))
         return (
             f"by {found.way.name} {counted(len(found.pairs), 'image')}, where "
@@ -173,8 +173,8 @@ def _ambiguous(
     flags = dict.fromkeys(f"--match-by {found.way.by}" for found in (one, other) if found.pairs)
     return InputError(
         f"{names[0]} and {names[1]} can be matched in two ways that pair different images: "
-        f"{told(one, partners[0].get(sample))}; {told(other, partners[1].get(sample))}. "
-        f"{'Say which is right with' if len(flags) > 1 else 'If that is right, say'} "
+        f"{described(one, partners[0].get(sample))}; {described(other, partners[1].get(sample))}. "
+        f"{'Choose with' if len(flags) > 1 else 'If that is right, use'} "
         f"{' or '.join(flags)}"
     )
 
@@ -264,9 +264,9 @@ def _by_end(path_of: Callable[[ImageId], str]) -> Pairing:
 
 
 def _partners(ours: list[str], theirs: list[str]) -> list[int]:
-    """Return for each of our paths the place of the one of theirs that ends in it or vice versa.
+    """Return, for each of our paths, the place of the path of theirs that ends in it or vice versa.
 
-    `SEVERAL` if there is not exactly one.
+    The place is `SEVERAL` if there is not exactly one.
     """
     by_path: dict[str, int] = {}
     by_end: dict[str, int] = {}

@@ -36,7 +36,7 @@ class GeneratedCaption:
     """One image's caption; None if the photo could not be read.
 
     `tokens` are the words as the model wrote them, `mean_logprob` is the natural log-probability
-    per word, `finished` tells whether the end was reached, `number` is the image's id in a COCO
+    per word, `finished` tells whether END was reached, `number` is the image's id in a COCO
     file; None if the file does not say.
     """
 
@@ -90,7 +90,7 @@ def check_out(out: Path, captions: Path, *others: Path | None) -> None:
     Symbolic links are followed.
 
     Raises:
-        UsageError: it is a folder, a pipe or a device, in the folder of a run, or one of these.
+        UsageError: it is a folder, pipe or device, in the folder of a run, or one of these files.
     """
     with saying_where(out):
         out = followed(out)
@@ -100,7 +100,7 @@ def check_out(out: Path, captions: Path, *others: Path | None) -> None:
         raise UsageError(
             f"{captions} is the directory of a run: give a file outside of it, not {out}"
         )
-    if out.exists() and not out.is_file():  # a rename would put a file in the place of /dev/null
+    if out.exists() and not out.is_file():  # a rename would replace /dev/null
         raise UsageError(f"{out} is not a regular file: choose another")
     for read in (captions, *others):
         if read is not None and out.exists() and read.exists() and out.samefile(read):
@@ -140,7 +140,7 @@ def _read_parquet(path: Path) -> list[GeneratedCaption]:
 
 
 def _read_records(path: Path) -> list[GeneratedCaption]:
-    """`image_id` and `caption`; optional, as in rows: `tokens`, `mean_logprob`, `finished`."""
+    """Read `image_id`, `caption`; optional, as in rows: `tokens`, `mean_logprob`, `finished`."""
     problems = Problems(path)
     data = read_bytes(path)
     captions: dict[str, GeneratedCaption] = {}

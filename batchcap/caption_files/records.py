@@ -20,12 +20,12 @@ from batchcap.process.wording import counted, printable, saying_which
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 10_000  # bytes
 NAME_FIELDS = ("file_name", "image_id")
-UNREADABLE_JSON = "lists or objects nested too deeply, or a number of too many digits"
+UNREADABLE_JSON = "lists or objects nested too deeply, or a number with too many digits"
 SHOWN_PROBLEMS = 10
 
 
 class Problems:
-    """The problems of a file. `place` follows its name in a report: `:12` or `: entry 3`."""
+    """The problems of a file. In reports, `place` follows the file's name: `:12` or `: entry 3`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,7 +131,7 @@ def text_lines(data: bytes, problems: Problems) -> Iterator[tuple[str, str]]:
     """Yield (place, line) of each non-blank line; report lines that are not UTF-8."""
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
-            # Files that were joined have byte order marks at later lines too.
+            # Concatenated files have byte order marks at later lines too.
             text = line.decode("utf-8").removeprefix("\ufeff").strip()
         except UnicodeDecodeError:
             problems.report(f":{number}", "not UTF-8")

@@ -38,9 +38,9 @@ class Tally(NamedTuple):
 
     new: hashes of the ids of photos without a row. seen: row numbers of the other photos, and
     states: the `State` of each. failed: reason of each photo without a caption, by the hash of its
-    id. doubled: number of photos skipped because an earlier one has their id; first_doubled: the
-    first of them. unread: each archive that could not be fully read, and why. left_out: the first
-    system folder, or empty.
+    id. duplicates: number of photos skipped because an earlier one has their id; first_duplicate:
+    the first of them. unread: each archive that could not be fully read, and why. left_out: the
+    first system folder, or empty.
     """
 
     new: Hashes
@@ -48,8 +48,8 @@ class Tally(NamedTuple):
     states: npt.NDArray[np.int8]
     failed: dict[int, str]
     is_empty: bool
-    doubled: int
-    first_doubled: str
+    duplicates: int
+    first_duplicate: str
     unread: list[tuple[str, str]]
     left_out: str
 
@@ -62,7 +62,7 @@ class PieceInventory(Inventory):
         self._new = [np.zeros(0, np.int64)]
         self._seen = [np.zeros(0, np.int32)]
         self._states = bytearray()
-        self._first_doubled = ""
+        self._first_duplicate = ""
         self._unread: list[tuple[str, str]] = []
 
     def tally(self, failed: dict[int, str]) -> Tally:
@@ -73,8 +73,8 @@ class PieceInventory(Inventory):
             states=np.frombuffer(bytes(self._states), np.int8),
             failed=failed,
             is_empty=self.is_empty,
-            doubled=self.doubled,
-            first_doubled=self._first_doubled,
+            duplicates=self.duplicates,
+            first_duplicate=self._first_duplicate,
             unread=self._unread,
             left_out=self.left_out,
         )
@@ -85,10 +85,10 @@ class PieceInventory(Inventory):
         if state is not State.NEW:
             self._states.append(state)
 
-    def note_doubled(self, name: str, photos: int = 1) -> None:
+    def note_duplicate(self, name: str, photos: int = 1) -> None:
         """Count photos with the id of an earlier one, for the run to warn about."""
-        self._first_doubled = self._first_doubled or name
-        self.doubled += photos
+        self._first_duplicate = self._first_duplicate or name
+        self.duplicates += photos
 
     def note_unlisted(self, name: str, reason: str) -> None:
         """Record an archive that could not be fully read, for the run to warn about."""
@@ -124,7 +124,7 @@ class Arrivals:
         self._waiting = _Waiting()
         self._arrived = IdSet()  # new ids that have a row of this run
         self._settled = IdSet()  # new ids of settled archives
-        self._replaced: list[Hashes] = []  # rows, by the archive whose turn it is
+        self._replaced: list[Hashes] = []  # rows that the archive whose turn it is replaces
 
     def take(
         self, archive: Archive | None, rows: list[Row], tally: Tally | None
@@ -183,14 +183,14 @@ class Arrivals:
         while (tally := self._tallies.pop(self._turn, None)) is not None:
             is_first = self._settled.add(tally.new)
             self._count(tally, is_first)
-            yield from self._come_again(tally, is_first)
+            yield from self._corrections(tally, is_first)
             self._turn += 1
             self._replaced = []
             for rows in self._waiting.take(self._turn, again=False):
                 yield _chunk(self._replacing(rows))
 
-    def _come_again(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Chunk]:
-        """Yield rows of first photos that arrived while another archive's photo had their id."""
+    def _corrections(self, tally: Tally, is_first: npt.NDArray[np.bool_]) -> Iterator[Chunk]:
+        """Yield rows that replace those of later archives that arrived first with the same ids."""
         first, replaced = tally.new[is_first], {*tally.new[~is_first].tolist()}
         gathered: list[Row] = []
         for rows in self._waiting.take(self._turn, again=True):
@@ -203,7 +203,7 @@ class Arrivals:
                 gathered = []
         if gathered:
             yield _chunk(gathered, again=True)
-        if replaced:  # rows that were counted when they were appended
+        if replaced:  # take back their counts, added when they were appended
             reasons = [tally.failed[id_hash] for id_hash in replaced if id_hash in tally.failed]
             failed = Counter(dict.fromkeys(reasons, 0))
             failed.subtract(reasons)
@@ -227,9 +227,9 @@ class Arrivals:
         for state in State:
             self.inventory.count(state, int(counts[state]))
         others = sum(np.count_nonzero(~is_first) for is_first in (is_first_new, is_first_seen))
-        if tally.doubled + others:
-            name = tally.first_doubled or f"a photo of {self._archives[self._turn].path}"
-            self.inventory.note_doubled(name, tally.doubled + int(others))
+        if tally.duplicates + others:
+            name = tally.first_duplicate or f"a photo of {self._archives[self._turn].path}"
+            self.inventory.note_duplicate(name, tally.duplicates + int(others))
 
 
 class _Waiting:

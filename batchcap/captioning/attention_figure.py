@@ -1,4 +1,4 @@
-"""Figure of the attention over a photo, word by word, as in the notebook."""
+"""Figure of the attention over a photo, word by word."""
 
 import math
 from importlib import import_module
@@ -30,8 +30,8 @@ def draw_attention(
 
     Args:
         pixels: `uint8[S, S, 3]`.
-        words: one title a panel.
-        weights: `float32[words, rows, columns]`; each panel is as bright as its own strongest cell.
+        words: titles of the panels.
+        weights: `float32[words, rows, columns]`; each panel is scaled to its strongest cell.
         path: the PNG to write.
 
     Raises:
@@ -72,7 +72,7 @@ def find_font(text: str) -> Any:
         try:
             if needed <= matplotlib.ft2font.FT2Font(path).get_charmap().keys():
                 return matplotlib.font_manager.FontProperties(fname=path, size=14)
-        except (OSError, RuntimeError):  # a font that matplotlib can't open is not ours to judge
+        except (OSError, RuntimeError):  # matplotlib can't open this font
             continue
     raise InputError(
         "no installed font has these characters: install one "
@@ -81,7 +81,7 @@ def find_font(text: str) -> Any:
 
 
 def _font_files() -> list[str]:
-    """Return fonts that are likely to have Chinese: by their names first, then the package's."""
+    """Return fonts that may have Chinese: installed ones by their names, then the package's."""
     installed = matplotlib.font_manager.findSystemFonts()
     likely = [path for path in sorted(installed) if any(n in path for n in PREFERRED_FONTS)]
     try:

@@ -94,7 +94,7 @@ def run_bench(settings: BenchSettings) -> BenchResult:
     """Time a run of `settings.limit` photos, then each of its stages alone.
 
     Raises:
-        UsageError: a setting that the model or the machine can't do, or no such directory.
+        UsageError: the model or the machine does not support a setting, or no such directory.
         InputError: there is no photo, or none that can be read.
         ModelError: the model directory is wrong.
     """
@@ -146,7 +146,7 @@ def _worker_settings(settings: BenchSettings) -> WorkerSettings:
 
 
 def _readable(refs: list[ImageRef], worker: CaptionWorker) -> list[ImageRef]:
-    """Return the photos that can be decoded: a file that is rejected at once takes no time."""
+    """Return the photos that can be decoded: rejected files would raise the rates."""
     photos = worker.load(refs, worker.settings.batch_size)
     readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
     if not readable:
@@ -182,12 +182,12 @@ def _stages(
     seconds, features = _timed(lambda: [*in_threads(extract, (pixels for pixels, _ in padded))])
     yield "features", seconds
 
-    def write_captions(batch: tuple[npt.NDArray[np.float32], list[str]]) -> list[Caption]:
+    def decode(batch: tuple[npt.NDArray[np.float32], list[str]]) -> list[Caption]:
         features, keys = batch
         return captioner.caption_features(features, settings.decode, keys)
 
     to_decode = zip(features, (keys for _, keys in padded), strict=True)
-    seconds, captions = _timed(lambda: [*in_threads(write_captions, to_decode)])
+    seconds, captions = _timed(lambda: [*in_threads(decode, to_decode)])
     yield "captions", seconds
     captioned = [*map(with_captions, loaded, captions)]
     seconds, _ = _timed(lambda: _write((rows_of(batch, settings) for batch in captioned), output))

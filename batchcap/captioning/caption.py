@@ -46,9 +46,9 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
     """Caption photos one by one, in order.
 
     Raises:
-        UsageError: a setting that the model or the machine can't do.
+        UsageError: the model or the machine does not support a setting.
         ModelError: the model directory is wrong.
-        InputError: no font for the figure.
+        InputError: no font has the figure's characters.
         OutputError: the figure can't be written.
     """
     decode_settings = decode_settings_of(settings, read_config(settings.model))

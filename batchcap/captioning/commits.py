@@ -1,4 +1,4 @@
-"""Appends the rows of an engine to OUTPUT, and commits them while they arrive."""
+"""Appends an engine's rows to OUTPUT, and commits them while they arrive."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Commits:
-    """Appends chunks to OUTPUT, commits them every so many rows or seconds, and counts photos."""
+    """Appends chunks to OUTPUT, commits them after a number of rows or seconds, counts photos."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class Commits:
         threading.Thread(target=self._count, daemon=True).start()
 
     def take(self, chunks: Iterator[Chunk], watchdog: Watchdog) -> None:
-        """Append and commit all chunks; if the engine fails, commit the chunks before.
+        """Append and commit all chunks; if the engine fails, commit those that arrived.
 
         Raises:
             OutputError: OUTPUT can't be written.
-            Stopped: out of time, or by a second signal, which leaves out the commit.
+            Stopped: time is up, or a second signal has arrived, which skips the commit.
         """
         try:
             self._append(chunks, watchdog)
         except Stopped:
-            if not self.stop.insisted:  # but out of time
+            if not self.stop.insisted:  # time is up
                 self._commit(watchdog)
             raise
         except OutputError:
@@ -109,7 +109,7 @@ class Commits:
 
     def _commit(self, watchdog: Watchdog) -> None:
         rows = self.folder.pending
-        # A commit that is cut off in a store can't be given again in the same run.
+        # A commit that is interrupted in a store can't be repeated in the same run.
         with self._writing, self.stop.unhurried():
             self.folder.commit()
         watchdog.progress()

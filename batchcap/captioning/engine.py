@@ -36,8 +36,8 @@ class Task:
     """A run's request to an engine: rows for the photos of its inventory.
 
     folder: OUTPUT, with the captions that can be reused. clock: counts seconds of work per stage.
-    look_ahead: to be called with the fewest rows to come, once there are some; raises OutputError
-    if OUTPUT's disk lacks room for them. log_start: logs the start of the work, with these fields.
+    look_ahead: the engine calls it with the minimum of rows to come, once there are any; raises
+    OutputError if OUTPUT's disk lacks room for them. log_start: logs the start of the work.
     """
 
     settings: RunSettings

@@ -1,7 +1,7 @@
 """A program that ends its parent, a run, when Python hangs in C code there.
 
-The run writes a byte to its standard input every now and then. Imports only the standard library,
-so that it starts quickly and takes little memory.
+The run regularly writes a byte to this program's standard input. Imports only the standard
+library, so that it starts quickly and takes little memory.
 """
 
 import os
@@ -28,7 +28,7 @@ def guard(limit_s: float, tick_s: float) -> None:
         elif not is_suspended(parent):
             quiet_s += min(time.monotonic() - began, 2 * tick_s)
     if os.getppid() == parent:
-        print("batchcap: Python is stuck; what was committed is safe: run again", file=sys.stderr)
+        print("batchcap: Python is stuck; committed rows are safe: run again", file=sys.stderr)
         os.kill(parent, signal.SIGABRT)
 
 

@@ -34,11 +34,11 @@ from batchcap.settings import SYSTEM_FOLDERS, RunSettings
 from batchcap.storage.remote import describe, is_url
 
 LARGEST_CHUNK = 1 << 16
-LARGEST_OF_PIPE = 64  # as names may come slowly there
+LARGEST_OF_PIPE = 64  # names may arrive slowly there
 CHUNK_BYTES = 1 << 22
-PATH_SHOWN = 300  # characters of what may be a whole file in one line
+PATH_SHOWN = 300  # characters; a name may be a whole file in one line
 NAMES_CHECKED = 100  # of a list, before it is refused
-STORE_THREADS = 32  # an answer takes a store tens of milliseconds
+STORE_THREADS = 32  # a store takes tens of milliseconds to answer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Inventory:
     """The photos of an input, compared with the existing rows and counted while they are listed.
 
     counts: of the run. is_empty: no photo was seen. complete: the whole input was seen. unlisted:
-    number of directories and archives that could not be fully read. doubled: number of photos
+    number of directories and archives that could not be fully read. duplicates: number of photos
     skipped because an earlier one has their id; lines of a list do not count. left_out: the first
     system folder of the input, or empty.
     """
@@ -76,7 +76,7 @@ class Inventory:
     ) -> None:
         self.settings, self.index = settings, index
         self.counts = counts or Counts()
-        self.unlisted = self.doubled = 0
+        self.unlisted = self.duplicates = 0
         self.is_empty, self.complete = True, False
         self.left_out = ""
         self._met = IdSet()
@@ -174,30 +174,30 @@ class Inventory:
 
     def check_whole(self) -> None:
         """Raise InputError if photos of the input were skipped, now that the others have rows."""
-        told = []
+        faults = []
         if self.unlisted:
             left_out = counted(self.unlisted, "folder or archive", "folders or archives")
-            told.append(f"{left_out} of {self.settings.source} could not be fully read")
-        if self.doubled:
-            told.append(
-                f"{counted(self.doubled, 'photo')} of {self.settings.source} had the ids of "
+            faults.append(f"{left_out} of {self.settings.source} could not be fully read")
+        if self.duplicates:
+            faults.append(
+                f"{counted(self.duplicates, 'photo')} of {self.settings.source} had the ids of "
                 "earlier photos, and got no rows"
             )
-        if told:
+        if faults:
             raise InputError(
-                f"{self.settings.output} is written, but {' and '.join(told)}: fix that, and "
+                f"{self.settings.output} is written, but {' and '.join(faults)}: fix this, and "
                 "run again"
             )
 
     def _looked_up(self, refs: list[ImageRef]) -> Iterator[tuple[ImageRef, int]]:
-        """Return this shard's new photos, with their row numbers or -1."""
+        """Return this shard's photos without duplicates, with their row numbers or -1."""
         self.is_empty = self.is_empty and not refs
         hashes = hashes_of([ref.image_id for ref in refs])
         mine = in_shard(hashes, *self.settings.shard_numbers)
         refs, hashes = _chosen(refs, mine), hashes[mine]
         is_new = self._met.add(hashes)
         for ref in _chosen(refs, ~is_new):
-            self._note_doubled(ref.path)
+            self._note_duplicate(ref.path)
         refs, hashes = _chosen(refs, is_new), hashes[is_new]
         rows = self.index.find_all(hashes)
         has_row = rows >= 0
@@ -221,7 +221,7 @@ class Inventory:
     def _known(self, ref: ImageRef, row: int) -> Known:
         size, mtime_ns = ref.size, ref.mtime_ns
         if ref.data is not None:
-            # Its time is often the archive's.
+            # The time of a photo in an archive is often the archive's.
             return self.index.compare_bytes(row, UNKNOWN if size is None else size, ref.sha256)
         if size is None:
             size, mtime_ns = _size_and_time(ref.path)
@@ -243,14 +243,14 @@ class Inventory:
                 printable(name),
             )
 
-    def _note_doubled(self, name: str) -> None:
+    def _note_duplicate(self, name: str) -> None:
         if not is_list(self.settings.source):
-            self.note_doubled(name)
+            self.note_duplicate(name)
 
-    def note_doubled(self, name: str, photos: int = 1) -> None:
+    def note_duplicate(self, name: str, photos: int = 1) -> None:
         """Count photos with the id of an earlier one, and log the first."""
-        is_first = not self.doubled
-        self.doubled += photos
+        is_first = not self.duplicates
+        self.duplicates += photos
         if is_first:
             is_parquet = self.settings.source.lower().endswith(PARQUET_SUFFIX)
             log.warning(
@@ -284,7 +284,7 @@ def columns_of(settings: RunSettings) -> Columns:
 
 
 def excluded_by(settings: RunSettings) -> Callable[[str], bool]:
-    """Make the function that says whether the photo of an id is excluded."""
+    """Return a function that tells whether the photo of an id is excluded."""
     is_excluded = excluder(settings.source, settings.exclude)
     return lambda image_id: is_excluded(path_of_image_id(image_id))
 
@@ -336,7 +336,7 @@ def _described_where(is_asked: list[bool], refs: list[ImageRef]) -> Iterator[Ima
 def _described_by_store(ref: ImageRef) -> ImageRef:
     try:
         file = describe(ref.path)
-    except OSError:  # reading the photo will fail alike, and its row says why
+    except OSError:  # reading the photo will fail too, and its row says why
         return ref._replace(size=UNKNOWN)
     size = UNKNOWN if file.size is None else file.size
     return ref._replace(size=size, mtime_ns=file.mtime_ns)

@@ -33,7 +33,7 @@ from batchcap.rows.parquet import Row
 from batchcap.schema import CaptionSource, ImageRef, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail
 
-if TYPE_CHECKING:  # TensorFlow is not to start before the processes that read
+if TYPE_CHECKING:  # TensorFlow must not start before the reader processes
     from batchcap.model.captioner import Captioner
 
 Item = TypeVar("Item")
@@ -46,8 +46,8 @@ BATCHES_LOADED_AHEAD = 2
 # ready when one is done.
 BATCHES_CAPTIONED_AT_ONCE = 2
 BATCHES_UNDER_WAY = 3
-PHOTOS_PER_READ = 8  # going to and fro between processes costs less than half of one at a time
-PHOTOS_PER_SLOT = 2  # at most: a batch comes to an end even where no photo needs a slot
+PHOTOS_PER_READ = 8  # more than halves the cost of passing photos between processes
+PHOTOS_PER_SLOT = 2  # at most: a batch ends even if no photo needs a slot
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ class Photo(NamedTuple):
 class CaptionWorker:
     """A loaded model and the processes that read photos for it.
 
-    Starts the processes and TensorFlow. `readers` is the number of processes that read photos; with
-    0, this process reads them. `progress` is that of `Readers`. `settings.batch_size` shrinks if
-    memory is too small.
+    Starts the processes and TensorFlow. `readers` is the number of processes; with 0, this process
+    reads the photos. `progress` is that of `Readers`. `settings.batch_size` shrinks if memory is
+    too small.
 
     Raises:
         UsageError: this machine lacks the runtime or the precision.
@@ -111,7 +111,7 @@ class CaptionWorker:
     ) -> None:
         self.settings = settings
         keep_freed_memory()
-        # First, since its processes start while TensorFlow does.
+        # First: its processes start while TensorFlow does.
         load = partial(load_image, settings=settings.load)
         self._readers = Readers(load, readers, settings.reader_timeout_s, progress)
         self.read: Read = self._readers if readers else lambda refs: [*map(load, refs)]
@@ -177,7 +177,7 @@ class CaptionWorker:
             with self.captioner.clock.stage("load"):
                 images = self.read(group)
             return [
-                # Without the bytes, which need not wait for the caption.
+                # Without the bytes, which need no memory while the caption is made.
                 Photo(ref._replace(data=None), image)
                 for ref, image in zip(group, images, strict=True)
             ]
@@ -188,28 +188,28 @@ class CaptionWorker:
                 yield photo._replace(reused=_reused(photo.image, reusable))
 
     def caption(self, photos: list[Photo]) -> list[Photo]:
-        """Return the photos with their captions, written in as many parts as memory demands.
+        """Return the photos with their captions, made in as many batches as memory demands.
 
         Raises:
             ModelError: memory is too small for a single photo.
         """
         captions: list[Caption] = []
-        wanting = [photo for photo in photos if photo.needs_caption]
-        while wanting:
+        waiting = [photo for photo in photos if photo.needs_caption]
+        while waiting:
             size = self.settings.batch_size
-            pixels, keys = padded_batch(wanting[:size], size)
+            pixels, keys = padded_batch(waiting[:size], size)
             try:
                 captions += self.captioner.caption(pixels, self.settings.decode, keys)
             except MemoryError as error:
                 self._shrink(size, error)
                 continue
-            wanting = wanting[size:]
+            waiting = waiting[size:]
         return with_captions(photos, captions)
 
     def _shrink(self, too_large: int, error: MemoryError) -> None:
         if too_large == 1:
             raise ModelError("not enough memory to caption a single photo: free some") from error
-        if self.settings.batch_size == too_large:  # else another thread has met the same
+        if self.settings.batch_size == too_large:  # else another thread has shrunk it
             size = too_large // 2
             self.settings = replace(self.settings, batch_size=size)
             log.warning(
@@ -292,23 +292,23 @@ def in_threads(
         while under_way:
             yield under_way.popleft().result()
     finally:
-        # Not waited for: a run that is told to stop at once does so.
+        # Without waiting, so that a run can stop at once.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def batched(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
-    """Yield lists of photos of which `size` need a caption, in the last list perhaps fewer.
+    """Yield lists of photos of which at most `size` need a caption.
 
-    Photos that need none are in the lists too.
+    Photos that need none are in the lists too, which are limited by `PHOTOS_PER_SLOT`.
     """
     batch: list[Photo] = []
-    wanting = 0
+    waiting = 0
     for photo in photos:
         batch.append(photo)
-        wanting += photo.needs_caption
-        if wanting == size or len(batch) == PHOTOS_PER_SLOT * size:
+        waiting += photo.needs_caption
+        if waiting == size or len(batch) == PHOTOS_PER_SLOT * size:
             yield batch
-            batch, wanting = [], 0
+            batch, waiting = [], 0
     if batch:
         yield batch
 

@@ -16,7 +16,7 @@ from batchcap.settings import (
     Truncated,
 )
 
-READER_TIMEOUTS = 4  # in the time of a stall: a file that hangs two readers is given up before
+READER_TIMEOUTS = 4  # per stall timeout: a file that hangs two readers is given up before that
 
 
 def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSettings:
@@ -57,8 +57,8 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
 class WorkerSettings:
     """Settings of a worker, on whatever machine it runs.
 
-    reader_timeout_s: time limit for reading a photo. compiled: whether there are so many photos
-    that compiling pays.
+    reader_timeout_s: time limit for reading a photo. compiled: whether there are enough photos for
+    compiling to pay.
     """
 
     model: Path
@@ -93,6 +93,6 @@ def worker_settings_of(
         attention=settings.attention,
         run_id=run_id,
         reader_timeout_s=settings.stall_timeout / READER_TIMEOUTS,
-        # Compiling takes seconds, which a single batch would not win back.
+        # Compiling takes seconds: too long for a single batch.
         compiled=batch_size == settings.batch_size,
     )

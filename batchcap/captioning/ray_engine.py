@@ -2,7 +2,7 @@
 
 Ray Data keeps the workers busy with bounded read-ahead, and retries pieces lost with a process or a
 machine. A retried piece yields the same number of answers, so that no row comes back twice. Only
-the driver writes. Workers also report progress without rows: much work yields none.
+the driver writes. Workers also report progress without rows, since much work yields none.
 """
 
 import logging
@@ -65,8 +65,8 @@ log = logging.getLogger(__name__)
 class Answer:
     """A part of a worker's answer for a piece: rows or, after all rows, the piece's tally.
 
-    metadata: of a file with these rows. archive: the piece, if it is one. failure: why there are no
-    rows; sent as a value because Ray would wrap an exception. An empty answer reports progress.
+    metadata: of a file with these rows. archive: the piece, if it is an archive. failure: why there
+    are no rows; a value, because Ray would wrap an exception. An empty answer reports progress.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def run_on_ray(
         ).map_batches(
             RayWorker,
             fn_constructor_args=(settings, worker, at_hand, pulse),
-            batch_size=1,  # a block is one piece; with GPUs, Ray wants a number
+            batch_size=1,  # a block is one piece; with GPUs, Ray requires a number
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=workers.number, max_concurrent_calls_per_actor=CALLS_AT_ONCE
@@ -207,7 +207,7 @@ class Pulse:
 
 
 def _start_pulse(ray: Any) -> Any:
-    """Start a `Pulse` on the driver's own node, with which it lives and dies."""
+    """Start a `Pulse` on the driver's own node, so that it ends only with the driver."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -280,7 +280,7 @@ def with_news(
             yield item
     finally:
         over.set()
-        with suppress(queue.Empty):  # for the thread to go on, and end
+        with suppress(queue.Empty):  # so that the thread can end
             arrived.get_nowait()
 
 
@@ -292,7 +292,7 @@ def _report_s(settings: RunSettings) -> float:
 class RayWorker:
     """A `CaptionWorker` as an actor of Ray Data."""
 
-    moves: Callable[[], object] = staticmethod(lambda: None)  # reports that it does
+    moves: Callable[[], object] = staticmethod(lambda: None)  # reports progress
 
     def __init__(
         self, settings: RunSettings, worker: WorkerSettings, at_hand: Sequence[Any], pulse: Any
@@ -318,8 +318,8 @@ class RayWorker:
                 _start_tensorflow(self._id)
                 self.moves()
                 self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus, self.moves)
-                _ = self.worker.captioner  # read while the folder is there
-            except BatchcapError as error:  # names the copy's folder
+                _ = self.worker.captioner  # loaded while the folder exists
+            except BatchcapError as error:  # names the temporary folder
                 self.failure = type(error)(str(error).replace(folder, str(worker.model)))
 
     def _report(self) -> None:
@@ -407,7 +407,7 @@ def at_most_every(seconds: float, report: Callable[[], object]) -> Callable[[], 
 def _start_tensorflow(worker_id: str) -> None:
     """Start TensorFlow in a worker, which Ray restarts under the same id whenever it dies.
 
-    A file keeps what TensorFlow printed at earlier deaths.
+    A file keeps TensorFlow's output at earlier deaths.
 
     Raises:
         BatchcapError: TensorFlow can't be imported, or the worker has died here too often.
@@ -437,7 +437,7 @@ def workers_on(
     workers.
 
     Raises:
-        UsageError: no machine has room for a worker, nor is it said how many there will be.
+        UsageError: no machine has room for a worker, and `number` is None.
     """
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
@@ -478,7 +478,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     try:
         _check_answers(address)
         # Workers would look for modules in this process's working directory first.
-        with chdir(os.sep), kept_back("Ray"):  # it prints that it is quiet
+        with chdir(os.sep), kept_back("Ray"):  # it prints that it will be quiet
             ray.init(address, **INIT)
     except (OSError, ValueError) as error:
         raise UsageError(
@@ -486,7 +486,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             "--address to use this machine only"
         ) from error
     try:
-        for number, handler in handlers.items():  # Ray's own would end the program
+        for number, handler in handlers.items():  # Ray's handlers would end the program
             signal.signal(number, handler)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -512,7 +512,7 @@ def _check_version(ray: Any) -> None:
         UsageError: it has another, or none.
     """
     here = version("batchcap")
-    task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # by value, whatever is there
+    task = ray.remote(num_cpus=0)(lambda: version("batchcap"))  # pickled by value: runs anywhere
     with _reporting_failure():
         try:
             there = ray.get(task.remote())

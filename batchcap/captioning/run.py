@@ -60,11 +60,11 @@ def run_captioning(settings: RunSettings) -> RunSummary:
     """Caption the photos of `settings.source` that need a row.
 
     Raises:
-        UsageError: a setting that the model or the machine can't do, or no such input.
+        UsageError: the model or the machine does not support a setting, or no such input.
         InputError: there is no photo, or the input can't be listed.
         ModelError: the model directory is wrong.
         OutputError: the output can't be written, is locked, or is of other settings.
-        Stopped: a signal has come; what was finished is committed.
+        Stopped: a signal has arrived; finished rows are committed.
     """
     layout = _layout(settings)
     summary = RunSummary(
@@ -96,7 +96,7 @@ def plan_run(settings: RunSettings) -> str:
     """Describe what `run_captioning` would do; writes nothing.
 
     Raises:
-        BatchcapError: as `run_captioning` does, but for what only writing can tell.
+        BatchcapError: as `run_captioning` does, except for failures of writing.
     """
     layout = _layout(settings)
     if layout.mirror is not None:
@@ -112,10 +112,10 @@ def plan_run(settings: RunSettings) -> str:
         pass
     inventory.check_any()
     rate = read_rate(layout.summary)
-    needed = f"some {counts.taken / rate:.0f} s, at the last run's rate" if rate else "not known"
+    needed = f"about {counts.taken / rate:.0f} s at the last run's rate" if rate else "unknown"
     return (
         f"{printable(str(layout))}: {counts.new} new, {counts.changed} changed, "
-        f"{counts.retried} failed before and to be tried again; {counts.already_done} done, "
+        f"{counts.retried} failed before and to be retried; {counts.already_done} done, "
         f"{counts.failed_before} of them failed; {inventory.vanished} vanished; time: {needed}"
     )
 
@@ -172,7 +172,7 @@ def _log_start(
     settings: RunSettings,
     decode: DecodeSettings,
     summary: RunSummary,
-    what_on_what: str,
+    details: str,
     **fields: Any,
 ) -> None:
     model, done = summary.metadata["batchcap.model"], summary.counts.already_done
@@ -181,8 +181,8 @@ def _log_start(
         log,
         "run_started",
         f"captioning the photos of {source} into {output}, "
-        + (f"{done} done already, " if done else "")
-        + f"{what_on_what}, model {model:.12}, {decode}",
+        + (f"{done} already done, " if done else "")
+        + f"{details}, model {model:.12}, {decode}",
         run_id=summary.run_id,
         **fields,
         model=model,
@@ -193,10 +193,10 @@ def _finish(inventory: Inventory, folder: CaptionFolder, summary: RunSummary) ->
     """Complete the output, and check that every photo has its row."""
     settings, counts = inventory.settings, summary.counts
     counts.vanished = inventory.vanished
-    # An input with nothing in it is rather a disk that is not mounted.
+    # An empty input is more likely a disk that is not mounted.
     if settings.prune and inventory.complete and not inventory.is_empty:
         counts.pruned = folder.prune(excluded_by(settings))
-    folder.finish(inventory.complete and not inventory.doubled)
+    folder.finish(inventory.complete and not inventory.duplicates)
     if counts.taken != counts.given:
         raise RuntimeError(f"{counts.taken} photos needed a row, but {counts.given} got one")
     inventory.check_whole()
@@ -231,7 +231,7 @@ def _accounting(
         is_refused = not is_accepted and (
             isinstance(error, OutputError) or _is_refused(settings, layout)
         )
-        with suppress(OutputError):  # the first failure is the one to tell of
+        with suppress(OutputError):  # the first failure is the one to report
             _account(settings, None if is_refused else layout, summary)
         raise
     _account(settings, layout, summary)

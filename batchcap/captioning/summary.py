@@ -13,14 +13,14 @@ from batchcap.process.wording import printable
 from batchcap.rows.parquet import saying_where
 from batchcap.storage.files import replace_text
 
-FASTEST = 1e9  # images a second that anyone may believe
+FASTEST = 1e9  # images per second; a higher rate is not credible
 # Fields of `Counts` among the metrics.
 STATES = ("found", "captioned", "reused", "already_done", "failed_before", "vanished")
 
 
 @dataclass
 class Counts:
-    """Numbers of photos of a run, which add up.
+    """Numbers of photos of a run, which can be added.
 
     captioned, reused: got a new caption, or that of a photo with the same bytes. failed: got none,
     by reason. already_done: kept their rows; `failed_before` of them have no caption. new, changed,
@@ -67,7 +67,7 @@ class Counts:
 class RunSummary:
     """Result of a run.
 
-    seconds: of captioning alone. stage_seconds: of work, over all threads, per stage. last_rate:
+    seconds: of captioning alone. stage_seconds: of work by stage, summed over threads. last_rate:
     images per second of the previous run. outcome: `done`, `stopped` or `failed`.
     """
 
@@ -98,7 +98,7 @@ class RunSummary:
         self.outcome, self.exit_code = "done", TOO_MANY_FAILED if too_many else 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields and the rate; no path but the output's name."""
+        """Return all fields and the rate; of paths, only the output's name."""
         name = Path(self.output).name.encode("utf-8", "surrogateescape")
         return {
             "output": name.decode("utf-8", "backslashreplace"),
@@ -184,10 +184,10 @@ def metrics_text(summary: RunSummary) -> str:
     failures, stages = (
         dict(sorted(numbers.items())) for numbers in (counts.failed, summary.stage_seconds)
     )
-    add("images", "Images of the last run, by what became of them.", states, "state")
+    add("images", "Images of the last run, by state.", states, "state")
     add("failures", "Images that failed in the last run, by reason.", failures, "reason")
     add("stage_seconds", "Seconds of work of the last run, by stage.", stages, "stage")
-    add_one("seconds", "How long the last run captioned.", summary.seconds)
+    add_one("seconds", "Seconds that the last run captioned.", summary.seconds)
     add_one("images_per_second", "Rate of the last run.", summary.images_per_second or 0.0)
     add_one("exit_code", "Exit code of the last run.", summary.exit_code)
     ended = datetime.fromisoformat(summary.ended_at).timestamp() if summary.ended_at else 0.0

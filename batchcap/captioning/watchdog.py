@@ -18,7 +18,7 @@ from batchcap.process.wording import printable
 from batchcap.schema import ImageRef
 
 EXIT_CODE = 1
-GRACE_S = 10.0  # for the last words; and after which another process ends this one
+GRACE_S = 10.0  # for the last words; then another process ends this one
 TICK_S = 1.0
 SHOWN = 20
 GUARD = Path(__file__).with_name("guard.py")
@@ -103,7 +103,7 @@ def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
     os.set_blocking(pipe, False)
 
     def beat() -> None:
-        with contextlib.suppress(OSError):  # somebody has killed it, or stopped it for good
+        with contextlib.suppress(OSError):  # the guard was killed or suspended
             os.write(pipe, b".")
 
     try:
@@ -115,7 +115,7 @@ def _guard(limit_s: float, tick_s: float) -> Iterator[Callable[[], object]]:
 
 
 def _end(watchdog: Watchdog, last_words: Callable[[str], None]) -> None:
-    # The disk may be what is wrong, and the last words may never end.
+    # Last words may hang too, if the disk is at fault.
     faulthandler.dump_traceback_later(GRACE_S, exit=True, file=watchdog.traces)
     names = [*watchdog.names]
     shown = ", ".join(map(printable, names[:SHOWN])) or "none"

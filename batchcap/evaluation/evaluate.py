@@ -27,7 +27,7 @@ from batchcap.evaluation.warnings import (
 from batchcap.process.wording import counted, printable
 from batchcap.settings import EvaluateSettings, MatchBy
 
-ByPlace = dict[int, GeneratedCaption]  # by the place of their image in the references
+ByPlace = dict[int, GeneratedCaption]  # by the image's index in the references
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ def evaluate_captions(settings: EvaluateSettings) -> Evaluation:
     """Describe captions and, with references, score them.
 
     Raises:
-        UsageError: a file is missing, or what the metrics need.
-        InputError: a file is wrong, or no image is in both.
-        OutputError: the scores of each image can't be written.
+        UsageError: a file or a program that metrics need is missing.
+        InputError: a file is invalid, or captions and references have no image in common.
+        OutputError: the scores per image cannot be written.
     """
     if settings.per_image is not None:
         check_out(settings.per_image, settings.captions, settings.references, settings.against)
@@ -149,7 +149,7 @@ def _references(
     """Return references of the compared images, by place, without those that have no words."""
     if alone := len(ours.keys() ^ theirs.keys()):
         images = counted(alone, "image")
-        evaluation.warn([f"{images} with one of the two captions only, left out"])
+        evaluation.warn([f"skipped {images} captioned in only one of the two files"])
     references: dict[int, Reference] = {}
     wordless = 0
     for place in sorted(ours.keys() & theirs.keys()):
@@ -163,7 +163,7 @@ def _references(
         if reference.texts:
             references[place] = reference
     if wordless:
-        evaluation.warn([f"{counted(wordless, 'reference')} without a word, left out"])
+        evaluation.warn([f"skipped {counted(wordless, 'reference')} without words"])
     if not references:
         raise InputError(
             f"no image of {evaluation.captions} has both a caption and a reference with words in "

@@ -20,7 +20,7 @@ from batchcap.evaluation.metrics import Scores, Words
 
 SIGNATURE = "meteor=1.5,en,norm"
 JAR = "meteor/meteor-1.5.jar"
-# Where numbers have a comma it can't read its own ones; a language without a country is not enough.
+# In a locale with decimal commas, METEOR cannot read its own numbers; Java needs the country too.
 LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 FIELD = " ||| "
 REASON_LINES = 5
@@ -33,7 +33,7 @@ def with_meteor(
     """Return the scores with `meteor`, times 100, overall and per image.
 
     Raises:
-        UsageError: there is no Java, or no pycocoevalcap.
+        UsageError: Java or pycocoevalcap is not installed.
         BatchcapError: the program fails.
     """
     questions = [
@@ -56,7 +56,7 @@ def _text(words: Words) -> str:
 
 
 def _ask(lines: Sequence[str]) -> list[str]:
-    """Yield the program's answers, line by line."""
+    """Return the program's answers, one per line."""
     java = shutil.which("java")
     package = importlib.util.find_spec("pycocoevalcap")
     if java is None or package is None or not package.submodule_search_locations:

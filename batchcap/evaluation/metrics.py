@@ -1,4 +1,4 @@
-"""Caption metrics on lists of words, as coco-caption defines them. Cuts no words itself."""
+"""Caption metrics on lists of words, as coco-caption defines them. Does not cut words."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from batchcap.errors import UsageError
 
 Word = TypeVar("Word")
 Words = Sequence[str]
-Texts = dict[int, list[str]]  # of each image, words with spaces between
+Texts = dict[int, list[str]]  # per image; words joined by spaces
 Array = npt.NDArray[np.float64]
 
 LONGEST_NGRAM = 4
@@ -28,7 +28,7 @@ METRIC_NAMES = {
     "cider_d": "CIDEr-D",
     "meteor": "METEOR (en)",
 }
-# coco-caption's, which keep BLEU of nothing at 0.
+# coco-caption's: BLEU of an empty caption is 0, not undefined.
 TINY, SMALL = 1e-15, 1e-9
 
 
@@ -102,7 +102,7 @@ def _rouge_l_and_cider_d(expected: Texts, found: Texts) -> tuple[float, Array, f
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    with contextlib.redirect_stdout(io.StringIO()):  # they print
+    with contextlib.redirect_stdout(io.StringIO()):  # both print
         rouge_l, rouge_l_per_image = Rouge().compute_score(expected, found)
         cider_d, cider_d_per_image = Cider().compute_score(expected, found)
     return rouge_l, rouge_l_per_image, cider_d, np.array(cider_d_per_image)

@@ -8,8 +8,8 @@ scripts with combining vowels.
 
 import re
 
-# Compared as it is, after -lowerCase: "-LRB-" never matches, and brackets stay as "-lrb-".
-# So do "!!", "，" and "。".
+# coco-caption's list, matched after -lowerCase: "-LRB-" never matches, so brackets stay as "-lrb-".
+# "!!", "，" and "。" stay, too.
 DROPPED = re.compile("[\"'`.?!,:;\u2010\u2011]|\\.{2,}|-+")
 
 HYPHENS = "\u2010\u2011"
@@ -17,7 +17,7 @@ BRACKETS = str.maketrans(
     {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 )
 
-# Characters beyond ASCII that are rewritten; "" joins the two neighbours.
+# Characters beyond ASCII that are rewritten; "" joins the neighbours.
 REWRITTEN = {
     "\u00ad": "",
     "\u2019": "'",
@@ -31,8 +31,8 @@ REWRITTEN = {
     "\u2154": " 2/3 ",
 }
 
-# Symbols beyond ASCII that are a word each. Others (《》「」【】〇, emoji) go, and part the words
-# beside them.
+# Symbols beyond ASCII that are a word each. Others (《》「」【】〇, emoji) separate words and are
+# dropped.
 SYMBOL = re.compile(
     "[\u00a1\u00a5-\u00a9\u00ac\u00ae-\u00b4\u00b6-\u00b9\u00bf\u00d7\u00f7"
     "\u2016\u2017\u201a\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070\u2074-\u207e"
@@ -42,10 +42,10 @@ SYMBOL = re.compile(
     "\uffe0\uffe1\uffe5\uffe6]"
 )
 
-LETTER = r"(?:[^\W\d_]|[\u0300-\u036f])"  # a letter
-ALNUM = rf"(?:{LETTER}|\d)"  # a letter or digit
+LETTER = r"(?:[^\W\d_]|[\u0300-\u036f])"  # or a combining mark
+ALNUM = rf"(?:{LETTER}|\d)"
 NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
-# The longest match wins, then the earlier rule. Each group of a rule is a word of its own.
+# The longest match wins, then the earlier rule. Each group of a rule is a word.
 RULES = [
     re.compile(rule)
     for rule in (

@@ -16,7 +16,7 @@ from batchcap.storage.files import replacing
 SIGNATURE, SCORES = "batchcap.signature", "batchcap.scores"
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "meteor")
 
-# Scores are times 100; METEOR is null where it was not asked for.
+# Scores are times 100; METEOR is null if it was not requested.
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -37,7 +37,7 @@ def write_evaluation(
     A missing column is null.
 
     Raises:
-        OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
+        OutputError: the folder is missing, read-only or full; an older file is unchanged.
     """
     metadata = {SIGNATURE: signature, SCORES: json.dumps(dict(scores))}
     rows = len(columns["image_id"])
@@ -55,13 +55,13 @@ def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str, dict[str, fl
 
     Raises:
         UsageError: there is no such file.
-        InputError: it is damaged, or none of `evaluate --per-image`.
+        InputError: it is damaged, or not a file of `evaluate --per-image`.
     """
     try:
         with saying_which(path), path.open("rb") as file:
             table = pq.read_table(file, page_checksum_verification=True)
         if not table.schema.equals(SCHEMA):
-            raise ValueError("it has other columns")
+            raise ValueError("its columns differ")
         metadata = table.schema.metadata
         return (
             table.to_pylist(),

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pandas as pd
+
 from batchcap.evaluation.metrics import METRIC_NAMES
 from batchcap.evaluation.traits import Calibration, Traits
 
@@ -23,7 +25,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of other captions of the same images, and its difference to the captions'."""
+    """A metric of `against` on the same images, and how much higher the captions score."""
 
     other: float
     difference: float
@@ -82,29 +84,24 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _scores(evaluation: Evaluation) -> Iterator[str]:
-    header = ["times 100", evaluation.captions, "95 % interval"]
+    header = [evaluation.captions, "95 % interval"]
     if evaluation.against is not None:
         header += [evaluation.against, "difference", "95 % interval", "p"]
-    yield from _table([header, *(_cells(evaluation, metric) for metric in evaluation.scores)])
+    names = [METRIC_NAMES[metric] for metric in evaluation.scores]
+    cells = [_cells(evaluation, metric) for metric in evaluation.scores]
+    table = pd.DataFrame(cells, index=names, columns=pd.Index(header, name="times 100"))
+    yield table.to_string()
     yield f"intervals by {evaluation.resamples} resamples of the images, seed {evaluation.seed}"
 
 
 def _cells(evaluation: Evaluation, metric: str) -> list[str]:
     score = evaluation.scores[metric]
-    cells = [METRIC_NAMES[metric], f"{score.value:.2f}", _shown(score.interval)]
+    cells = [f"{score.value:.2f}", _shown(score.interval)]
     if metric in evaluation.differences:
         found = evaluation.differences[metric]
         cells += [f"{found.other:.2f}", f"{found.difference:+.2f}", _shown(found.interval, "+")]
         cells += ["" if found.p is None else f"{found.p:.3f}"]
     return cells
-
-
-def _table(rows: list[list[str]]) -> Iterator[str]:
-    """Format a table: first column to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
 def _shown(interval: Interval | None, sign: str = "") -> str:
@@ -127,7 +124,7 @@ def _traits(traits: Traits) -> Iterator[str]:
     if traits.unfinished is not None:
         yield f"unfinished  {100 * traits.unfinished:.1f} % did not reach the end"
     if traits.seen is not None:
-        yield f"seen        {100 * traits.seen:.1f} % stand in the training captions"
+        yield f"seen        {100 * traits.seen:.1f} % occur in the training captions"
 
 
 def _calibration(calibration: Calibration) -> Iterator[str]:

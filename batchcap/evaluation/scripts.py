@@ -13,14 +13,14 @@ USED_IN_BOTH = "着"  # not in Big5, but written in Hong Kong
 
 def traditional_share(texts: Iterable[str]) -> float | None:
     """Return the share of traditional characters among the identifying ones; None without any."""
-    simplified, traditional = _telling_characters()
+    simplified, traditional = _identifying_characters()
     both = simplified | traditional
-    telling = [char for text in texts for char in text if char in both]
-    return sum(char in traditional for char in telling) / len(telling) if telling else None
+    found = [char for text in texts for char in text if char in both]
+    return sum(char in traditional for char in found) / len(found) if found else None
 
 
 @cache
-def _telling_characters() -> tuple[frozenset[str], frozenset[str]]:
+def _identifying_characters() -> tuple[frozenset[str], frozenset[str]]:
     """Return the characters of simplified texts only, and of traditional texts only."""
     in_gb2312, in_big5 = map(_characters_of, ("gb2312", "big5"))
     return in_gb2312 - in_big5 - set(USED_IN_BOTH), in_big5 - in_gb2312

@@ -30,12 +30,12 @@ class Profile:
 
 
 def profile_of(tokens: TokenKind, references: Sequence[AnnotatedImage] = ()) -> Profile:
-    """Return the profile with a name, for references like these."""
+    """Return the profile of a kind of tokens, for these references."""
     return PROFILES[tokens](references)
 
 
 def characters(caption: str) -> Words:
-    """Return each Chinese character, and other letters and digits as they are joined."""
+    """Return each Chinese character, and runs of other letters and digits."""
     return CHARACTERS.findall(caption)
 
 
@@ -56,7 +56,7 @@ def _characters(_references: Sequence[AnnotatedImage]) -> Profile:
 
 
 def _pretokenized(_references: Sequence[AnnotatedImage]) -> Profile:
-    """Return the words as they were generated, if the file has them."""
+    """Take the model's words, if the file has them, else the words between spaces."""
     return Profile(
         lambda generated: " ".join(generated.tokens or [generated.caption or ""]).split(),
         str.split,

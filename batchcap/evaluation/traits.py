@@ -1,4 +1,4 @@
-"""Properties of captions without references, and the value of their confidence."""
+"""Properties of captions that need no references, and how well confidence predicts scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,13 +45,13 @@ def traits_of(
     """Return the properties of these photos' captions.
 
     Raises:
-        UsageError: there are no such training captions.
-        InputError: they are wrong.
+        UsageError: the training captions are missing.
+        InputError: they are invalid.
     """
     captioned = [one for one in generated if one.caption is not None]
     words = [tuple(profile.cut(one)) for one in captioned]
     lengths = [len(caption) for caption in words] or [0]
-    told = [one.finished for one in captioned if one.finished is not None]
+    finished = [one.finished for one in captioned if one.finished is not None]
     return Traits(
         photos=len(generated),
         failed=len(generated) - len(captioned),
@@ -61,7 +61,7 @@ def traits_of(
         distinct=len(set(words)),
         distinct_1=_distinct(words, 1),
         distinct_2=_distinct(words, 2),
-        unfinished=1 - float(np.mean(told)) if told else None,
+        unfinished=1 - float(np.mean(finished)) if finished else None,
         seen=_seen(words, profile, training_captions) if training_captions else None,
     )
 

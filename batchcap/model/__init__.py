@@ -2,4 +2,4 @@
 
 from batchcap.process.environment import settle
 
-settle()  # before TensorFlow and Keras are imported, which the modules of this package do
+settle()  # before this package's modules import TensorFlow and Keras

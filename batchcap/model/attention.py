@@ -12,8 +12,8 @@ def summarise_attention(weights: npt.NDArray[np.float32]) -> list[dict[str, floa
 
     Returns:
         per word the centre of mass `row` and `col` in grid cells (0 is the centre of the first
-        cell), the strongest cell `peak_row`, `peak_col` and its weight `peak` (the first one in
-        row-major order where several are equal), and the `entropy` in nats.
+        cell), the strongest cell `peak_row`, `peak_col` and its weight `peak` (the first in
+        row-major order if several are equal), and the `entropy` in nats.
     """
     words, rows, columns = weights.shape
     flat = weights.reshape(words, rows * columns)

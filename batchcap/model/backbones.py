@@ -23,10 +23,10 @@ Range = tuple[float, float]
 Weights = str | None
 Build = Callable[[Weights, Shape], keras.Model]
 
-# Of ImageNet's red, green and blue, from 0 to 1.
+# Of ImageNet's red, green and blue channels, scaled to 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STDDEV = (0.229, 0.224, 0.225)
-MOST_UNUSUAL = 0.01  # difference of a range, as a share of it
+MOST_UNUSUAL = 0.01  # difference without a warning, as a share of the range
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def _of_keras(application: Callable[..., keras.Model]) -> Build:
 def _efficientnet_b0(weights: Weights, shape: Shape) -> keras.Model:
     """EfficientNet-B0 with constants instead of Keras's variables for colour normalisation.
 
-    Keras's layer ignores values assigned to its variables, and only with the weights "imagenet" is
-    there another one, which divides by the square root of the standard deviation
+    Keras's normalisation layer ignores values assigned to its variables. Only for the weights
+    "imagenet" does it add a layer that divides by the square root of the standard deviation
     (`keras/applications/efficientnet.py`).
     """
     original = _of_keras(keras.applications.EfficientNetB0)(weights, shape)
@@ -71,7 +71,7 @@ def _efficientnet_b0(weights: Weights, shape: Shape) -> keras.Model:
 def _lite(name: str) -> Build:
     def build(weights: Weights, shape: Shape) -> keras.Model:
         if weights == "imagenet":
-            raise ValueError("create them with jobs/convert_efficientnet_lite.py")
+            raise ValueError("Keras has none; create them with jobs/convert_efficientnet_lite.py")
         backbone = build_efficientnet_lite(name, shape)
         if weights is not None:
             backbone.load_weights(weights)
@@ -129,7 +129,7 @@ def build_backbone(
     """
     build = _backbone(config.name).build
     if weights not in (None, "imagenet") and not Path(weights).is_file():
-        raise ModelError(f"there is no backbone weights file {weights}")
+        raise ModelError(f"the backbone weights file {weights} does not exist")
     shape = (config.image_size, config.image_size, 3)
     try:
         with computing_in(precision):
@@ -140,7 +140,7 @@ def build_backbone(
             f"weights {weights} do not fit the backbone {config.name}: {reason}"
         ) from error
     for weight in backbone.weights:
-        # Folded into kernels, a NaN can pass ReLU6 as a number, and features look fine.
+        # Folded into a kernel, a NaN can leave ReLU6 as a number, and features look fine.
         if weights is not None and not np.isfinite(weight.numpy()).all():
             raise ModelError(f"weights {weights}: {weight.path} has values that are not finite")
     backbone.trainable = False
@@ -151,7 +151,7 @@ def build_backbone(
 def computing_in(precision: Precision) -> Iterator[None]:
     """Build layers that compute in a precision; their weights are float32.
 
-    The models of keras.applications take their precision from this global setting only.
+    Models of keras.applications take their precision only from this global setting.
     """
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(
@@ -167,7 +167,7 @@ def place_of(layer: str, backbone: keras.Model) -> int:
     """Return the index of a layer in a backbone.
 
     Raises:
-        ModelError: nowhere, or at its end.
+        ModelError: the backbone has no such layer, or no layer after it.
     """
     names = [each.name for each in backbone.layers]
     if layer not in names[:-1]:
@@ -188,7 +188,7 @@ def train_after(layer: str, backbone: keras.Model) -> None:
 def feature_grid(backbone: keras.Model, config: BackboneConfig, pixels: Any) -> tf.Tensor:
     """Return features `float32[B, S/32, S/32, D]` of `uint8[B, S, S, 3]` RGB pixels.
 
-    Batch normalisation uses the statistics of ImageNet, in training too.
+    Batch normalisation uses ImageNet's statistics, even in training.
     """
     low, high = config.input_range
     images = tf.cast(pixels, tf.float32) * ((high - low) / 255) + low

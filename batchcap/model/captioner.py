@@ -54,11 +54,11 @@ Weights = dict[str, npt.NDArray[Any]]
 
 
 class Captioner:
-    """Backbone, decoder and vocabulary of a model, compiled once per way to decode.
+    """Backbone, decoder and vocabulary of a model, compiled once per decode settings.
 
-    Batches of one shape are compiled once; use one batch size and pad the last batch. Can be called
-    from several threads. With `compiled` False, each operation runs by itself: slower, but the
-    first caption is ready seconds earlier.
+    Each batch shape is compiled once, so use one batch size and pad the last batch. Thread-safe.
+    With `compiled` False, each operation runs by itself: slower, but the first caption is ready
+    seconds earlier.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Captioner:
         """Caption a batch of photos.
 
         Args:
-            pixels: `uint8[B, S, S, 3]`, RGB; rows after those of the keys only pad the batch.
+            pixels: `uint8[B, S, S, 3]`, RGB; rows beyond `keys` only pad the batch.
             settings: how to decode; its `max_length` at most the model's.
-            keys: one string per photo, which seeds its draws: the same key, the same caption.
+            keys: a string per photo, which seeds its sampling: equal keys give equal captions.
 
         Raises:
-            MemoryError: the device has not enough for this batch.
+            MemoryError: the device has too little for this batch.
         """
         try:
             with self.clock.stage("features"):
@@ -107,12 +107,12 @@ class Captioner:
             with self.clock.stage("captions"):
                 return self.caption_features(features, settings, keys)
         except tf.errors.ResourceExhaustedError as error:
-            raise MemoryError(f"no memory for {len(pixels)} photos at a time") from error
+            raise MemoryError(f"not enough memory for {len(pixels)} photos at a time") from error
 
     def caption_features(
         self, features: Any, settings: DecodeSettings, keys: list[str]
     ) -> list[Caption]:
-        """Caption photos whose features `float32[B, G, D]` are known already."""
+        """Caption photos, given their features `float32[B, G, D]`."""
         write = self._writers(replace(settings, seed=0))
         rows = len(features)
         row_mask = np.arange(rows) < len(keys)
@@ -160,14 +160,14 @@ class Captioner:
 
         if not self.compiled:
             return partial(run, write)
-        # By XLA: a step is a hundred small operations, which cost more to start than to do.
-        # Convolutions and big products, which XLA is slow at on CPUs, stay outside.
+        # By XLA: a step is a hundred small operations, which take longer to start than to run.
+        # Convolutions and large products stay outside: XLA is slow at them on CPUs.
         compiled = tf.function(write, jit_compile=True, autograph=False)
         return tf.function(partial(run, compiled), autograph=False)
 
 
 def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.float32]:
-    """Return each photo's random numbers, by key and seed: `float32[B, T]` in [0, 1)."""
+    """Return `float32[B, T]` in [0, 1): random numbers from each photo's key and the seed."""
     uniforms = np.zeros((len(keys), settings.max_length), np.float32)
     if settings.temperature > 0:
         for row, key in enumerate(keys):
@@ -180,10 +180,10 @@ def uniform_draws(settings: DecodeSettings, keys: list[str]) -> npt.NDArray[np.f
 def load_captioner(
     directory: Path, execution: Execution | None = None, compiled: bool = True
 ) -> Captioner:
-    """Load the model of a directory, every file checked, to run as `execution` says.
+    """Load and check a model directory, to run as `execution` says.
 
     Raises:
-        ModelError: a file is missing, a field is wrong, or weights do not fit; says which.
+        ModelError: a file is missing, a field is wrong, or weights do not fit.
     """
     config = read_config(directory)
     vocabulary = Vocabulary.load(model_file(directory, VOCABULARY_FILE))
@@ -220,7 +220,7 @@ def _check_sizes(config: DecoderConfig, weights: Weights, source: Path) -> None:
     if config.layers > len(weights):
         raise ModelError(f"{source}: decoder.layers: {config.layers}, but the weights have fewer")
     for field, (name, shape) in expected.items():
-        found = weights[name].shape if name in weights else "not there"
+        found = weights[name].shape if name in weights else "no such tensor"
         if found != shape:
             raise ModelError(
                 f"{source}: decoder.{field}: {name} must have shape {shape}, but {WEIGHTS_FILE} "
@@ -256,12 +256,12 @@ def save_captioner(captioner: Captioner, directory: Path) -> None:
 
 
 def as_stored(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return matrices and kernels as float16; vectors as float32: variances can be below 1e-8."""
+    """Return matrices and kernels as float16, vectors as float32: variances can be below 1e-8."""
     return weight.astype(np.float16 if weight.ndim > 1 else np.float32)
 
 
 def round_weights(variables: Iterable[Any]) -> None:
-    """Give weights the values they will have when they are loaded again."""
+    """Round weights to the values they will have once saved and loaded."""
     for variable in variables:
         variable.assign(as_stored(variable.numpy()).astype(np.float32))
 
@@ -276,7 +276,7 @@ def read_weights(directory: Path) -> Weights:
     try:
         weights = {name: value.astype(np.float32) for name, value in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        # AttributeError: a number type that numpy does not have
+        # AttributeError: numpy lacks the number type
         raise ModelError(f"{path} is damaged ({excerpt(str(error))}): copy it again") from error
     for name, value in weights.items():
         if not np.isfinite(value).all():
@@ -295,12 +295,14 @@ def set_weights(
     """Assign weights to a network with the same names and shapes.
 
     Raises:
-        ModelError: a name is missing or unknown or a shape differs; the text begins with `source`.
+        ModelError: a name is missing or unknown or a shape differs; the text starts with `source`.
     """
     variables = _variables(backbone, decoder)
     if differing := sorted(variables.keys() ^ weights.keys()):
-        side = "lacks" if differing[0] in variables else "has, but the model does not,"
-        raise ModelError(f"{source} {side} {excerpt(differing[0])} ({len(differing)} names differ)")
+        fault = "lacks" if differing[0] in variables else "has the unknown tensor"
+        raise ModelError(
+            f"{source} {fault} {excerpt(differing[0])} (differing names: {len(differing)})"
+        )
     for name, variable in variables.items():
         if variable.shape != weights[name].shape:
             raise ModelError(
@@ -310,7 +312,7 @@ def set_weights(
 
 
 def _variables(backbone: keras.Model, decoder: CaptionDecoder) -> dict[str, Any]:
-    # Not `variables`, which have the seeds of dropout too, under names that count up.
+    # Not `variables`, which also has dropout's seeds, under names that count up.
     named = {f"backbone/{weight.path}": weight for weight in backbone.weights}
     named |= {variable.path: variable for variable in decoder.trainable_variables}
     return dict(sorted(named.items()))

@@ -38,7 +38,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] >= bounds[1]:
-        raise ValueError("must rise")
+        raise ValueError("the first must be below the second")
     return bounds
 
 
@@ -46,8 +46,8 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
 class BackboneConfig:
     """The backbone and its input.
 
-    `input_range` has the values of black and white pixels: (-1, 1) is right for the ImageNet
-    weights of MobileNet, (0, 1) is what models of the original notebook were trained with.
+    `input_range` has the values of a black and a white pixel: (-1, 1) for MobileNet's ImageNet
+    weights, (0, 1) for models of the original notebook.
     """
 
     __pydantic_config__ = STRICT
@@ -85,7 +85,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The content of `config.json`: all that is needed to build the network."""
+    """The content of `config.json`: everything needed to build the network."""
 
     __pydantic_config__ = STRICT
 
@@ -98,7 +98,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Read `config.json`, and check every field.
 
     Raises:
-        ModelError: no model directory, not JSON, or a field is missing, unknown or out of range.
+        ModelError: not a model directory, not JSON, or a field is missing, unknown or out of range.
     """
     path = model_file(directory, CONFIG_FILE)
     try:
@@ -124,7 +124,7 @@ def model_file(directory: Path, name: str) -> Path:
     """Return the path of a file that a model directory must have.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the directory lacks it.
     """
     path = directory / name
     if not path.is_file():

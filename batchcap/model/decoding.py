@@ -1,10 +1,10 @@
 """Generates words from logits: greedy and sampled captions in one loop, beam search in another.
 
-Ids only: no text, no photos, and no network, which is a step function. Shapes as in `network.py`,
+Ids only: no text and no photos; the network is a step function. Shapes as in `network.py`,
 with T the length limit and R the images still in the batch.
 
 Finished images leave the batch: when at most a quarter of it is unfinished, those rows are gathered
-and the loop continues with a quarter of the rows. So the cost follows the words that are written,
+and the loop continues with a quarter of the rows. So the cost follows the number of words,
 not the longest caption, and all shapes stay static.
 """
 
@@ -28,10 +28,10 @@ Choose = Callable[[Any, Any], Any]
 LogitFilter = Callable[[Any, Any, Any], Any]
 
 BARRED = -1e9
-IMPOSSIBLE = -1e8  # under any sum of real log-probabilities, above any sum with a barred word
+IMPOSSIBLE = -1e8  # below any sum of real log-probabilities, above any with a barred word
 
 TINY = 1e-6
-FEWEST_ROWS = 4  # a step costs much the same for fewer
+FEWEST_ROWS = 4  # a step costs about the same with fewer
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Generation:
 
     step: the network; called first with the start ids at position 0.
     max_length: T. grid_cells: G.
-    logit_filter: bars words before a choice, as `logit_filter` makes it.
-    choose: how `decode` chooses a word: `greedy`, or what `sampler` gives.
-    beam_size: K, of `beam_search`.
-    length_penalty: of `beam_search`; 0 compares sums of log-probabilities, which favours short
-        captions, 1 means.
+    logit_filter: bars words before a choice; see `logit_filter`.
+    choose: chooses a word in `decode`: `greedy` or a `sampler`.
+    beam_size: K, for `beam_search`.
+    length_penalty: for `beam_search`; 0 compares sums of log-probabilities, which favours short
+        captions; 1 compares means.
     """
 
     step: Step
@@ -59,7 +59,7 @@ class Generation:
 class Decoded(NamedTuple):
     """Captions of a batch, as tensors or arrays.
 
-    tokens: `int32[B, T]`, words, then padding; END left out. lengths: `int32[B]`, words per row.
+    tokens: `int32[B, T]`, words without END, then padding. lengths: `int32[B]`, words per row.
     log_probs: `float32[B, T]`, of each word, then of END if it was reached; then zeros. finished:
     `bool[B]`, END was reached within T positions. attention: `float32[B, T, G]`, weights over the
     image for each word; then zeros.
@@ -81,10 +81,10 @@ class _Written(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The images that are still in the batch; every tensor leads with R.
+    """The images still in the batch; every tensor's first axis is R.
 
-    unfinished: `bool[R]`, whether the image's caption is unfinished. result: what the image leaves
-    behind. working: what the next step needs.
+    unfinished: `bool[R]`, whether the image's caption is unfinished. result: the caption so far.
+    working: the next step's input.
     """
 
     unfinished: Any
@@ -100,24 +100,24 @@ def decode(
     row_mask: Any,
     start: Any = START_ID,
 ) -> Decoded:
-    """Write one caption an image, word by word, until each has reached END or T positions.
+    """Write one caption per image, word by word, until each has reached END or T positions.
 
-    Batch mates change nothing in a row. Log-probabilities are natural, of the logits as they come
+    A row does not depend on its batch mates. Log-probabilities are natural, of the unchanged logits
     (temperature 1, nothing barred).
 
     Args:
-        generation: how; its `choose` takes the random numbers.
-        cache: what the step carries from word to word, of one caption an image.
-        image: what the step sees of each image.
+        generation: how to write; its `choose` takes the random numbers.
+        cache: the step's state from word to word, for one caption per image.
+        image: what the step reads of each image.
         uniforms: `float32[B, T]` in [0, 1), random numbers.
-        row_mask: `bool[B]`; rows that only pad the batch are False, finished from the start.
+        row_mask: `bool[B]`; False in rows that only pad the batch, where nothing is written.
         start: `int32[]` or `int32[B]`, the id before the first word.
     """
     rows = uniforms.shape[0]
 
     def one_word(position: Any, rows: _Rows) -> _Rows:
         written, (last, cache, image, uniforms) = rows.result, rows.working
-        logits, looked, cache = generation.step(last[:, None], position, cache, image)
+        logits, attention, cache = generation.step(last[:, None], position, cache, image)
         logits = logits[:, 0]
         allowed = generation.logit_filter(logits, written.tokens, position)
         word = generation.choose(allowed, uniforms[:, position])
@@ -127,20 +127,20 @@ def decode(
             written,
             tf.where(is_word, word, PADDING_ID),
             tf.where(rows.unfinished, log_prob, 0.0),
-            tf.where(is_word[:, None], looked[:, 0], 0.0),
+            tf.where(is_word[:, None], attention[:, 0], 0.0),
             position,
         )
         return _Rows(is_word, written, (word, cache, image, uniforms))
 
     first = tf.broadcast_to(start, (rows,))
-    nothing = _nothing((rows,), generation)
-    beginning = _Rows(row_mask, nothing, (first, cache, image, uniforms))
+    empty = _empty((rows,), generation)
+    beginning = _Rows(row_mask, empty, (first, cache, image, uniforms))
     unfinished, written = _until_finished(one_word, beginning, generation.max_length)
     return _decoded(written, finished=row_mask & ~unfinished)
 
 
 def greedy(logits: Any, _uniforms: Any) -> Any:
-    """Return the most probable word of each row, the first of equals."""
+    """Return the most probable word of each row, the lowest id in a tie."""
     # XLA does not vectorise `tf.argmax` on CPUs: it takes an eighth of a step, this a twentieth.
     is_best = logits == tf.reduce_max(logits, axis=-1, keepdims=True)
     words = tf.range(logits.shape[-1])
@@ -150,14 +150,13 @@ def greedy(logits: Any, _uniforms: Any) -> Any:
 def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
     """Sample words from softmax(logits / temperature) by inverting its cumulative distribution.
 
-    `top_k` keeps only that many most probable words, and `top_p` the fewest of them whose
-    probabilities add up to it (Holtzman et al. 2020, nucleus sampling); of equally probable words
-    those with the lower ids. All random numbers come from outside, one per row and position: a row
-    gets the same words in any batch.
+    `top_k` keeps only that many of the most probable words, and `top_p` the fewest of these whose
+    probabilities add up to it (Holtzman et al. 2020, nucleus sampling); ties go to lower ids.
+    Random numbers are given, one per row and position: a row gets the same words in any batch.
     """
 
     def choose(logits: Any, uniforms: Any) -> Any:
-        # Near 0, where the division would overflow, the most probable word is certain already.
+        # Below TINY the division may overflow, and the most probable word is certain anyway.
         scaled = logits / max(temperature, TINY)
         size = logits.shape[-1]
         words = tf.range(size)
@@ -169,13 +168,13 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
         if top_p < 1:
             falling = tf.sort(probabilities, direction="DESCENDING")
             before = tf.cumsum(falling, axis=-1, exclusive=True)
-            is_enough = before >= max(top_p, TINY)  # never before the first one
+            is_enough = before >= max(top_p, TINY)  # False at the first word
             count = tf.reduce_min(tf.where(is_enough, words, size), axis=-1, keepdims=True)
             least = tf.reduce_min(tf.where(words < count, falling, 1.0), axis=-1, keepdims=True)
             probabilities = tf.where(_highest(probabilities, least, count), probabilities, 0.0)
         cumulative = tf.cumsum(probabilities, axis=-1)
         drawn = uniforms[:, None] * cumulative[:, -1:]
-        # XLA adds in another order for each word, so that sums can rise at words of probability 0.
+        # XLA adds in another order for each word, so sums can rise at words of probability 0.
         is_possible = probabilities > 0
         is_past = is_possible & (cumulative > drawn)
         last = tf.reduce_max(tf.where(is_possible, words, 0), axis=-1)
@@ -185,7 +184,7 @@ def sampler(temperature: float, top_k: int | None, top_p: float) -> Choose:
 
 
 def _highest(values: Any, least: Any, count: Any) -> Any:
-    """Return `bool[N, V]`: the `count` highest per row, down to `least`; of equals the first."""
+    """Return `bool[N, V]`: the `count` highest per row, down to `least`; ties go to the first."""
     is_higher, is_equal = values > least, values == least
     wanted = count - tf.reduce_sum(tf.cast(is_higher, tf.int32), axis=-1, keepdims=True)
     return is_higher | (is_equal & (tf.cumsum(tf.cast(is_equal, tf.int32), axis=-1) <= wanted))
@@ -243,10 +242,10 @@ class _Beams(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """Of each image the best finished caption; before there is one, the most probable one alive.
+    """Each image's best finished caption or, until there is one, its most probable beam alive.
 
-    score: `float32[R]`, its log-probability over its length to the power of the penalty.
-    finished: `int32[R]`, how many are.
+    score: `float32[R]`, log-probability / length ** `length_penalty`.
+    finished: `int32[R]`, the number of finished captions.
     """
 
     written: _Written
@@ -259,28 +258,28 @@ def beam_search(
 ) -> Decoded:
     """Keep the `beam_size` (K) most probable captions of each image; return the best finished one.
 
-    At each position every caption is extended by every word. Those of the K best extensions that
-    are by END are finished; the K best by words stay alive. An image is done when K captions are
-    finished, or at T positions. The best has the highest log-probability / length **
-    `length_penalty`, where END counts as a word; if none is finished, it is the most probable one
-    alive.
+    At each position, every caption is extended by every word. Of the K best extensions, those by
+    END are finished; the K best by other words stay alive. An image is done once K captions are
+    finished, or after T positions. The best caption has the highest log-probability / length **
+    `length_penalty`, where END counts as a word; if none is finished, the most probable beam alive
+    is returned.
 
     Args:
-        generation: how; its step takes K captions an image (C = K).
-        cache: what the step carries from word to word, of K captions an image.
-        image: what the step sees of each image.
-        row_mask: `bool[B]`; rows that only pad the batch are False.
+        generation: how to write; its step takes K captions per image (C = K).
+        cache: the step's state from word to word, for K captions per image.
+        image: what the step reads of each image.
+        row_mask: `bool[B]`; False in rows that only pad the batch.
         start: the id before the first word.
     """
     images, beam_size = row_mask.shape[0], generation.beam_size
-    # One caption to begin with: the others are out of the race until it has extensions enough.
+    # Begin with one caption: the extensions of the other K - 1 rank below all of its own.
     score = tf.one_hot(tf.zeros(images, tf.int32), beam_size, on_value=0.0, off_value=BARRED)
     beams = _Beams(
-        _nothing((images, beam_size), generation), score, tf.fill((images, beam_size), start)
+        _empty((images, beam_size), generation), score, tf.fill((images, beam_size), start)
     )
     best = _Best(
-        _nothing((images,), generation),
-        tf.zeros((images,)),  # counts once a caption is finished
+        _empty((images,), generation),
+        tf.zeros((images,)),  # not compared until a caption is finished
         tf.zeros((images,), tf.int32),
     )
     one_word = partial(_extend_beams, generation)
@@ -292,16 +291,16 @@ def beam_search(
 def _extend_beams(generation: Generation, position: Any, rows: _Rows) -> _Rows:
     beams, cache, image = rows.working
     beam_size = generation.beam_size
-    logits, looked, cache = generation.step(beams.last, position, cache, image)
+    logits, attention, cache = generation.step(beams.last, position, cache, image)
     log_probs = tf.nn.log_softmax(logits)
     scores, sources, words = _extensions(beams, log_probs, generation.logit_filter, position)
     ends = (words == END_ID) & (tf.range(2 * beam_size) < beam_size) & (scores > IMPOSSIBLE)
-    # The best one that ends, ahead of those that stay alive.
+    # Column 0 is the best finished caption; the others stay alive.
     first_end = tf.argmax(tf.cast(ends, tf.int32), axis=1, output_type=tf.int32)
     alive = tf.where(words == END_ID, -np.inf, scores)
     chosen = tf.concat([first_end[:, None], tf.math.top_k(alive, beam_size).indices], axis=1)
     scores, sources, words = _take((scores, sources, words), chosen)
-    written = _extended(beams.written, log_probs, looked, sources, words, position)
+    written = _extended(beams.written, log_probs, attention, sources, words, position)
     finished, alive = (tf.nest.map_structure(part, written) for part in (_first, _others))
     length = tf.cast(position + 1, tf.float32)
     newly_finished = tf.reduce_sum(tf.cast(ends, tf.int32), axis=1)
@@ -321,7 +320,7 @@ def _extensions(
 ) -> tuple[Any, Any, Any]:
     """Return the 2K best extensions, best first: score, caption, word, each `[R, 2K]`.
 
-    Twice as many as captions, since K of them may be by END.
+    Twice as many as beams, since K of them may be by END.
     """
     images, beam_size, words = log_probs.shape
     allowed = logit_filter(
@@ -335,26 +334,26 @@ def _extensions(
 
 
 def _extended(
-    written: _Written, log_probs: Any, looked: Any, sources: Any, words: Any, position: Any
+    written: _Written, log_probs: Any, attention: Any, sources: Any, words: Any, position: Any
 ) -> _Written:
     """Return the captions `sources`, `int32[R, M]`, extended by `words`, `int32[R, M]`."""
     images, beam_size, vocabulary = log_probs.shape
     flat = tf.reshape(log_probs, (images, beam_size * vocabulary))
-    written, looked = _take((written, looked), sources)
+    written, attention = _take((written, attention), sources)
     is_word = words != END_ID
     return _write(
         written,
         tf.where(is_word, words, PADDING_ID),
         _take(flat, sources * vocabulary + words),
-        tf.where(is_word[..., None], looked, 0.0),
+        tf.where(is_word[..., None], attention, 0.0),
         position,
     )
 
 
 def _better(best: _Best, newly: _Best, alive: _Written, unfinished: Any) -> _Best:
-    """`best`, replaced in unfinished rows by a newly finished caption with a higher score.
+    """Replace `best` in unfinished rows by a newly finished caption with a higher score.
 
-    Where none is finished yet, by the one alive.
+    Rows without a finished caption get the best beam alive.
     """
     is_higher = (best.finished == 0) | (newly.score > best.score)
     is_higher &= unfinished & (newly.finished > 0)
@@ -366,9 +365,9 @@ def _better(best: _Best, newly: _Best, alive: _Written, unfinished: Any) -> _Bes
 def _until_finished(
     advance: Callable[[Any, _Rows], _Rows], rows: _Rows, max_length: int
 ) -> tuple[Any, Any]:
-    """Advance rows, fewer and fewer, until all are finished or T positions are done.
+    """Advance ever fewer rows until all are finished or T positions are done.
 
-    Returns which are unfinished, `bool[B]`, and the results.
+    Returns `bool[B]`, which rows are unfinished, and the results.
     """
     results = rows.unfinished, rows.result
     places = tf.range(rows.unfinished.shape[0])
@@ -397,7 +396,7 @@ def _scatter(places: Any, whole: Any, part: Any) -> Any:
     return tf.tensor_scatter_nd_update(whole, places, part)
 
 
-def _nothing(rows: tuple[int, ...], generation: Generation) -> _Written:
+def _empty(rows: tuple[int, ...], generation: Generation) -> _Written:
     length = generation.max_length
     return _Written(
         tf.fill((*rows, length), PADDING_ID),
@@ -406,12 +405,12 @@ def _nothing(rows: tuple[int, ...], generation: Generation) -> _Written:
     )
 
 
-def _write(written: _Written, token: Any, log_prob: Any, looked: Any, position: Any) -> _Written:
+def _write(written: _Written, token: Any, log_prob: Any, attention: Any, position: Any) -> _Written:
     here = tf.range(written.tokens.shape[-1]) == position
     return _Written(
         tf.where(here, token[..., None], written.tokens),
         tf.where(here, log_prob[..., None], written.log_probs),
-        tf.where(here[:, None], looked[..., None, :], written.attention),
+        tf.where(here[:, None], attention[..., None, :], written.attention),
     )
 
 
@@ -433,11 +432,11 @@ def _others(tensor: Any) -> Any:
     return tensor[:, 1:]
 
 
-def _where(rows: Any, those: Any, these: Any) -> Any:
-    """Choose nested tensors `[R, ...]`: `those` in rows that are True, `these` in others."""
+def _where(is_chosen: Any, chosen: Any, others: Any) -> Any:
+    """Merge nested tensors `[R, ...]`: rows of `chosen` where `is_chosen`, else of `others`."""
 
-    def choose(that: Any, this: Any) -> Any:
-        shape = (-1, *(1 for _ in that.shape[1:]))
-        return tf.where(tf.reshape(rows, shape), that, this)
+    def merge(one: Any, other: Any) -> Any:
+        shape = (-1, *(1 for _ in one.shape[1:]))
+        return tf.where(tf.reshape(is_chosen, shape), one, other)
 
-    return tf.nest.map_structure(choose, those, these)
+    return tf.nest.map_structure(merge, chosen, others)

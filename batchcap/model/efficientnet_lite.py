@@ -1,9 +1,9 @@
-"""EfficientNet-Lite (Google 2020): EfficientNet without operations slow on CPUs and in integers.
+"""EfficientNet-Lite (Google 2020): EfficientNet without operations slow on CPUs or in integers.
 
-Mobile inverted bottlenecks of MobileNet v2 in the proportions of EfficientNet (Tan and Le 2019),
-without squeeze-and-excitation, with ReLU6 instead of swish, stem and last stage not scaled. Pixels
-are in [-127/128, 1]. The last stage's output is the grid of features; the 1x1 convolution to 1,280
-channels and the classes are left out.
+MobileNet v2's inverted bottlenecks in EfficientNet's proportions (Tan and Le 2019), without
+squeeze-and-excitation, with ReLU6 instead of swish. The stem's channels and the depth of the first
+and last stages are not scaled. Pixels are in [-127/128, 1]. The last stage's output is the grid of
+features; the 1x1 convolution to 1,280 channels and the classifier are omitted.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import keras
 
 STEM_CHANNELS = 32
-DIVISOR = 8  # of the number of channels
+DIVISOR = 8  # of numbers of channels
 EPSILON = 1e-3  # of the batch normalisation
 
 
@@ -36,7 +36,7 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
-# Factors of the channels and of the blocks.
+# Factors for the numbers of channels and of blocks.
 WIDTH_AND_DEPTH = {
     "efficientnet-lite0": (1.0, 1.0),
     "efficientnet-lite1": (1.0, 1.1),
@@ -69,7 +69,7 @@ def _blocks(width: float, depth: float) -> Iterator[Stage]:
 
 
 def _rounded(channels: float) -> int:
-    """Round to a multiple of `DIVISOR`, by no more than a tenth down."""
+    """Round to a multiple of `DIVISOR`, down by at most a tenth."""
     rounded = max(DIVISOR, int(channels + DIVISOR / 2) // DIVISOR * DIVISOR)
     return rounded + DIVISOR if rounded < 0.9 * channels else rounded
 
@@ -98,7 +98,7 @@ def _block(x: Any, block: Stage, name: str) -> Any:
 def _normalised(
     layer: Any, channels: int | None, kernel_size: int, name: str, x: Any, strides: int = 1
 ) -> Any:
-    """Apply a convolution without a bias, and batch normalisation."""
+    """Apply a convolution without a bias, then batch normalisation."""
     filters = () if channels is None else (channels,)
     convolution = layer(
         *filters, kernel_size, strides=strides, padding="same", use_bias=False, name=name

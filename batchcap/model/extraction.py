@@ -1,7 +1,6 @@
-"""Pixels to features with a frozen backbone: by TensorFlow, or on CPUs by OpenVINO.
+"""Pixels to features with a frozen backbone: by TensorFlow or, on CPUs, by OpenVINO.
 
-Both compute the same; a batch shape is compiled once. Extractors can be called from several
-threads.
+Both give the same features and compile each batch shape once. Extractors are thread-safe.
 """
 
 import logging
@@ -35,8 +34,8 @@ Extract = Callable[[npt.NDArray[np.uint8]], Any]
 Key = TypeVar("Key", bound=Hashable)
 Built = TypeVar("Built")
 
-# On CPUs activations of few photos stay in the caches: of TensorFlow's, which spreads a call over
-# the cores, eight take a gigabyte less than 64 and are as fast; an OpenVINO request is one core's.
+# On CPUs, the activations of a few photos stay in the caches. TensorFlow spreads a call over all
+# cores: 8 photos take a gigabyte less than 64 and are as fast. OpenVINO runs a request on one core.
 PHOTOS_PER_CALL = 8
 PHOTOS_PER_REQUEST = 2
 
@@ -75,7 +74,7 @@ def tensorflow_extractor(
 def openvino_extractor(
     backbone: keras.Model, config: BackboneConfig, precision: Precision, fingerprint: str
 ) -> Extract:
-    """Return an extractor by OpenVINO, one request per core.
+    """Return an extractor that runs OpenVINO, one request per core.
 
     The exported graph is cached under the model's fingerprint.
     """
@@ -99,7 +98,7 @@ def openvino_extractor(
         photos = math.gcd(len(pixels), PHOTOS_PER_REQUEST)
         model = compiled(photos)
         features = np.empty((len(pixels), *model.output(0).shape[1:]), np.float32)
-        # No AsyncInferQueue: with callbacks in Python its end can wait for itself forever.
+        # Not AsyncInferQueue: with Python callbacks, it can deadlock at its end.
         idle = [
             model.create_infer_request()
             for _ in range(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -132,7 +131,7 @@ def _exported(
     made_by = code_version(backbones, efficientnet_lite, "keras", "openvino")
     path = cache_folder("openvino") / f"{fingerprint[:32]}-{made_by[:16]}.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # checks a sum of each
+        with np.load(path, allow_pickle=False) as arrays:  # verifies a checksum of each
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         arrays = _export(backbone, config)

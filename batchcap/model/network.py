@@ -4,10 +4,10 @@ Shapes, here and in `decoding.py`: B images, N caption rows (N = B * C, the C ca
 side by side), T positions, G grid cells, D feature channels, U units, H heads, K key size, V words
 in the vocabulary.
 
-The layers are the notebook's, with one difference of form: attention keys and values are computed
-by calls of their own, so that decoding keeps those of earlier words and of the image. Before them,
-`feature_norm` can bring all grid cells to one size: otherwise softmax finds the faintest cells,
-those of background and border, whatever the word.
+The layers are the notebook's, but attention keys and values are computed by separate calls, so that
+decoding can keep those of earlier words and of the image. `feature_norm` first scales all grid
+cells to one size: otherwise attention falls on the faintest cells, those of background and border,
+whatever the word.
 """
 
 from functools import partial
@@ -48,7 +48,7 @@ class Attention(keras.layers.Layer):
         self.dropout = keras.layers.Dropout(config.dropout)
 
     def build(self, *_: Any) -> None:
-        # By hand, since keys and values are computed outside `call`: so weights get stable paths.
+        # By hand, since keys and values are computed outside `call`; gives weights stable paths.
         self.query.build((None, None, self.units))
         self.key.build((None, None, self.seen_size))
         self.value.build((None, None, self.seen_size))
@@ -67,7 +67,7 @@ class Attention(keras.layers.Layer):
             x: `float32[rows, T, U]`, the queries' input.
             seen: keys and values of the same rows.
             mask: `bool[T, places]`, True where a query may look; None for everywhere.
-            training: whether weights are dropped.
+            training: whether dropout is on.
 
         Returns:
             the mixed values `float32[rows, T, U]` and the weights `float32[rows, H, T, places]`.
@@ -124,14 +124,14 @@ class DecoderLayer(keras.layers.Layer):
         Returns:
             `float32[N, T, U]`, and the cross-attention weights `float32[B, H, C * T, G]`.
         """
-        attend_norm, look_norm, feed_norm = self.norms
-        attended, _ = self.self_attention(x, past, mask, training=training)
-        x = attend_norm(x + attended)
-        # The captions of an image are laid end to end: one product with its keys serves them all.
+        self_norm, cross_norm, feed_norm = self.norms
+        from_words, _ = self.self_attention(x, past, mask, training=training)
+        x = self_norm(x + from_words)
+        # An image's captions are laid end to end: one product with its keys serves them all.
         images = image.keys.shape[0] or tf.shape(image.keys)[0]
         queries = einops.rearrange(x, "(b c) t u -> b (c t) u", b=images)
-        looked, weights = self.cross_attention(queries, image, training=training)
-        x = look_norm(x + ops.reshape(looked, ops.shape(x)))
+        from_image, weights = self.cross_attention(queries, image, training=training)
+        x = cross_norm(x + ops.reshape(from_image, ops.shape(x)))
         fed = self.dropout(self.narrow(self.widen(x)), training=training)
         return feed_norm(x + fed), weights
 
@@ -146,7 +146,7 @@ class CaptionDecoder(keras.layers.Layer):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(name="decoder")
         self.config = config
-        # The words, and the ids that stand before captions of a style.
+        # The words, then the ids that begin captions of each style.
         self.words = keras.layers.Embedding(
             config.vocabulary_size + len(config.styles), config.units, name="words"
         )
@@ -188,10 +188,10 @@ class CaptionDecoder(keras.layers.Layer):
         return self.output_logits(x) + self.banned
 
     def empty_cache(self, images: int, captions: int, length: int) -> list[KeysValues]:
-        """Return per layer an empty self-attention cache: `[B, C, H, T, K]` with T of `length`."""
+        """Return per layer an empty self-attention cache: `[B, C, H, T, K]` with T = `length`."""
         shape = (images, captions, self.config.heads, length, self.config.key_size)
-        room = ops.zeros(shape, self.compute_dtype)
-        return [KeysValues(room, room) for _ in self.layers]
+        zeros = ops.zeros(shape, self.compute_dtype)
+        return [KeysValues(zeros, zeros) for _ in self.layers]
 
     def step(
         self, tokens: Any, position: Any, cache: list[KeysValues], image: list[KeysValues]
@@ -201,22 +201,22 @@ class CaptionDecoder(keras.layers.Layer):
         Args:
             tokens: `int32[B, C]`, one word of each.
             position: `int32[]`, the place of these words in their captions, from 0.
-            cache: as `empty_cache` or the last step gave it.
-            image: as `keys_values` gave it.
+            cache: from `empty_cache` or the last step.
+            image: from `keys_values`.
 
         Returns:
             logits `float32[B, C, V]` of the next word, cross-attention averaged over layers and
-            heads `float32[B, C, G]`, and the cache with this word in it.
+            heads `float32[B, C, G]`, and the cache with these words.
         """
         images, captions = tokens.shape
         x = self.words(ops.reshape(tokens, (-1, 1))) + self.positions(ops.reshape(position, (1, 1)))
-        seen = ops.arange(cache[0].keys.shape[3])[None, :] <= position
+        mask = ops.arange(cache[0].keys.shape[3])[None, :] <= position
         weights_per_layer, grown = [], []
         for layer, past, keys_values in zip(self.layers, cache, image, strict=True):
             new = layer.self_attention.keys_values(x)
             past = KeysValues(*map(partial(_place, position), past, new))
             rows = KeysValues(*(einops.rearrange(t, "b c h t k -> (b c) h t k") for t in past))
-            x, weights = layer(x, rows, seen, keys_values)
+            x, weights = layer(x, rows, mask, keys_values)
             weights_per_layer.append(weights)
             grown.append(past)
         attention = einops.reduce(ops.stack(weights_per_layer), "l b h c g -> b c g", "mean")
@@ -235,7 +235,7 @@ def log_frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Return the initial output bias, `float32[V]`: the log relative frequency of each word.
 
     With it, an untrained model already has the loss of a unigram model. Banned words do not count;
-    words never seen start as if they were seen half a time.
+    words that never occur start as if they occurred half a time.
     """
     weights = np.maximum(counts.astype(np.float64), 0.5)
     weights[list(BANNED_IDS)] = 0

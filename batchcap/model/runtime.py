@@ -1,4 +1,4 @@
-"""The runtime: TensorFlow started quietly, device, runtime, precision."""
+"""Starts TensorFlow quietly; chooses device, runtime and precision."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from batchcap.settings import Precision, Runtime
 
 @dataclass(frozen=True)
 class Execution:
-    """How the backbone is run: nothing is `auto` any more."""
+    """How the backbone runs, with every `auto` resolved."""
 
     device: str = "CPU"
     runtime: Runtime = Runtime.TENSORFLOW
@@ -28,7 +28,7 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
     """Choose device, runtime and precision on this machine; starts TensorFlow.
 
     Raises:
-        UsageError: OpenVINO is asked for and not installed, or can't compute so on this CPU.
+        UsageError: OpenVINO is requested but not installed, or lacks the precision on this CPU.
     """
     device = start_tensorflow()
     installed = find_spec("openvino") is not None
@@ -46,8 +46,8 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
 def precision_of(precision: Precision) -> Precision:
     """Return the precision; `auto` is float32 on any machine.
 
-    float16 changes 1.6 % of 1,000 photos' captions, bfloat16 14 to 18 %; a change of more than 1 %
-    must be requested.
+    float16 changes 1.6 % of 1,000 photos' captions, bfloat16 14 to 18 %; a precision that changes
+    more than 1 % must be requested.
     """
     return Precision.FLOAT32 if precision is Precision.AUTO else precision
 
@@ -71,8 +71,8 @@ def import_openvino() -> Any:
 def start_tensorflow() -> str:
     """Import TensorFlow and Keras, and return the name of the device.
 
-    Output of C++ code is shown only if the start fails: it complains of a missing GPU before it has
-    read its log level.
+    Output of C++ code is shown only if the import fails: it complains about a missing GPU before
+    it reads its log level.
 
     Raises:
         BatchcapError: TensorFlow can't be imported.
@@ -87,7 +87,7 @@ def start_tensorflow() -> str:
                 f"cannot import TensorFlow ({_first_cause(error)}): check its installation and the "
                 "machine's memory"
             ) from error
-        # Else float32 has 10 bits on newer GPUs, and captions change with the batch.
+        # Otherwise newer GPUs round float32 to 10 bits, and captions change with the batch.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         gpus = tf.config.list_physical_devices("GPU")
         if not gpus:
@@ -96,7 +96,7 @@ def start_tensorflow() -> str:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Return the first error of a chain: TensorFlow's own says nothing in its first line."""
+    """Return the first error of a chain: TensorFlow's own first line says nothing."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return first_line(error)

@@ -1,7 +1,7 @@
 """Captions to words to ids, and back: segmentation, vocabulary, joining of words.
 
-The only user of jieba, which is imported when the first caption is cut. Knows no photos, no
-networks, and no START and END.
+The only user of jieba, which is imported when the first caption is cut. Knows no photos and no
+networks.
 """
 
 import functools
@@ -30,8 +30,8 @@ END_ID = 3
 SPECIAL_WORDS = ("[PAD]", "[UNK]", "[START]", "[END]")
 
 LONGEST_WORD = 1000  # characters
-# Of Unicode: control and format characters, surrogates, private use, ends of lines and paragraphs.
-# Characters that a newer Unicode has assigned are words of models trained there.
+# Unicode's control and format characters, surrogates, private use, line and paragraph separators.
+# Not unassigned ones: models trained with a newer Unicode may have them in words.
 ODD_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
 
 MIRRORED = str.maketrans("左右", "右左")
@@ -64,14 +64,14 @@ def _strip_punctuation(word: str) -> str:
 
 @functools.cache
 def _tokenizer() -> Any:
-    """Return a jieba tokenizer of our own, silent, with its cache in a private directory."""
+    """Return a silent jieba tokenizer with its cache in a private directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its old escapes and pkg_resources warn on stderr
         jieba = importlib.import_module("jieba")
     jieba.setLogLevel(logging.CRITICAL + 1)  # it logs even a cache it cannot write
     tokenizer = jieba.Tokenizer()
-    # Set although it may not be writable: jieba's default is a file in /tmp that anyone could
-    # have put there, and it works without a cache.
+    # Set even if not writable: jieba works without a cache, and its default is a file in /tmp that
+    # anyone could have put there.
     tokenizer.tmp_dir = str(cache_folder())
     tokenizer.initialize()
     return tokenizer
@@ -79,7 +79,7 @@ def _tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a model; a word's place is its id. The first four are `SPECIAL_WORDS`."""
+    """The words of a model; a word's index is its id. The first four are `SPECIAL_WORDS`."""
 
     words: tuple[str, ...]
 
@@ -88,7 +88,7 @@ class Vocabulary:
         """Build a vocabulary of the most frequent words of cut captions, ties by code point.
 
         At most `max_size` words, including the four special ones, each with at least `min_count`
-        occurrences. Words that `load` would reject are left out.
+        occurrences. Words that `load` would reject are skipped.
         """
         counts = Counter(word for caption in captions for word in caption)
         frequent = [
@@ -101,15 +101,15 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file of one word per line; ModelError names the wrong line."""
+        """Read a file of one word per line; ModelError names the invalid line."""
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
-            raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
+            raise ModelError(f"{path} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
-            raise ModelError(f"{path} is not UTF-8; copy the model again.") from error
+            raise ModelError(f"{path} is not UTF-8: copy the model again") from error
         if text.count("\n") > MAX_WORDS:
-            raise ModelError(f"{path} has more than {MAX_WORDS:,} lines; copy the model again.")
+            raise ModelError(f"{path} has more than {MAX_WORDS:,} lines: copy the model again")
         words = text.removesuffix("\n").split("\n")
         _check_words(path, words)
         return cls(tuple(words))
@@ -138,17 +138,18 @@ def _check_words(path: Path, words: list[str]) -> None:
     first_line: dict[str, int] = {}
     for line, word in enumerate(words, start=1):
         if line <= len(SPECIAL_WORDS) and word != SPECIAL_WORDS[line - 1]:
-            reason = f"{SPECIAL_WORDS[line - 1]} is expected, not {shown(word)}"
+            reason = f"expected {SPECIAL_WORDS[line - 1]}, not {shown(word)}"
         elif fault := _fault_of(word):
             reason = fault
         elif word in first_line:
-            reason = f"{excerpt(word)} stands on line {first_line[word]} already"
+            reason = f"{excerpt(word)} is already on line {first_line[word]}"
         else:
             first_line[word] = line
             continue
-        raise ModelError(f"{path}:{line}: {reason}; copy the model again.")
+        raise ModelError(f"{path}:{line}: {reason}: copy the model again")
     if len(words) < len(SPECIAL_WORDS):
-        raise ModelError(f"{path}:{len(words)}: {SPECIAL_WORDS[len(words)]} is missing.")
+        reason = f"{SPECIAL_WORDS[len(words)]} is missing"
+        raise ModelError(f"{path}:{len(words)}: {reason}: copy the model again")
 
 
 def _fault_of(word: str) -> str | None:
@@ -158,20 +159,20 @@ def _fault_of(word: str) -> str | None:
     if len(word) > LONGEST_WORD:
         return f"a word of {len(word):,} characters"
     if any(char.isspace() or unicodedata.category(char) in ODD_CATEGORIES for char in word):
-        return f"{shown(word)} is no word"
+        return f"{shown(word)} is not a word"
     return None
 
 
 def start_ids(vocabulary_size: int, styles: Sequence[str]) -> dict[str | None, int]:
-    """Return the id that captions of each style begin with, and of None, which is any style."""
+    """Return the id that begins captions of each style; None stands for any style."""
     return {None: START_ID} | {style: vocabulary_size + i for i, style in enumerate(styles)}
 
 
 def mirrored_ids(vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
     """Return `int32[V]`: the id of each word in the caption of the flipped photo.
 
-    A word with 左 or 右 becomes its counterpart, or UNKNOWN_ID if the vocabulary has none; a word
-    with both, such as 左右, and any other stays.
+    A word with 左 or 右 becomes its counterpart, or UNKNOWN_ID if the vocabulary has none; words
+    with both, such as 左右, and all others stay.
     """
     return np.array([_mirrored_id(vocabulary, word) for word in vocabulary.words], dtype=np.int32)
 

@@ -23,8 +23,8 @@ from batchcap.storage.remote import is_url, matching, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 PARQUET_SUFFIX = ".parquet"
-MAX_PHOTO_BYTES = 1 << 26  # some two hundred photos of archives are in memory at a time
-ROWS_READ = 16  # of a Parquet file at a time
+MAX_PHOTO_BYTES = 1 << 26  # up to about 200 archive photos are in memory at a time
+ROWS_READ = 16  # at a time, from a Parquet file
 BUFFER_BYTES = 1 << 20
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -32,18 +32,19 @@ _WILD = re.compile(r"[*?[]")
 _VARIABLE = re.compile(rf"{_RANGE.pattern}|{_WILD.pattern}")
 
 TOO_LARGE = Rejection(
-    ErrorType.TOO_LARGE, f"In an archive, a photo has {MAX_PHOTO_BYTES:,} bytes at most; unpack it."
+    ErrorType.TOO_LARGE,
+    f"In an archive, a photo may have at most {MAX_PHOTO_BYTES:,} bytes; unpack the archive.",
 )
 NO_BYTES = Rejection(ErrorType.MISSING, "The row has neither bytes nor a path.")
 
-# (folder or archive, why it, or the rest of it, can't be read)
+# (folder or archive, why it could not be fully read)
 Unread = Callable[[str, str], object]
 
 
 class Archive(NamedTuple):
     """A tar or a Parquet file of an input.
 
-    name: its path below the directory of all archives of the input: the same on every machine.
+    name: its path below the input archives' common directory, the same on every machine.
     """
 
     path: str
@@ -73,19 +74,19 @@ def archives_of(source: str) -> list[Archive]:
     for name in _numbered(source):
         paths.update(_matching(name) if _WILD.search(name) else [name])
     if not paths:
-        raise UsageError(f"There is no {source}; check the path.")
+        raise UsageError(f"there is no {source}: check the path")
     folder = _without_scheme(_VARIABLE.split(source)[0]).rpartition("/")[0]
     names = {path: _without_scheme(path).removeprefix(folder).lstrip("/") for path in paths}
     return [Archive(path, names[path]) for path in sorted(paths)]
 
 
 def _without_scheme(path: str) -> str:
-    """The path alone: a store that is asked for `s3a://` lists `s3://`."""
+    """Return the path alone: a store that is asked for `s3a://` lists `s3://`."""
     return path.partition("://")[2].lstrip("/") if is_url(path) else path
 
 
 def _numbered(source: str) -> Iterator[str]:
-    """Yield the names that `{000..999}` expands to, with as many digits as its start."""
+    """Yield the names that `{000..999}` expands to, zero-padded like its start."""
     first, *others = _RANGE.split(source)[::3]
     ranges = [
         [str(number).zfill(len(start)) for number in range(int(start), int(end) + 1)]
@@ -123,7 +124,7 @@ def check_columns(archive: Archive, columns: Columns) -> None:
 def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator[ImageRef]:
     """Yield the photos of a Parquet file, in its order.
 
-    `image_id` is not escaped yet: the value of the id column or the path or, where that is null or
+    `image_id`, not escaped yet, is the value of the id column or the path or, if that is null or
     empty, file and row: `photos-00000.parquet:0000012`. Only a photo without `data` has a path.
     """
     with reporting(archive.path, unread), _opened_parquet(archive) as file:
@@ -141,7 +142,7 @@ def read_parquet(archive: Archive, columns: Columns, unread: Unread) -> Iterator
 
 
 def open_archive(path: str) -> IO[bytes]:
-    """Open a tar or a Parquet file, which is read more than once.
+    """Open a tar or a Parquet file for reading more than once.
 
     Raises:
         OSError: it can't be opened, or is a pipe or a device.
@@ -161,7 +162,7 @@ def _opened_parquet(archive: Archive) -> Iterator[pq.ParquetFile]:
 
 
 def _ids_in(column: pa.Array) -> list[str]:
-    """Return ids as strings, empty if there is none."""
+    """Return the ids of a column as strings; a null becomes empty."""
     if pa.types.is_temporal(column.type):  # Python has no nanoseconds, nor years after 9999
         column = column.cast(pa.string())
     return ["" if value is None else _text(value) for value in column.to_pylist()]
@@ -194,24 +195,24 @@ def _problem(schema: pa.Schema, columns: Columns) -> str | None:
     if _is_bytes(kind) or _is_path(kind) or _is_hugging_face(kind):
         return None
     return (
-        f"has a column {columns.image!r} that is {kind}, neither bytes nor paths of photos: name "
+        f"has a column {columns.image!r} of type {kind}, neither bytes nor paths of photos: name "
         "another with --image-column"
     )
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    kind = _decoded(kind)
-    is_any = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
-    return pa.types.is_fixed_size_binary(kind) or any(is_one(kind) for is_one in is_any)
+    kind = _value_type(kind)
+    checks = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return pa.types.is_fixed_size_binary(kind) or any(check(kind) for check in checks)
 
 
 def _is_path(kind: pa.DataType) -> bool:
-    kind = _decoded(kind)
-    is_any = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
-    return any(is_one(kind) for is_one in is_any)
+    kind = _value_type(kind)
+    checks = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(check(kind) for check in checks)
 
 
-def _decoded(kind: pa.DataType) -> pa.DataType:
+def _value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -239,5 +240,5 @@ def reporting(archive: str, unread: Unread) -> Iterator[None]:
         raise
     except OSError as error:
         unread(archive, error.strerror or str(error))
-    except Exception as error:  # tars, their compression and Parquet have nothing in common
+    except Exception as error:  # tarfile, decompressors and pyarrow share no base class
         unread(archive, first_line(error))

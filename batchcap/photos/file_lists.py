@@ -1,4 +1,4 @@
-"""Lists of file names: read in any Unicode encoding; likely faults of one."""
+"""Read lists of file names in any Unicode encoding, and guess what is wrong with one."""
 
 import codecs
 import re
@@ -13,7 +13,7 @@ BYTE_ORDER_MARKS = (  # the longest first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-FAULTS = (  # pattern of wrong names; their fault, and what to do
+FAULTS = (  # (pattern of wrong names, their fault and its remedy)
     (r".*[\0\ufffd\udc80-\udcff].*", "are not UTF-8; save the list as UTF-8"),
     (r".*[,;\t].*", "look like rows of a table; keep one name a line and nothing else"),
     (r"""(["'`]).*\1""", "are in quotes; remove the quotes"),
@@ -22,7 +22,7 @@ FAULTS = (  # pattern of wrong names; their fault, and what to do
     (r"[~$].*", "start with ~ or a variable; write full paths"),
 )
 OTHER_FOLDER = (
-    "may be relative to another folder than the list's (the current one, for standard input); "
+    "may be relative to a folder other than the list's (the current one, for standard input); "
     "write full paths"
 )
 
@@ -40,16 +40,16 @@ def names_in(file: IO[bytes]) -> Iterator[str]:
             separator = "\0" if "\0" in rest else "\n"
         if separator:
             *names, rest = rest.split(separator)
-            yield from (_ended(name, separator) for name in names)
-    yield _ended(rest, separator)
+            yield from (_without_cr(name, separator) for name in names)
+    yield _without_cr(rest, separator)
 
 
-def _ended(name: str, separator: str) -> str:
+def _without_cr(name: str, separator: str) -> str:
     return name if separator == "\0" else name.removesuffix("\r")
 
 
 def _texts(file: IO[bytes]) -> Iterator[str]:
-    read = getattr(file, "read1", file.read)  # `read1` does not wait for more of a pipe
+    read = getattr(file, "read1", file.read)  # `read1` does not wait for a pipe to fill
     start = b""
     while len(start) < len(codecs.BOM_UTF32_LE) and (data := read(READ_BYTES)):
         start += data
@@ -66,8 +66,8 @@ def _encoding_of(start: bytes) -> tuple[bytes, str]:
     for mark, encoding in BYTE_ORDER_MARKS:
         if start.startswith(mark):
             return mark, encoding
-    is_used = bytes(byte != 0 for byte in start[:4])
-    return b"", {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}.get(is_used, "utf-8")
+    is_nonzero = bytes(byte != 0 for byte in start[:4])
+    return b"", {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}.get(is_nonzero, "utf-8")
 
 
 def likely_fault(names: Sequence[str]) -> str:

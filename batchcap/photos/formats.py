@@ -58,7 +58,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 TGA_END = b"TRUEVISION-XFILE.\0"
 
-# By the brands behind `ftyp`, the major one first.
+# By the brands after `ftyp`, the major one first.
 BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm"), "HEIC"),
@@ -66,9 +66,9 @@ BRANDS = {
     b"crx ": CAMERA_RAW,  # Canon since 2018
 }
 # An item's entry: version, flags, id (2 bytes, or 4 in version 3), protection, type.
-ITEM_OF_METADATA = re.compile(rb"(infe(?:\x02...|\x03.....)....)(?:Exif|mime)", re.DOTALL)
+METADATA_ITEM = re.compile(rb"(infe(?:\x02...|\x03.....)....)(?:Exif|mime)", re.DOTALL)
 BOXED_FORMATS = ("AVIF", "HEIC")
-GENERAL_BRANDS = {b"mif1", b"msf1"}  # of HEIC where no other brand tells
+GENERAL_BRANDS = {b"mif1", b"msf1"}  # HEIC, unless another brand decides
 MAX_BRANDS = 64
 
 
@@ -92,7 +92,7 @@ def _name_by_brand(data: bytes) -> str:
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
-    """Return the larger of canvas and first frame; the canvas without a frame.
+    """Return the larger of canvas and first frame; the canvas if there is no frame.
 
     Pillow allocates a frame's disposal when it opens the file.
     """
@@ -115,7 +115,7 @@ def _gif_palette_bytes(flags: int) -> int:
 
 
 def ends_within_box(data: bytes) -> bool:
-    """Whether an AVIF or HEIC ends within one of its outermost boxes."""
+    """Whether an AVIF or HEIC ends within a top-level box."""
     position = 0
     while position + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -129,10 +129,10 @@ def ends_within_box(data: bytes) -> bool:
 
 def _without_items(data: bytes) -> bytes:
     """Rename the EXIF and XMP items of an AVIF or HEIC, so that decoders ignore them."""
-    return ITEM_OF_METADATA.sub(rb"\1skip", data)
+    return METADATA_ITEM.sub(rb"\1skip", data)
 
 
-# The (width, height) that a decoder allocates when it sees the header, or that END_CHECKS unpack.
+# The (width, height) that a decoder allocates on reading the header, or that END_CHECKS unpack.
 HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "PNG": png.size,
     "GIF": _gif_size,
@@ -140,8 +140,8 @@ HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "TIFF": tiff.size,
 }
 
-# Raise if pixels of the first picture are missing. GIF, BMP, AVIF and HEIC need no check: their
-# decoders notice it themselves.
+# Raise if pixels of the first picture are missing. The decoders of GIF, BMP, AVIF and HEIC notice
+# that themselves.
 END_CHECKS: dict[str, Callable[[bytes], None]] = {
     "JPEG": jpeg.check_end,
     "PNG": png.check_chunks,

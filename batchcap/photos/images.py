@@ -64,15 +64,15 @@ from batchcap.storage.remote import describe, is_url, read_file
 
 MAX_FILE_BYTES = 1 << 30  # a photo of MAX_PIXELS fits uncompressed; a film named .jpg does not
 READ_ATTEMPTS = 2
-# File systems stamp times by the tick of the kernel's clock, 10 ms at most: what is written twice
-# within one has the same time twice.
+# File systems take times from the kernel's clock, whose tick is up to 10 ms: two writes within one
+# get the same time.
 CLOCK_TICK_S = 0.01
 
-# No photo is refused for damaged metadata, and cron mails what a run writes on stderr.
+# Damaged metadata rejects no photo, and cron mails whatever a run prints on stderr.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# The classes, because Image.open would apply Pillow's own pixel limit. The JPEG class reads an MPO
-# as the JPEG it begins with.
+# Classes, because Image.open would apply Pillow's own pixel limit. The JPEG class reads an MPO as
+# the JPEG it begins with.
 OPENERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -92,14 +92,14 @@ with contextlib.suppress(ImportError):  # the extra `heic`
 STDERR = 2
 STDERR_LOCK = threading.Lock()
 
-UNREAD_TIFFS = ("unknown pixel mode", "Invalid value for samples per pixel")
-# libtiff returns samples in the byte order of the machine; Pillow reads them in the file's.
+UNSUPPORTED_TIFF_ERRORS = ("unknown pixel mode", "Invalid value for samples per pixel")
+# libtiff returns samples in the machine's byte order; Pillow reads them in the file's.
 MACHINE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 ANIMATED_FORMATS = {"GIF", "PNG", "WebP", "AVIF"}
 FRAMES_LOOKED_AT = 100
 
 Resize = Callable[[Image.Image, int], Image.Image]
-# `uint8[H, W, 3]`, the photo's upright (width, height), and a note if it is not whole.
+# `uint8[H, W, 3]`, the photo's upright (width, height), and a note if it is truncated.
 Decoded = tuple[npt.NDArray[np.uint8], tuple[int, int], Rejection | None]
 # A str is a path or a URL.
 Source = ImageRef | str | os.PathLike[str]
@@ -127,16 +127,16 @@ MISSING_FILE = "There is no such file; it may have been moved or deleted meanwhi
 CHANGED_FILE = "The file changed while it was read; caption it when it is complete."
 TRUNCATED_NOTE = Rejection(
     ErrorType.TRUNCATED,
-    "The file ends before the photo does; what there is of it was captioned.",
+    "The file ends before the photo does; only its beginning was captioned.",
 )
 
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How photos are loaded: side of the square, and what is rejected.
+    """How to load photos: the side of the square, and what to reject.
 
     `max_pixels` is compared with the header, before anything is decoded. `accept_truncated` accepts
-    the beginning of a file that ends early: the rest is grey, black or what the format makes of it.
+    the beginning of a file that ends early: the rest is grey, black or whatever the format yields.
     """
 
     image_size: int
@@ -148,9 +148,9 @@ def load_image(source: Source, settings: LoadSettings) -> LoadedImage:
     """Read one file and resize its photo to a square of `settings.image_size` pixels a side (S).
 
     The pixels are `uint8[S, S, 3]`, RGB, contiguous: rotated by EXIF, composited on white, resized
-    by antialiased bilinear without keeping the aspect ratio. Of an animation, the first visible
-    frame; of a file of several pictures, the first. Raises nothing for any file; safe in several
-    threads and processes.
+    by antialiased bilinear without keeping the aspect ratio. An animation yields its first visible
+    frame, a file of several pictures its first. No file raises; safe in several threads and
+    processes.
     """
     return _load(source, settings, _squashed)
 
@@ -188,7 +188,7 @@ def _load(source: Source, settings: LoadSettings, resize: Resize) -> LoadedImage
 
 
 def _read(photo: ImageRef) -> tuple[bytes, int | None]:
-    """Return a photo's bytes and modification time, where there is one."""
+    """Return a photo's bytes and modification time, if it has one."""
     return _read_url(photo.path) if is_url(photo.path) else _read_file(Path(photo.path))
 
 
@@ -196,32 +196,32 @@ def _read_url(url: str) -> tuple[bytes, int | None]:
     size_and_time: tuple[int | None, int | None] = None, None
     try:
         for _ in range(READ_ATTEMPTS):
-            told = describe(url)
-            size_and_time = told.size, told.mtime_ns
-            _check_file_size(told.size or 0, told.mtime_ns)
+            file = describe(url)
+            size_and_time = file.size, file.mtime_ns
+            _check_file_size(file.size or 0, file.mtime_ns)
             data = read_file(url)
-            if told.size is None or len(data) == told.size:
-                return data, told.mtime_ns
+            if file.size is None or len(data) == file.size:
+                return data, file.mtime_ns
     except FileNotFoundError as error:
         raise RejectionError(ErrorType.MISSING, MISSING_FILE) from error
     except (OSError, UsageError) as error:
         reason = one_line(getattr(error, "strerror", None) or str(error))
-        # Other failures pass: without size and time, the next run tries again.
-        lasts = isinstance(error, PermissionError)
+        # Other failures may be temporary: without size and time, the next run tries again.
+        is_permanent = isinstance(error, PermissionError)
         raise RejectionError(
             ErrorType.UNREADABLE,
-            f"The store does not give the file out ({reason}).",
-            *(size_and_time if lasts else (None, None)),
+            f"The file cannot be read ({reason}); check the store and your access to it.",
+            *(size_and_time if is_permanent else (None, None)),
         ) from error
     raise RejectionError(ErrorType.CHANGED, CHANGED_FILE)
 
 
 def _read_file(path: Path) -> tuple[bytes, int | None]:
-    """Return a file's bytes, and the time at which it had exactly these, if 64 bits hold it."""
+    """Return a file's bytes and the modification time of these bytes, if 64 bits hold it."""
     status = None
     try:
         status = path.stat()
-        _check_readable_kind(status)  # before opening, which a device may act on
+        _check_readable_kind(status)  # before opening, which may affect a device
         for _ in range(READ_ATTEMPTS):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
             with os.fdopen(descriptor, "rb") as file:
@@ -247,15 +247,15 @@ def _read_file(path: Path) -> tuple[bytes, int | None]:
 
 
 def _read_unless_it_changes(file: IO[bytes], opened: os.stat_result) -> bytes | None:
-    """Return the content of an open file; None if it changed since `opened`, its status then.
+    """Return an open file's content; None if it changed since `opened`, its status on opening.
 
-    A file written within the last clock tick is read after the tick: until then, its time need not
-    show a change.
+    A file written within the last clock tick is read after the tick: until then, a change may leave
+    its time as it is.
     """
     if _is_fresh(opened):
         time.sleep(CLOCK_TICK_S)
     before = os.fstat(file.fileno())
-    data = file.read(before.st_size + 1)  # one more, to see it grow; no more, lest it never ends
+    data = file.read(before.st_size + 1)  # one byte more shows growth; no limit may mean no end
     after = os.fstat(file.fileno())
     stamps = {(status.st_size, status.st_mtime_ns) for status in (opened, before, after)}
     return data if stamps == {(len(data), before.st_mtime_ns)} else None
@@ -332,8 +332,8 @@ def _decode_pixels(
     _check_pixel_count(*size, settings.max_pixels)
     # A run-length encoded BMP is read pixel by pixel.
     file.reads_left += 3 * size[0] * size[1]
-    # Only JPEG can: decodes to the half, quarter or eighth that is at least twice what is
-    # needed, in a fraction of the time. Less would leave nothing of our own filter.
+    # JPEG only: decode at 1/2, 1/4 or 1/8 scale, in a fraction of the time. At least twice the size
+    # needed leaves work for our own filter.
     image.draft(None, (2 * settings.image_size, 2 * settings.image_size))
     _correct_byte_order(image)
     frame = _first_frame(image, format_name, data)
@@ -358,14 +358,14 @@ def _decode_pixels(
 def _first_frame(
     image: ImageFile.ImageFile, format_name: str, data: bytes
 ) -> tuple[int, int, int, int] | None:
-    """Return the part of the picture that the first frame draws, if it can be smaller."""
+    """Return the area that the first frame draws, in formats where it may be smaller."""
     if format_name == "GIF" and image.tile:
         return image.tile[0].extents
     return webp.first_frame(data) if format_name == "WebP" else None
 
 
 def _low_bytes_of_png(data: bytes, note: Rejection | None, settings: LoadSettings) -> Image.Image:
-    """Return the low bytes of a PNG's 16-bit RGB samples, of which Pillow keeps the high ones."""
+    """Return the low bytes of a PNG's 16-bit RGB samples; Pillow keeps the high ones only."""
     image = PngImagePlugin.PngImageFile(PatientFile(data))
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
     _load_pixels(image, len(data), note, settings.accept_truncated)
@@ -392,7 +392,7 @@ def _checked_end(
 
 
 def _is_whole_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Whether a JPEG without an end mark has all its pixels: no pixel depends on what follows."""
+    """Whether a JPEG without an end mark has all its pixels: none depends on what follows."""
     if not jpeg.has_all_scans(data):
         return False
     digests = set()
@@ -410,8 +410,8 @@ def _load_pixels(
 ) -> Rejection | None:
     """Decode; if the file ends early and that is accepted, keep the decoded part and return a note.
 
-    Pillow's own switch for this affects all threads of the process. It isn't needed: when Pillow
-    runs out of data, the image holds the part decoded until then.
+    Pillow's own switch for this affects all threads of the process. It isn't needed: when the data
+    runs out, the image holds the part decoded so far.
     """
     has_begun = min((offset for _, _, offset, *_ in image.tile), default=0) < data_size
     try:
@@ -431,7 +431,7 @@ def _is_read_by_libtiff(image: ImageFile.ImageFile) -> bool:
 
 
 def _correct_byte_order(image: ImageFile.ImageFile) -> None:
-    """Correct the byte order in which Pillow reads big-endian samples of compressed TIFFs."""
+    """Make Pillow read big-endian samples of compressed TIFFs in the right byte order."""
     if _is_read_by_libtiff(image):
         (tile,) = image.tile
         assert isinstance(tile.args, tuple)
@@ -442,7 +442,7 @@ def _correct_byte_order(image: ImageFile.ImageFile) -> None:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard the messages that libtiff prints: failures raise, and cron mails what is printed."""
+    """Discard libtiff's messages: failures raise anyway, and cron mails whatever is printed."""
     with STDERR_LOCK, contextlib.ExitStack() as undo:
         with contextlib.suppress(OSError):  # stderr may be closed
             kept = os.dup(STDERR)
@@ -463,7 +463,7 @@ def _supported_format(data: bytes, extension: str) -> str:
         advice = "to read it, run pip install 'batchcap[heic]', then batchcap with --retry-failed"
     else:
         advice = f"convert it to {READ_FORMATS}"
-    found = f"This is a {name} file" if name else "This is no image format known to batchcap"
+    found = f"This is a {name} file" if name else "This is not an image format that batchcap knows"
     raise RejectionError(ErrorType.UNSUPPORTED_FORMAT, f"{found}; {advice}.")
 
 
@@ -471,7 +471,7 @@ def _check_pixel_count(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise RejectionError(
             ErrorType.TOO_LARGE,
-            f"The photo has {width:,} x {height:,} pixels; up to {max_pixels:,} are decoded, "
+            f"The photo has {width:,} x {height:,} pixels, more than the limit of {max_pixels:,}; "
             "scale it down.",
         )
 
@@ -485,10 +485,10 @@ def _diagnosis(format_name: str, error: Exception, ends_early: bool) -> Rejectio
         return RejectionError(
             ErrorType.TOO_LARGE, "The photo has more pixels than Pillow decodes; scale it down."
         )
-    if str(error) in UNREAD_TIFFS:
+    if str(error) in UNSUPPORTED_TIFF_ERRORS:
         return RejectionError(
             ErrorType.UNSUPPORTED_FORMAT,
-            "This kind of TIFF file is not read; convert it to 8 bits a sample, or to PNG.",
+            "This kind of TIFF file is not supported; convert it to 8 bits per sample, or to PNG.",
         )
     if ends_early or _ran_out_of_data(error):
         return truncated()
@@ -496,7 +496,7 @@ def _diagnosis(format_name: str, error: Exception, ends_early: bool) -> Rejectio
 
 
 def _ran_out_of_data(error: Exception) -> bool:
-    """Whether Pillow met the end of the file; opening hides the first exception as the cause."""
+    """Whether Pillow met the end of the file; on opening, that exception is only the cause."""
     if isinstance(error.__cause__ or error, EOFError | IndexError | struct.error):
         return True
     message = str(error).lower()
@@ -506,12 +506,12 @@ def _ran_out_of_data(error: Exception) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # malformed EXIF raises nearly anything and is no reason to refuse a photo
+    except Exception:  # malformed EXIF raises nearly anything, and rejects no photo
         return 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn the small image rather than the photo: resizing and turning commute."""
+    """Rotate the small image rather than the photo: resizing and rotating commute."""
     method = TRANSPOSE_BY_ORIENTATION.get(orientation)
     return image if method is None else image.transpose(method)
 
@@ -522,10 +522,10 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def _lacks_png_rows(image: Image.Image, data: bytes) -> bool:
-    """Whether the compressed pixels of a PNG end, properly, before its last row.
+    """Whether the compressed pixels of a PNG end properly, but before its last row.
 
-    Pillow takes that for a whole photo and leaves the rest zero, so only a photo with such a row is
-    unpacked again. If interlaced, the last row to be decoded is the last odd one.
+    Pillow accepts such a PNG and leaves the rest zero, so only a photo that ends in a zero row is
+    unpacked again. In an interlaced PNG, the last odd row is decoded last.
     """
     width, height = image.size
     ends = [image.crop((0, row, width, row + 1)) for row in {height - 1, max(height - 2, 0)}]

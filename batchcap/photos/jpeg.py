@@ -1,7 +1,7 @@
 """The segments and scans of a JPEG, before a decoder sees them.
 
-A JPEG is a header of segments, then scans: coded pixels, each behind a segment of its own. A mark
-ends the last scan. Phones and cameras append further files, and some of them forget the mark.
+A JPEG is a header of segments, then scans: each a segment and the coded pixels after it. An end
+mark follows the last scan. Phones and cameras append further files, and some omit the mark.
 """
 
 import re
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from batchcap.photos.rejections import MAX_PARTS, too_many_parts, truncated
 
 START, SCAN, END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
-# An escaped 0xff, TEM, RST0 to RST7, SOI: nothing follows them.
+# An escaped 0xff, TEM, RST0 to RST7, SOI: no length follows them.
 WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE_FRAMES = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 BETWEEN_SCANS = frozenset((0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
 SCAN_HEADER_BYTES = 8  # of the shortest, with one component
-# What ends coded pixels: no escaped 0xff, no RST0 to RST7, no fill byte.
+# A marker that ends coded pixels, so no escaped 0xff, RST0 to RST7 or fill byte.
 MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 HEADER_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8\xda-\xdf\xe0-\xef\xfe])")
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 NOISE = bytes(89 * number % 251 for number in range(1, 128))  # without 0 and 0xff
-# APP1 to APP13, APP15 and comments. APP0 and APP14 have a say in the colours.
+# APP1 to APP13, APP15 and comments. APP0 and APP14 affect the colours.
 METADATA = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
 BLOCK = range(64)  # the coefficients of 8 x 8 pixels
 
 
 @dataclass(frozen=True)
 class Scans:
-    """The coded pixels of a JPEG: where they end, whether at an end mark, whether all are there."""
+    """The coded pixels of a JPEG: their end, whether an end mark is there, and all pixels."""
 
     end: int
     has_end_mark: bool
@@ -37,7 +37,7 @@ class Scans:
 
 
 def check_end(data: bytes) -> None:
-    """An end mark must follow the scans: Pillow decodes a tail of zeros to grey."""
+    """Raise unless an end mark follows the scans: Pillow decodes a tail of zeros to grey."""
     start = first_scan(data)
     if data.startswith(SCAN, start):
         has_end_mark = scans(data).has_end_mark
@@ -48,15 +48,15 @@ def check_end(data: bytes) -> None:
 
 
 def first_scan(data: bytes) -> int:
-    """Where the marker of the first scan stands, or what is no marker."""
+    """Return the position of the first scan's marker, or of the first non-marker before it."""
     return max(_header_markers(data))
 
 
 def scans(data: bytes) -> Scans:
-    """Walk the scans as a decoder does, from the first one.
+    """Walk the scans as a decoder does.
 
-    Where no end mark is met, the pixels end at the first marker behind the scan that completes
-    them: what follows is no part of the photo.
+    Without an end mark, the pixels end at the first marker after the scan that completes them: the
+    rest is not part of the photo.
     """
     missing, is_progressive = _coefficients(data)
     end, position = None, first_scan(data)
@@ -80,9 +80,9 @@ def has_all_scans(data: bytes) -> bool:
 
 
 def fillings(data: bytes) -> list[bytes]:
-    """What to append to coded pixels to see if they need more: nothing, noise, its complement.
+    """Return bytes to append to coded pixels, to see if they need more: none, noise, its inverse.
 
-    With restarts, also both behind the next restart mark: a decoder skips to it.
+    With restarts, also both after the next restart mark: a decoder skips to it.
     """
     coded = data[: scans(data).end]
     marks = RESTART.findall(coded, coded.rfind(SCAN))
@@ -94,10 +94,10 @@ def fillings(data: bytes) -> list[bytes]:
 
 
 def ended(data: bytes, filling: bytes = b"") -> bytes:
-    """A JPEG without an end mark, with `filling` and the mark where its coded pixels end.
+    """Insert `filling` and an end mark, which the JPEG lacks, where its coded pixels end.
 
-    Zeros that a download had reserved are left out, and half a mark. Raises RejectionError if
-    there is no scan, and so no pixel to show.
+    Drops half a mark, and the zeros of a preallocated download. Raises RejectionError if there is
+    no scan, and so no pixel to show.
     """
     start = first_scan(data)
     if not data.startswith(SCAN, start):
@@ -112,9 +112,10 @@ def ended(data: bytes, filling: bytes = b"") -> bytes:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Leave out EXIF, XMP, profiles and comments, whatever lengths they claim.
+    """Drop EXIF, XMP, profiles and comments, whatever lengths they claim.
 
-    A JPEG in which another one begins before the first scan stays as it is: that may be a preview.
+    A JPEG in which another begins before the first scan is returned unchanged: the scan may be that
+    of a preview.
     """
     kept, position = [START], 2
     for _ in range(MAX_PARTS):
@@ -132,13 +133,13 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _header_markers(data: bytes) -> Iterator[int]:
-    """Where the markers stand up to the first scan, or to what is no marker; that comes too."""
+    """Yield the positions of the markers up to the first scan or non-marker, inclusive."""
     position = 2
     for _ in range(MAX_PARTS):
         yield position
         if not data.startswith(b"\xff", position) or data.startswith(SCAN, position):
             return
-        if data.startswith(b"\xff\xff", position):  # a fill byte, which any marker may have ahead
+        if data.startswith(b"\xff\xff", position):  # a fill byte, which may precede any marker
             position += 1
         elif data[position + 1 : position + 2] and data[position + 1] in WITHOUT_LENGTH:
             position += 2
@@ -152,7 +153,7 @@ def _segment_end(data: bytes, position: int) -> int:
 
 
 def _coefficients(data: bytes) -> tuple[set[tuple[int, int]], bool]:
-    """The (component, number) of each coefficient the scans must have; whether progressive."""
+    """Return the (component, number) of each coefficient needed, and whether progressive."""
     for position in _header_markers(data):
         frame = data[position : _segment_end(data, position)]
         if len(frame) > 10 and frame[1] in FRAMES:
@@ -163,7 +164,7 @@ def _coefficients(data: bytes) -> tuple[set[tuple[int, int]], bool]:
 
 
 def _coefficients_of_scan(data: bytes, position: int, is_progressive: bool) -> set[tuple[int, int]]:
-    """The coefficients that a scan completes."""
+    """Return the coefficients that a scan completes."""
     header = data[position : _segment_end(data, position)]
     count = header[4] if len(header) > 4 else 0
     if len(header) < 8 + 2 * count:
@@ -172,7 +173,7 @@ def _coefficients_of_scan(data: bytes, position: int, is_progressive: bool) -> s
     first, last, bits = header[5 + 2 * count : 8 + 2 * count]
     if not is_progressive:
         numbers = BLOCK
-    elif bits & 15:  # the position of the lowest bit
+    elif bits & 15:  # lower bits follow in a later scan
         return set()
     else:
         numbers = range(first, last + 1)

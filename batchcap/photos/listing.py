@@ -1,4 +1,4 @@
-"""Lists the photos of an input: a directory, a list or archives, local or behind a URL.
+"""List the photos of an input: a directory, a list or archives, local or behind a URL.
 
 Only photos in archives are read here. Nothing is decoded.
 """
@@ -54,7 +54,7 @@ _ESCAPE = re.compile(r"\\\\|\\x(?P<byte>[89a-f][0-9a-f])")
 class Entry(NamedTuple):
     """A file or a directory: its path below the root, with a final slash for a directory.
 
-    `size` and `mtime_ns` are those of a store's listing.
+    `size` and `mtime_ns` come from a store's listing.
     """
 
     path: str
@@ -62,16 +62,16 @@ class Entry(NamedTuple):
     mtime_ns: int | None = None
 
 
-# Whether a photo or a folder, by its path below a source, is excluded
+# Whether a photo or a folder is excluded, by its path below a source
 IsExcluded = Callable[[str], bool]
-# (root, folder below it with a slash at its end, called at each entry): its entries
+# (root, folder below it ending in a slash, progress callback): the folder's entries
 ListFolder = Callable[[str, str, Callable[[], object]], list[Entry]]
 
 
 class Selection(NamedTuple):
     """Which photos of a source to list: those that match the pattern and are not excluded.
 
-    `progress` is called at each path.
+    `progress` is called for each path.
     """
 
     pattern: Callable[[str], bool] | None
@@ -108,19 +108,19 @@ def list_images(
 ) -> Iterator[ImageRef]:
     """List the photos of a folder, a `.txt` file of paths, stdin (`-`), tars or Parquet files.
 
-    All but stdin may lie behind a URL; an archive is one that `archives_in` has found. A pipe is
-    read as a list. A folder is listed by extension, in code-point order of the ids, with all below
-    it, but without dot files and without entering linked folders; a subfolder is read when its turn
-    comes. A list keeps its order and is read line by line, or NUL by NUL; relative lines start at
-    the folder of a `.txt` file, else at the current one. Archives come in the order of their names,
-    each in its own order: of tars what a folder of the same files would have, of Parquet each row,
-    by `columns`; a path there is as in a list. `unlisted` is told of each subfolder and archive
-    that can't be read. An id may come twice.
+    All but stdin may be behind a URL; an `Archive` comes from `archives_in`. A pipe is read as a
+    list. A folder is listed recursively by extension, in code-point order of the ids, without dot
+    files and without entering linked folders; a subfolder is read when its turn comes. A list keeps
+    its order and is read line by line, or NUL by NUL; relative lines start at the folder of a
+    `.txt` file, else at the current one. Archives are read in the order of their names, each in its
+    own order: a tar yields what a folder of the same files would, Parquet each row, by `columns`; a
+    path in a row is read like one in a list. `unlisted` is called for each subfolder and archive
+    that can't be fully read. Ids may repeat.
 
-    `pattern` decides instead of the extension: an fnmatch pattern, case ignored, matched against
-    the relative path if it holds a `/`, or else against the file name. Paths that `is_excluded`
-    are left out, and such folders not entered; by default those of `excluder(source)`. `progress`
-    is called at each file, line or row that is looked at, whether or not it is a photo.
+    `pattern` replaces the check of the extension: an fnmatch pattern, case ignored, matched against
+    the relative path if it holds a `/`, else against the file name. Paths that `is_excluded` are
+    left out, and such folders not entered; by default those of `excluder(source)`. `progress` is
+    called for each file, line or row, photo or not.
 
     Raises UsageError if there is no such source, or the first Parquet file has no such column;
     InputError if it cannot be read or is none of these.
@@ -146,7 +146,7 @@ def list_images(
     if is_list(source) or not (is_url(source) or Path(source).exists()):
         with saying_which(source):
             lines = open_file(source)
-        is_named_list = source.lower().endswith(".txt")  # and not `/dev/fd/63` of `<(...)`
+        is_named_list = source.lower().endswith(".txt")  # unlike `/dev/fd/63` of `<(...)`
         base = posixpath.dirname(source) or "." if is_named_list else ""
         return _read_list(lines, source, base, selection)
     if is_url(source):
@@ -210,7 +210,7 @@ def names_photos(source: str) -> bool:
 
 
 def can_be_listed_twice(source: str) -> bool:
-    """Whether listing is so fast that it may be repeated only to count."""
+    """Whether listing may be repeated just to count: it is possible, and fast."""
     source = without_file_scheme(source)
     return not (is_stream(source) or is_url(source) or _names_archives(source))
 
@@ -292,7 +292,7 @@ def _matcher(pattern: str | None) -> Callable[[str], bool] | None:
 
 def _matching(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
     """Return a function that matches any of these fnmatch patterns; `**/` may match nothing."""
-    variants = {way for pattern in patterns for way in (pattern, pattern.replace("**/", ""))}
+    variants = {form for pattern in patterns for form in (pattern, pattern.replace("**/", ""))}
     return re.compile("|".join(map(fnmatch.translate, sorted(variants))) or "(?!)").match
 
 
@@ -309,9 +309,9 @@ def _list_folder(
     try:
         top = _last_first(entries(prefix, "", selection.progress))
     except FileNotFoundError as error:
-        raise UsageError(f"There is no {prefix}; check the path.") from error
+        raise UsageError(f"there is no {prefix}: check the path") from error
     except OSError as error:
-        raise InputError(f"{prefix} cannot be listed ({error.strerror}).") from error
+        raise InputError(f"{prefix} cannot be listed ({error.strerror})") from error
     return (
         ImageRef(image_id_of(path), prefix + path, size, mtime_ns)
         for path, size, mtime_ns in _walk(prefix, top, entries, selection, unlisted)
@@ -322,9 +322,9 @@ def _list_folder(
 def _walk(
     root: str, pending: list[Entry], entries: ListFolder, selection: Selection, unlisted: Unread
 ) -> Iterator[Entry]:
-    """Yield the files below `root`, from the last of `pending` to the first.
+    """Yield the files below `root`, taking `pending` from its end.
 
-    Each directory is sorted by itself: the final slash of its path puts all files in order.
+    Sorting each directory by itself orders all files, as directory paths end in a slash.
     """
     while pending:
         entry = pending.pop()
@@ -340,7 +340,7 @@ def _walk(
             continue
         others = [other for other in below if other.path != entry.path]
         if len(others) < len(below) and selection.is_photo(entry.path.rstrip("/")):
-            unlisted(image_id_of(entry.path), "it is a file too; rename that")
+            unlisted(image_id_of(entry.path), "it is a file too; rename the file")
         pending += _last_first(others)
 
 
@@ -375,7 +375,7 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
-    """Whether a link leads to a directory, and could lead in a circle; False if it is broken."""
+    """Whether a link leads to a directory, and perhaps in a circle; False if it is broken."""
     try:
         return link.is_dir()
     except OSError:
@@ -433,7 +433,7 @@ def _located(base: str, name: str) -> str:
 def _normalised(line: str) -> str:
     """Return a name without `./` and doubled slashes.
 
-    `..` stays: behind a link it is another directory.
+    `..` is kept: after a link, it leads to another directory.
     """
     line = without_file_scheme(line)
     if is_url(line):

@@ -11,7 +11,7 @@ WHITE_IS_ZERO = 0  # photometric interpretation of a TIFF
 
 
 def is_invisible(image: Image.Image) -> bool:
-    """Whether all of a picture is transparent."""
+    """Whether a picture is fully transparent."""
     if not image.has_transparency_data:
         return False
     _, most_opaque = _as_rgba(image).getchannel("A").getextrema()
@@ -21,9 +21,10 @@ def is_invisible(image: Image.Image) -> bool:
 def match_transparent_colour(
     image: Image.Image, bit_depth: int, low_bytes: Callable[[], Image.Image]
 ) -> None:
-    """Compare a PNG's transparent colour, of its own bit depth, with pixels scaled to 8 bits.
+    """Convert a PNG's transparent colour from its bit depth to the 8 bits of the decoded pixels.
 
-    `low_bytes` decodes those of 16-bit RGB samples, without which 65,536 colours look the same.
+    `low_bytes` decodes the low bytes of 16-bit RGB samples, to tell colours with equal high bytes
+    apart.
     """
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int):
@@ -43,9 +44,9 @@ def _is_colour(image: Image.Image, colour: tuple[int, ...]) -> npt.NDArray[np.bo
 
 
 def with_white_around(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
-    """White outside of the frame that a picture has drawn, as browsers show it.
+    """Make the area outside the drawn frame white, as browsers do.
 
-    Pillow leaves the palette's first colour or black there, unless colours can be transparent.
+    Pillow leaves the palette's first colour or black there, unless the picture has transparency.
     """
     if frame == (0, 0, *image.size) or image.has_transparency_data:
         return image
@@ -59,7 +60,7 @@ def _eight_bit_sample(sample: int, bit_depth: int) -> int:
 
 
 def small_rgb(image: Image.Image, resize: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """8-bit RGB, transparency composited on white, resized."""
+    """Return a resized 8-bit RGB picture, with transparency composited on white."""
     if image.mode == "I":
         return _stretched(resize(_as_floats(image)), least_high=255)
     if image.mode == "F":
@@ -110,7 +111,7 @@ def _as_floats(image: Image.Image) -> Image.Image:
 
 
 def _stretched(image: Image.Image, least_high: int) -> Image.Image:
-    """Scale floats from 0 to `least_high` to 8-bit RGB; a wider range by its own limits."""
+    """Scale floats between 0 and `least_high`, or their own wider limits, to 8-bit RGB."""
     samples = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
     low, high = min(samples.min(), 0), max(samples.max(), least_high)
     grey = ((samples - low) * (255 / (high - low))).round().astype(np.uint8)

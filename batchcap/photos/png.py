@@ -19,7 +19,7 @@ USEFUL_CHUNKS = {b"eXIf", b"acTL", b"fcTL", b"fdAT"}  # orientation and animatio
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Of the picture; (0, 0) where the header is missing or damaged."""
+    """Return (width, height); (0, 0) if the header is missing or damaged."""
     header = data[HEADER_NAME:HEADER_END]
     checksum = zlib.crc32(header).to_bytes(4, "big")
     if not header.startswith(b"IHDR") or not data.startswith(checksum, HEADER_END):
@@ -45,7 +45,7 @@ def check_chunks(data: bytes) -> None:
 
 
 def _check_pixels(data: bytes) -> None:
-    """Raise for a PNG that ends before its end mark, unless all of its pixels are there."""
+    """Raise unless a PNG without an end mark has all its pixels."""
     try:
         is_cut = size(data) == (0, 0) or lacks_pixels(data)
     except (zlib.error, KeyError):
@@ -70,7 +70,7 @@ def lacks_pixels(data: bytes) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Keep the chunks of pixels; those of orientation and animation if their checksum is right."""
+    """Keep pixel chunks, and orientation and animation chunks with the right checksum."""
     kept = [data[:SIGNATURE_BYTES]]
     for name, start, end in _chunks(data):
         chunk = data[start:end]
@@ -80,7 +80,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _unpacked_bytes(data: bytes) -> int:
-    """How long the unpacked pixels of a whole PNG are: of each row, its filter and its samples."""
+    """Return the unpacked length of a whole PNG's pixels: a filter byte and samples per row."""
     header = struct.unpack_from(">IIBBBBB", data, HEADER_BODY)
     width, height, bit_depth, colour_type, *_, interlaced = header
     bits = bit_depth * CHANNELS[colour_type]
@@ -93,7 +93,7 @@ def _unpacked_bytes(data: bytes) -> int:
 
 
 def _pixel_pieces(data: bytes) -> Iterator[bytes]:
-    """The compressed pixels, in pieces so small that none unpacks to much."""
+    """Yield the compressed pixels, in pieces so small that none unpacks to much."""
     for name, start, end in _chunks(data):
         if name == b"IDAT":
             body_end = end - 4
@@ -107,7 +107,7 @@ def _has_right_checksum(chunk: bytes | memoryview) -> bool:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk that begins in the file, up to the end mark."""
+    """Yield (name, start, end) of each chunk that begins in the file, up to the end mark."""
     position = SIGNATURE_BYTES
     for _ in range(MAX_PARTS):
         if position + 12 > len(data):

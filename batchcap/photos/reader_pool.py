@@ -1,7 +1,7 @@
 """Decode photos in worker processes: a file that crashes or hangs one fails a row, not the run.
 
 Such a file is tried once more, alone and in a new process; if that process dies too, the file is
-rejected. If processes die before they have read any file, no photo can be read, and the run ends.
+rejected. If processes die before they read any file, the run ends.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from batchcap.storage.remote import RemoteFile, describe, is_url
 Load = Callable[[ImageRef], LoadedImage]
 
 STARTS = 3
-START_S = 60.0  # for a new process, on a machine that is busy
+START_S = 60.0  # for a new process, on a busy machine
 WAITS = 10
-STOPPED = "the readers of photos have been stopped"
-# New interpreters: forked ones would share the lock of the output and TensorFlow's threads.
+STOPPED = "the reader pool has been stopped"
+# New interpreters: forked ones would share the output's lock and TensorFlow's threads.
 PROCESSES = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _Reader:
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        """From here on, a crash or a timeout is blamed on the current photo."""
+        """Wait for the process to start; later crashes and timeouts are blamed on the photo."""
         if not self._ready:
             self._ready = self._receive(START_S)
 
@@ -67,7 +67,7 @@ class _Reader:
 
     def _receive(self, timeout_s: float) -> Any:
         with self._noticing_death():
-            # In short waits: if this process is suspended, only the wait that it is in passes.
+            # In short waits: if this process is suspended, only the current wait times out.
             if not any(self._connection.poll(timeout_s / WAITS) for _ in range(WAITS)):
                 raise _DiedError(f"did not answer within {timeout_s:.0f} s")
             return self._connection.recv()
@@ -93,7 +93,7 @@ class _Reader:
 
 
 class Readers:
-    """Loads photos in `count` processes; can be called from as many threads at once.
+    """A reader pool: loads photos in `count` processes, for as many threads at once.
 
     `progress` is called whenever a process has loaded photos, or has died and is replaced.
     """
@@ -107,7 +107,7 @@ class Readers:
     ) -> None:
         self._load, self._timeout_s, self._progress = load, timeout_s, progress
         self._idle: queue.SimpleQueue[_Reader | None] = queue.SimpleQueue()  # None: no more
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         self._alive: set[_Reader] = set()
         self._stopped = False
         for _ in range(count):
@@ -116,12 +116,12 @@ class Readers:
     def __call__(self, photos: Sequence[ImageRef]) -> list[LoadedImage]:
         """Load photos, whatever their files do.
 
-        If a process dies while it loads several photos, each is tried once more alone, so that only
-        the culprit meets a second death.
+        If a process dies on several photos, each is retried alone, so that only the culprit kills a
+        second process.
 
         Raises:
             BatchcapError: no process can be started.
-            RuntimeError: the readers have been stopped.
+            RuntimeError: the pool has been stopped.
         """
         reader = self._idle.get()
         try:
@@ -151,7 +151,7 @@ class Readers:
 
     def stop(self) -> None:
         """End all processes, whatever they are doing."""
-        with self._changing:
+        with self._lock:
             self._stopped = True
             for started in self._alive:
                 started.kill()
@@ -162,7 +162,7 @@ class Readers:
         self._idle.put(None)  # for the next thread that asks; each passes it on
 
     def _start(self) -> _Reader | None:
-        with self._changing:
+        with self._lock:
             if self._stopped:
                 return None
             reader = _Reader(self._load, self._timeout_s)
@@ -181,14 +181,14 @@ class Readers:
                 how = str(death)
                 reader = self._replace(reader, f"{how} while it started")
         raise BatchcapError(
-            f"cannot start a process that reads photos: each {how}; check the machine's memory and "
-            "process limits, and run again"
+            f"cannot start a reader process: each {how}; check the machine's memory and process "
+            "limits, and run again"
         )
 
     def _replace(self, reader: _Reader, what_happened: str) -> _Reader | None:
         if not self._stopped:
             log.warning("a reader process %s; starting another", what_happened)
-        with self._changing:
+        with self._lock:
             self._alive.discard(reader)
         reader.stop()
         self._progress()
@@ -197,7 +197,7 @@ class Readers:
 
 @contextmanager
 def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
-    """Start `count` processes that load photos by `load`, which must be picklable.
+    """Run a reader pool of `count` processes during the block; `load` must be picklable.
 
     A process that takes longer than `timeout_s` for a photo counts as dead.
     """
@@ -210,7 +210,7 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
 
 def _serve(connection: Connection, load: Load) -> None:
     keep_freed_memory()
-    _be_first_to_go()
+    _raise_oom_score()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         connection.send(True)
@@ -218,7 +218,7 @@ def _serve(connection: Connection, load: Load) -> None:
             connection.send([load(photo) for photo in connection.recv()])
 
 
-def _be_first_to_go() -> None:
+def _raise_oom_score() -> None:
     """If memory runs out, let Linux kill the reader of a huge photo instead of the run."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -230,7 +230,7 @@ def _signals_blocked() -> Iterator[None]:
 
     Terminals and service managers signal all processes, but the run decides when to end.
     """
-    resource_tracker.ensure_running()  # before, since it unblocks signals
+    resource_tracker.ensure_running()  # beforehand, since it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -256,13 +256,13 @@ def _limit_waiting(connection: Connection, timeout_s: float) -> None:
 
 def _quarantined(photo: ImageRef, death: _DiedError, timeout_s: float) -> LoadedImage:
     """Reject a photo with its size, time and hash, so that later runs recognise and skip it."""
-    message = f"The second process to read this file {death}, too; look at it, or remove it."
+    message = f"Two reader processes failed on this file (the second {death}); check or remove it."
     rejection = Rejection(ErrorType.QUARANTINED, message)
     if photo.data is not None:
         return LoadedImage(rejection, photo.size, photo.mtime_ns, photo.sha256)
     if is_url(photo.path):
-        told = _described_soon(photo.path, timeout_s)
-        return LoadedImage(rejection, told and told.size, told and told.mtime_ns)
+        file = _described_soon(photo.path, timeout_s)
+        return LoadedImage(rejection, file and file.size, file and file.mtime_ns)
     try:
         status = Path(photo.path).stat()
     except (OSError, ValueError):

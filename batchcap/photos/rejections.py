@@ -1,12 +1,12 @@
-"""How decoding rejects a file: the exception that carries a rejection, and common ones."""
+"""How decoding rejects a file: the exception that carries a rejection, and common rejections."""
 
 import io
 
 from batchcap.schema import ErrorType, Rejection
 
-# Chunks, segments and blocks, which Pillow walks one by one and of which it keeps most: without a
-# limit, 5 MB of the shortest take 2 s and 220 MB, and MAX_FILE_BYTES 200 times as much. A PNG of
-# MAX_PIXELS, 64 bits each, in chunks of the usual 8 KiB has half as many.
+# Chunks, segments and blocks: Pillow walks them one by one and keeps most. Without a limit, 5 MB of
+# the shortest take 2 s and 220 MB, and MAX_FILE_BYTES 200 times as much. A PNG of MAX_PIXELS, 64
+# bits each, in chunks of the usual 8 KiB has half as many.
 MAX_PARTS = 200_000
 READS_PER_PART = 3  # length, body and checksum
 
@@ -39,21 +39,21 @@ class PatientFile(io.BytesIO):
 
 
 def truncated() -> RejectionError:
-    """The file ends early."""
+    """Return the error for a file that ends early."""
     return RejectionError(
         ErrorType.TRUNCATED, "The file ends before the photo does; copy or download it again."
     )
 
 
 def too_many_parts() -> RejectionError:
-    """The file has more than MAX_PARTS parts."""
+    """Return the error for a file with more than MAX_PARTS parts."""
     return RejectionError(
         ErrorType.TOO_LARGE, f"The file has more than {MAX_PARTS:,} parts; save the photo again."
     )
 
 
 def corrupt(format_name: str, reason: str) -> RejectionError:
-    """The file is damaged; `reason` is the decoder's message."""
+    """Return the error for a damaged file; `reason` is the decoder's message."""
     return RejectionError(
         ErrorType.CORRUPT,
         f"The {format_name} data is damaged ({one_line(reason)}); replace the file.",
@@ -61,5 +61,5 @@ def corrupt(format_name: str, reason: str) -> RejectionError:
 
 
 def one_line(text: str) -> str:
-    """A decoder's message, shortened, without unprintable characters."""
+    """Return a decoder's message, shortened, without unprintable characters."""
     return "".join(c if c.isprintable() else " " for c in text)[:120].strip()

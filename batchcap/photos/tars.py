@@ -23,7 +23,7 @@ from batchcap.schema import ErrorType, ImageRef, Rejection, int64_or_none
 
 MAX_HEADER_BYTES = 1 << 20  # of a pax header, or a long name
 MAX_EXTENTS = 4096  # of a sparse file
-MAX_LINKS = 1 << 18  # kept in memory, some hundred megabytes
+MAX_LINKS = 1 << 18  # kept in memory, about 100 MB
 MAX_FOLLOWED = 40  # links on the way to a file, as on Linux
 MAX_DEPTH = 1024  # folders in a path
 LEADING_HEADERS = (
@@ -34,16 +34,16 @@ LEADING_HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-AFTER_END = "what follows its end mark is no tar, or damaged"
+AFTER_END = "the data after its end mark is damaged, or not a tar"
 
-NOT_A_FILE = Rejection(ErrorType.NOT_A_FILE, "This is a device or a pipe in a tar, no photo file.")
+NOT_A_FILE = Rejection(ErrorType.NOT_A_FILE, "This is a device or a pipe in a tar, not a photo.")
 LEADS_NOWHERE = Rejection(
     ErrorType.NOT_A_FILE,
     "This is a link that leads to no file in its tar; pack the file itself (tar -h).",
 )
 TOO_MANY_LINKS = Rejection(
     ErrorType.NOT_A_FILE,
-    f"This is a link in a tar that has more than {MAX_LINKS:,} links; unpack it.",
+    f"This is a link in a tar that has more than {MAX_LINKS:,} links; unpack the tar.",
 )
 
 # (number of a tar in its file, name of a link in it): path of its target, from the tar's top
@@ -56,12 +56,12 @@ def read_tar(
     unread: Unread,
     progress: Callable[[], object] = lambda: None,
 ) -> Iterator[ImageRef]:
-    """The members of a tar whose names are wanted, in its order; links after all others.
+    """Yield the members of a tar whose names are wanted, in its order; links last.
 
     `image_id` is the name in the tar, without `./` and not escaped yet; `path` is empty. Folders
     are left out. A file may hold several tars, one after the other (`cat a.tar b.tar`).
-    `progress` is called at each member, wanted or not.
-    Links are read in a second pass, so that memory grows with their number only.
+    `progress` is called for each member, wanted or not. Links are read in a second pass, so that
+    memory grows with their number only.
     """
     links: Links = {}
     reasons: dict[str, None] = {}  # each once, though a tar with links is read twice
@@ -165,12 +165,12 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Reje
         return TOO_LARGE
     if not member.isreg() or (file := tar.extractfile(member)) is None:
         return NOT_A_FILE
-    # In pieces, since `tarfile` copies all that it has of a sparse file at each of its extents.
+    # In pieces, since `tarfile` copies all it has read of a sparse file at each extent.
     return b"".join(iter(partial(file.read, BUFFER_BYTES), b""))
 
 
 def _mtime_ns(member: tarfile.TarInfo) -> int | None:
-    """Return a member's time, more precise than the float of `tarfile`."""
+    """Return a member's time, more precise than the float in `tarfile`."""
     if int64_or_none(member.mtime) is None:
         return None
     try:
@@ -199,8 +199,8 @@ class _Member(tarfile.TarInfo):
         """Read the next member.
 
         Raises:
-            HeaderError: a block of zeros, of which two are an end mark, or the file's end after it.
-            ReadError: there is neither, nor a header; or the file ends without an end mark.
+            HeaderError: a block of zeros (two are an end mark), or the file's end after that.
+            ReadError: anything else that is no header, or the file's end without an end mark.
         """
         assert tar.fileobj is not None
         try:
@@ -235,18 +235,18 @@ def _opened_tar(archive: str) -> Iterator[_Tars]:
 
     Raises:
         OSError: it can't be opened.
-        ReadError: it is no tar.
+        ReadError: it is not a tar.
     """
     with open_archive(archive) as file:
         try:
-            # With `ignore_zeros`, end marks are no end.
+            # `ignore_zeros`: read on after an end mark.
             tar = _Tars.open(
                 fileobj=file, encoding="utf-8", errors="surrogateescape", ignore_zeros=True
             )
         except tarfile.ReadError as error:
             file.seek(0)
             is_zstd = file.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC
-            reason = "compressed with zstd: decompress it" if is_zstd else "no tar, or damaged"
+            reason = "compressed with zstd: decompress it" if is_zstd else "damaged, or not a tar"
             raise tarfile.ReadError(f"it is {reason}") from error
         tar.file = file
         with tar:
@@ -257,13 +257,13 @@ def _members(tar: _Tars, progress: Callable[[], object]) -> Iterator[tarfile.Tar
     """Yield the members of all tars in a file.
 
     Raises:
-        ReadError: a header is damaged, or the file ends early, or not with a tar.
+        ReadError: a header is damaged, or the file ends early, or other data follows.
     """
     while (member := tar.next()) is not None:
         progress()
-        tar.members = []  # type: ignore[attr-defined] # or it would keep each
+        tar.members = []  # type: ignore[attr-defined] # else it keeps them all
         if not 0 <= member.size < 2**63:
             raise tarfile.ReadError("it is damaged: the size of a member makes no sense")
         yield member
-    if tar.file.read(1):  # bzip2 and xz files end for Python where something else follows
+    if tar.file.read(1):  # Python ends bzip2 and xz files at foreign data
         raise tarfile.ReadError(AFTER_END)

@@ -12,7 +12,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 STRIP_OFFSETS, STRIP_BYTES, TILE_WIDTH, TILE_HEIGHT = 273, 279, 322, 323
 TILE_OFFSETS, TILE_BYTES, SUB_DIRECTORIES, SUBFILE_TYPE, DNG_VERSION = 324, 325, 330, 254, 50706
 PALETTE, JPEG_TABLES = 320, 347
-# What pixels are made of, and orientation; all else is metadata.
+# Tags of pixels and orientation; all others are metadata.
 PIXEL_TAGS = frozenset(
     (
         *(WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, 266, STRIP_OFFSETS, 274, 277, 278),
@@ -21,7 +21,7 @@ PIXEL_TAGS = frozenset(
         *(529, 530, 531, 532),
     )
 )
-# Those whose values may stand far from the directory.
+# Tags of these whose values may be far from the directory.
 NEEDED_TAGS = frozenset(
     (BITS, PALETTE, JPEG_TABLES, STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES)
 )
@@ -29,11 +29,11 @@ REDUCED = 1  # a subfile type: a preview of another picture
 NO_COMPRESSION = 1
 # CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: what Pillow's libtiff decodes.
 COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946, 34925, 50000))
-SENSOR = frozenset((32803, 34892))  # photometric: one colour a pixel, or linear
+SENSOR = frozenset((32803, 34892))  # photometric: one colour per pixel, or linear
 SENSOR_COMPRESSIONS = frozenset((32767, 32769, 32770, 34713, 65535))
 MAX_SUB_DIRECTORIES = 16
 
-# By extension where the directory does not tell.
+# Extensions decide where the directory does not.
 RAW_EXTENSIONS = frozenset(
     (
         *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "fff", "iiq", "kdc", "mef"),
@@ -49,7 +49,7 @@ TYPE_SIZES = {2: 1, 5: 8, 7: 1, 10: 8, 11: 4, 12: 8} | {
 
 
 class Layout(NamedTuple):
-    """How a file writes directories: byte order, and letters for offsets, lengths and entries."""
+    """How a file encodes directories: byte order; `struct` letters of offset, length and entry."""
 
     order: str
     offset: str
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tag: its type, how many values, where they stand, and the bytes of the entry itself."""
+    """One tag: its type, the number of values, their place, and the bytes of the entry itself."""
 
     kind: int
     number: int
@@ -94,9 +94,9 @@ def is_raw(data: bytes, extension: str) -> bool:
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """The size of the first picture or of its tiles, whichever is larger: decoders allocate it.
+    """Return the size of the first picture or of its tiles; decoders allocate the larger.
 
-    (0, 0) where it is unknown.
+    (0, 0) if unknown.
     """
     try:
         tags = _directory(data, _first_place(data))
@@ -109,9 +109,9 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def check_pixels(data: bytes) -> None:
-    """Raise if a strip or tile of the first picture is missing, or its compression is not read.
+    """Raise if a strip or tile of the first picture is missing, or its compression is unsupported.
 
-    Decompressors make up missing pixels. Where nothing is compressed, Pillow notices them.
+    Decompressors make up missing pixels. Without compression, Pillow notices them.
     """
     try:
         tags = _directory(data, _first_place(data))
@@ -121,7 +121,7 @@ def check_pixels(data: bytes) -> None:
     if compression not in COMPRESSIONS:
         raise RejectionError(
             ErrorType.UNSUPPORTED_FORMAT,
-            f"This is a TIFF file of compression {compression}, which is not read; save it with "
+            f"This is a TIFF file with the unsupported compression {compression}; save it with "
             "another one, or convert it to PNG.",
         )
     if any(_end(tags[tag]) > len(data) for tag in NEEDED_TAGS & tags.keys()):
@@ -135,7 +135,7 @@ def check_pixels(data: bytes) -> None:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The same bytes, but with only the tags in the first directory that its pixels need."""
+    """Return the same bytes, with only `PIXEL_TAGS` in the first directory."""
     layout = _layout(data)
     try:
         place = _first_place(data)
@@ -163,7 +163,7 @@ def _first_place(data: bytes) -> int:
 
 
 def _directory(data: bytes, place: int) -> Directory:
-    """The entries of the directory at a place; struct.error where the file ends in it."""
+    """Return the directory at a place; raise struct.error if the file ends within it."""
     order, offset_letter, length_letter, entry_letters = _layout(data)
     if place > len(data):
         raise struct.error("there is no directory")
@@ -193,7 +193,7 @@ def _sub_directories(data: bytes, directory: Directory) -> Iterator[Directory]:
 
 
 def _values(data: bytes, directory: Directory, tag: int) -> tuple[int, ...]:
-    """The whole numbers of a tag; none where it is missing, of another type, or beyond the end."""
+    """Return the integers of a tag; none if it is missing, of another type, or beyond the end."""
     entry = directory.get(tag)
     if entry is None or entry.kind not in NUMBERS:
         return ()

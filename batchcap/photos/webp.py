@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from batchcap.photos.rejections import MAX_PARTS, too_many_parts, truncated
 
-CHUNKS_START = 12  # behind RIFF, the length and WEBP
-FRAME_BODY = 8  # behind the name and length of a chunk
+CHUNKS_START = 12  # after RIFF, the length and WEBP
+FRAME_BODY = 8  # after the name and length of a chunk
 PIXEL_CHUNKS = {b"VP8 ", b"VP8L", b"ANMF"}
 KEPT_CHUNKS = {b"VP8X", b"ANIM", b"ALPH", b"EXIF", *PIXEL_CHUNKS}
 FIRST_OF_PIXELS = re.compile(rb"ANIM|ALPH|VP8[ L]")
@@ -15,7 +15,7 @@ ANIMATION, EXIF, ALPHA = 0x02, 0x08, 0x10  # flags of VP8X
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """The canvas, for which libwebp makes room before it can be asked; (0, 0) where unknown."""
+    """Return the size of the canvas, which libwebp allocates on opening; (0, 0) if unknown."""
     kind = data[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -42,7 +42,7 @@ def check_end(data: bytes) -> None:
 
 
 def first_frame(data: bytes) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of an animation's first frame; None where there is none."""
+    """Return left, top, right and bottom of an animation's first frame; None if there is none."""
     for name, start, end in _chunks(data):
         if name == b"ANMF" and start + FRAME_BODY + 12 <= min(end, len(data)):
             left, top, width, height = (
@@ -54,16 +54,16 @@ def first_frame(data: bytes) -> tuple[int, int, int, int] | None:
 
 
 def filled(data: bytes) -> bytes:
-    """A cut WebP filled up with zeros, which libwebp reads at the end of its data anyway.
+    """Pad a cut WebP with zeros, which libwebp reads at the end of its data anyway.
 
-    Not by more than its pixels take uncompressed, whatever length the header claims.
+    By no more than its pixels take uncompressed, whatever length the header claims.
     """
     width, height = size(data)
     return data.ljust(min(_claimed_length(data), len(data) + 4 * width * height), b"\0")
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Keep the whole chunks of pixels, and EXIF for the orientation, under their true length."""
+    """Keep complete pixel chunks, and EXIF for the orientation, and correct the file's length."""
     places = list(_chunks(data))
     if not any(name in PIXEL_CHUNKS for name, *_ in places):  # a profile's length is wrong
         found = FIRST_OF_PIXELS.search(data, CHUNKS_START)
@@ -88,7 +88,7 @@ def _claimed_length(data: bytes) -> int:
 
 
 def _chunks(data: bytes, position: int = CHUNKS_START) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk that begins in the file."""
+    """Yield (name, start, end) of each chunk that begins in the file."""
     for _ in range(MAX_PARTS):
         if position + 8 > len(data):
             return

@@ -30,10 +30,10 @@ DEFAULTS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     # Take a GPU's memory as needed, so that two workers fit on one card.
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    # By itself TensorFlow uses oneDNN only on CPUs with AVX-512; convolutions gain on others too.
+    # By default, TensorFlow uses oneDNN only on CPUs with AVX-512; it speeds up others too.
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
-# They lower the precision whatever --precision says.
+# These lower the precision, whatever --precision says.
 REMOVED = ("ONEDNN_DEFAULT_FPMATH_MODE", "TF_SET_ONEDNN_FPMATH_MODE")
 NO_HOME = os.devnull  # as HOME: nothing can be read or written below it
 PROBE_BYTES = 1 << 16
@@ -66,12 +66,12 @@ def import_matplotlib() -> Any:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about `matplotlibrc` files
     matplotlib = import_module("matplotlib")
     matplotlib.rcdefaults()  # the working directory may hold a `matplotlibrc`
-    import_module("matplotlib.figure")  # and all that it needs
+    import_module("matplotlib.figure")  # and its dependencies
     return matplotlib
 
 
 def cache_folder(name: str = "") -> Path:
-    """Return the directory of files kept for later runs, or its subdirectory `name`.
+    """Return the cache directory, or its subdirectory `name`.
 
     It is `batchcap` in the user's cache directory, and may not exist yet. If that directory is
     unusable, full, or writable by other users, a private temporary directory is used instead, and a
@@ -81,7 +81,7 @@ def cache_folder(name: str = "") -> Path:
 
 
 def code_version(*parts: ModuleType | str) -> str:
-    """Hash the code of modules and the versions of installed packages, for keys of caches."""
+    """Hash the code of modules and the versions of installed packages, for cache keys."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -125,8 +125,8 @@ def _problem_with(folder: Path) -> str:
 def _temporary_folder() -> Path:
     """Return a temporary directory that only this user can enter.
 
-    It is the same one each time, unless another user created it; and below `NO_HOME`, where nothing
-    can be kept, if there is no directory for temporary files.
+    It is the same each time, unless another user created it. If there is no directory for temporary
+    files, it is below `NO_HOME`, where nothing can be kept.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"batchcap-{os.geteuid()}")

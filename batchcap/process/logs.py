@@ -52,12 +52,12 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return a single line, whatever the message contains."""
         fields = getattr(record, FIELDS, {"event": "message"})
-        told = {
+        entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             **fields,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return printable_json(json.dumps(told, ensure_ascii=False, default=str))
+            entry["traceback"] = self.formatException(record.exc_info)
+        return printable_json(json.dumps(entry, ensure_ascii=False, default=str))

@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Return this process's peak resident memory."""
-    # On Linux from /proc, since what getrusage says there begins at the parent's peak.
+    # From /proc on Linux, where getrusage starts at the parent's peak.
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -44,7 +44,7 @@ class _Lines:
         of, left = "", ""
         if self.total is not None:
             of = f" of {self.total:.0f}"
-            if rate:  # else that is not known
+            if rate:  # else unknown
                 left = f", {max(self.total - self.done, 0) / rate:.0f} s left"
         log.info(
             "%s: %d%s %ss, %.1f %ss/s%s",
@@ -62,10 +62,10 @@ class _Lines:
 def progress(what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
     """Count from `done` to `total` with rate and remaining time; `unit` is in the singular.
 
-    A total of None is not known yet.
+    `total` is None while it is unknown.
     """
     if sys.stderr.isatty() and not writes_json():
-        # Terminals that don't tell their width say 0, in which tqdm shows nothing.
+        # Some terminals report a width of 0, in which tqdm shows nothing.
         width = os.get_terminal_size(sys.stderr.fileno()).columns
         options: dict[str, Any] = {"dynamic_ncols": True} if width else {"ncols": 80}
         with tqdm(total=total, initial=done, desc=what, unit=unit, **options) as bar:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_S = 7.0  # for what is in flight; service managers and users wait ten seconds
+GRACE_S = 7.0  # for work in flight; service managers and users wait ten seconds
 
 
 class Stopped(BaseException):
@@ -47,15 +47,15 @@ class StopRequest:
 
 
 def stop_on_signals() -> None:
-    """Raise `Stopped` in the main thread on signals, except those that are ignored."""
+    """Raise `Stopped` in the main thread on signals, except on ignored ones."""
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does SIGHUP
             signal.signal(number, _stop)
 
 
 @contextmanager
 def stopping_softly() -> Iterator[StopRequest]:
-    """In the block, the first signal is a request; a second one, or the time limit, stops it."""
+    """Make a first signal a request in the block; a second, or the time limit, raises `Stopped`."""
     request = StopRequest()
 
     def take(number: int, _frame: types.FrameType | None) -> None:
@@ -64,10 +64,10 @@ def stopping_softly() -> Iterator[StopRequest]:
                 return
             request.insisted = number != signal.SIGALRM
             raise Stopped(request.number)
-        if number == signal.SIGALRM:  # not ours, which follows a request
+        if number == signal.SIGALRM:  # not our own, which comes after a request
             return
         request.number = signal.Signals(number)
-        # Again and again: what is raised while an object is being deleted is lost.
+        # Repeatedly: an exception raised while an object is being deleted is lost.
         signal.setitimer(signal.ITIMER_REAL, GRACE_S, 1.0)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}

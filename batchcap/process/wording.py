@@ -60,6 +60,6 @@ def saying_which(file: object) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UsageError(f"There is no {file}; check the path.") from error
+        raise UsageError(f"there is no {file}: check the path") from error
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror or error}).") from error
+        raise InputError(f"{file} cannot be read ({error.strerror or error})") from error

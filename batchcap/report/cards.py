@@ -1,6 +1,6 @@
 """Rows to the page's cards and totals, in one pass. Knows no HTML.
 
-Of a million rows only the sampled ones are kept, their attention as one byte per cell.
+Only sampled rows are kept in memory, their attention as one byte per cell.
 """
 
 import base64
@@ -19,15 +19,15 @@ from batchcap.caption_files.predictions import metadata_of
 from batchcap.evaluation.per_image import METRICS
 from batchcap.rows.parquet import Row
 
-GRID = (7, 7)  # of rows that don't tell
-SHOWN_FAILURES = 200  # of a reason
+GRID = (7, 7)  # of rows without metadata about it
+SHOWN_FAILURES = 200  # per reason
 
 Card = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A sampled row: what the page's script reads of it, and its photo's SHA-256."""
+    """A sampled row: its card for the page's script, and its photo's SHA-256."""
 
     card: Card
     sha256: str | None
@@ -54,8 +54,8 @@ class Digest:
 class Draw:
     """Samples at most `most` rows of a stream, uniformly, in the stream's order.
 
-    Each row gets a random number, and the lowest stay: the sample depends on the rows' places only,
-    not on how the stream is grouped.
+    Each row gets a random number, and the lowest stay: the sample depends on the rows' places, not
+    on how the stream is grouped.
     """
 
     def __init__(self, most: int, seed: int, keep: Callable[[Row], Shown]) -> None:
@@ -114,8 +114,8 @@ def _count(digest: Digest, table: Any, evaluated: Mapping[str, Row]) -> None:
 
 def grid_of(metadata: Mapping[str, str]) -> tuple[int, int]:
     """Return rows and columns of the attention grid, from the metadata of rows."""
-    told = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", metadata.get("batchcap.grid", ""))
-    return (int(told[1]), int(told[2])) if told else GRID
+    found = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", metadata.get("batchcap.grid", ""))
+    return (int(found[1]), int(found[2])) if found else GRID
 
 
 def _shown(row: Row, grid: tuple[int, int], evaluated: Mapping[str, Row]) -> Shown:
@@ -160,7 +160,7 @@ def _looks(
 ) -> list[list[float]]:
     """Return per word: centre (row, column), strongest cell (row, column), its weight.
 
-    Empty if one is missing or outside of the grid.
+    Empty if one is missing or outside the grid.
     """
     looks = []
     for look in attention or []:
@@ -177,7 +177,7 @@ def _inside(place: list[float], grid: tuple[int, int]) -> bool:
 
 
 def _maps(maps: list[list[float]] | None, words: int, grid: tuple[int, int]) -> str:
-    """Return Base64 of `uint8[words, cells]`, 255 for the strongest cell; empty if one lacks."""
+    """Return Base64 of `uint8[words, cells]`, 255 for the strongest cell; empty if invalid."""
     cells = grid[0] * grid[1]
     if not maps or len(maps) != words or any(len(one or ()) != cells for one in maps):
         return ""

@@ -1,4 +1,4 @@
-// The gallery of a report: cards are made as they come near the view, and all texts are set as text.
+// The gallery of a report: cards are made as they come near the view, and texts are never set as HTML.
 const AT_A_TIME = 60;
 const page = JSON.parse(document.getElementById("data").textContent);
 const [gridRows, gridColumns] = page.grid;
@@ -7,7 +7,7 @@ const end = document.getElementById("end");
 const order = document.getElementById("order");
 const status = document.getElementById("status");
 const find = document.getElementById("find");
-const cardOf = new WeakMap(); // element -> what the file says of its photo
+const cardOf = new WeakMap(); // element -> its card
 
 for (const card of page.cards) {
   card.searched = [card.id, card.caption, card.reason, card.message]
@@ -73,7 +73,7 @@ function makeMore() {
   made += cards.length;
   gallery.append(...cards);
   cards.forEach((card) => nearView.observe(card));
-  // Anew, since it tells of changes only: the end may still be near.
+  // Observe again, since only changes are reported: the end may still be near.
   nearEnd.unobserve(end);
   if (made < chosen.length) nearEnd.observe(end);
 }
@@ -130,7 +130,7 @@ function remark(card) {
   return made;
 }
 
-// Words are found in the caption, so that what joins them (spaces around Latin words) stays.
+// Words are located in the caption, which keeps the spaces between Latin words.
 function caption(card) {
   const made = element("p", "caption");
   made.lang = "zh-Hans";
@@ -154,7 +154,7 @@ function caption(card) {
 function wordElement(card, index) {
   const probability = card.probabilities[index];
   const made = element("span", "word " + level(probability), card.words[index]);
-  made.tabIndex = -1; // but the first: Tab goes from caption to caption, arrow keys within one
+  made.tabIndex = -1; // except the first: Tab moves between captions, arrow keys within one
   made.setAttribute("role", "button");
   made.setAttribute("aria-pressed", "false");
   made.dataset.index = index;
@@ -292,7 +292,7 @@ function focusWord(word) {
   show(word);
 }
 
-// Mouse events, which a tap sends too and without an end to the hovering at once.
+// Not pointer events: a tap would end the hover at once; it sends mouse events too.
 gallery.addEventListener("mouseover", (event) => { if (wordAt(event)) show(wordAt(event)); });
 gallery.addEventListener("mouseout", (event) => {
   if (!wordAt(event)) return;

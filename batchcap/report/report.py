@@ -1,4 +1,4 @@
-"""Writes one page about an output of a run: photos, captions, scores, attention.
+"""Writes a page about a run's output: photos, captions, scores, attention.
 
 The page is a single file that loads nothing. Names, captions and messages are untrusted: the
 template escapes them, the script sets them as text, and a content security policy lets nothing else
@@ -47,8 +47,8 @@ def write_report(settings: ReportSettings) -> str:
     """Write the page, whole or not at all; return a message for the user.
 
     Raises:
-        UsageError: there is no such file or INPUT, or OUT is one that is read or no plain file.
-        InputError: captions or evaluation are damaged or of something else.
+        UsageError: a file or INPUT is missing, or OUT is one that is read or not a plain file.
+        InputError: captions or evaluation are damaged or do not belong together.
         OutputError: the page can't be written.
     """
     check_out(settings.out, settings.captions, settings.evaluation)
@@ -65,7 +65,7 @@ def write_report(settings: ReportSettings) -> str:
     text = render_page(digest, settings, evaluation[1], evaluation[2])
     with saying_where(settings.out):
         replace_text(settings.out, text.encode("utf-8", "replace").decode())  # lone surrogates
-    return _told(settings, digest, problems)
+    return _message(settings, digest, problems)
 
 
 def _add_photos(digest: Digest, settings: ReportSettings) -> list[str]:
@@ -142,7 +142,7 @@ def json_for_html(value: Any) -> str:
 
 def made_with(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return how the captions were generated, from the metadata of their file."""
-    said = {
+    facts = {
         "Model": metadata.get("batchcap.model", "")[:12],
         "Words": _decoding(metadata.get("batchcap.decode", "")),
         "Runtime": metadata.get("batchcap.runtime", ""),
@@ -150,29 +150,29 @@ def made_with(metadata: Mapping[str, str]) -> dict[str, str]:
         "Attention": metadata.get("batchcap.attention", ""),
         "batchcap": metadata.get("batchcap.version", ""),
     }
-    return {name: value for name, value in said.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _decoding(text: str) -> str:
     try:
         settings = DecodeSettings(**json.loads(text))
         default = asdict(DecodeSettings(settings.max_length))
-        told = {"max_length", "beam_size", "temperature"}
+        included = {"max_length", "beam_size", "temperature"}  # in str(settings)
         others = [
             f"{name.replace('_', ' ')} {value}"
             for name, value in asdict(settings).items()
-            if name not in told and value != default[name]
+            if name not in included and value != default[name]
         ]
         return ", ".join([str(settings), *others])
-    except (ValueError, TypeError):  # of another version
+    except (ValueError, TypeError):  # from another version
         return text
 
 
 def last_run(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the run's own summary; empty without one."""
+    """Return facts about the last run from its summary; empty without one."""
     stages = summary.get("stage_seconds")
     stages = stages.items() if isinstance(stages, dict) else ()
-    said = {
+    facts = {
         "Outcome": str(summary.get("outcome", "")),
         "Started": _moment(summary.get("started_at")),
         "Ended": _moment(summary.get("ended_at")),
@@ -180,7 +180,7 @@ def last_run(summary: Mapping[str, Any]) -> dict[str, str]:
         "Rate": _with_unit(summary.get("images_per_second"), "photos a second"),
         "All threads": ", ".join(f"{stage} {_with_unit(s, 's')}" for stage, s in stages),
     }
-    return {name: value for name, value in said.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _moment(text: object) -> str:
@@ -207,18 +207,18 @@ def histogram(confidences: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _told(settings: ReportSettings, digest: Digest, problems: list[str]) -> str:
+def _message(settings: ReportSettings, digest: Digest, problems: list[str]) -> str:
     size = settings.out.stat().st_size / 2**20
     text = (
         f"{printable(str(settings.out))}: {len(digest.shown):,} of {digest.photos:,} photos, "
         f"{size:.1f} MiB"
     )
     if settings.images is None:
-        return f"{text}; --images INPUT would show the photos too"
+        return f"{text}; add --images INPUT to show the photos"
     counts = {
         "missing": problems.count(MISSING),
         "changed since": problems.count(CHANGED),
     }
     counts["not shown"] = len(problems) - sum(counts.values())
-    told = [f"{count:,} {what}" for what, count in counts.items() if count]
-    return "; ".join([text, *told])
+    reasons = [f"{count:,} {reason}" for reason, count in counts.items() if count]
+    return "; ".join([text, *reasons])

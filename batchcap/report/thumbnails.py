@@ -1,6 +1,6 @@
-"""Thumbnails of photos for a page, or why there is none. Knows no pages.
+"""Thumbnails of photos, or reasons why there is none. Knows no pages.
 
-Photos are decoded in reader processes, as in a run, so that no file ends the work.
+Photos are decoded in a reader pool, as in a run, so that no file can end the report.
 """
 
 import posixpath
@@ -36,7 +36,7 @@ TIMEOUT_S = 60.0
 PHOTOS_PER_READ = 8
 
 CHANGED = "The photo has changed since it was captioned."
-MISSING = "The photo is not there any more."
+MISSING = "The photo was not found."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Thumbnail:
 
 
 def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iterator[ImageRef]:
-    """Yield the photos of a run's INPUT that have these ids, each once; archives are read for them.
+    """Yield the photos of a run's INPUT that have these ids, each once; reads archives for them.
 
     Photos of directories and lists need not exist.
 
@@ -73,7 +73,7 @@ def find_photos(source: str, image_ids: Iterable[str], columns: Columns) -> Iter
 
     for archive in archives:
         for ref in list_images(archive, "*", columns=columns, is_excluded=is_unwanted):
-            if ref.image_id in left:  # of photos with one id, the first has the row
+            if ref.image_id in left:  # of duplicate ids, the first photo has the row
                 left.remove(ref.image_id)
                 yield ref
             if not left:
@@ -85,26 +85,26 @@ def _locator(source: str) -> Callable[[str], str]:
     if not (is_url(source) or is_stream(source) or Path(source).exists()):
         raise _no_input(source)
     if is_list(source):
-        # Standard input and pipes start at the current folder.
+        # Paths from standard input and pipes start at the current folder.
         base = "" if is_stream(source) else posixpath.dirname(source)
         return lambda path: path if is_url(path) else posixpath.join(base, path)
     if is_url(source):
         root = source if source.endswith("/") else f"{source}/"
-        return lambda path: root + path  # also of a key that begins with a slash
+        return lambda path: root + path  # keys may begin with a slash
     folder = source if Path(source).is_dir() else posixpath.dirname(source)
     return lambda path: posixpath.join(folder, path)
 
 
 def _no_input(source: str) -> UsageError:
-    return UsageError(f"There is no {source}; --images is the INPUT of the run, check the path.")
+    return UsageError(f"there is no {source}: --images must be the INPUT of the run")
 
 
 def make_thumbnails(
     photos: Iterable[ImageRef], sums: Mapping[str, str | None]
 ) -> Iterator[tuple[str, Thumbnail | str]]:
-    """Yield each photo's id, and its thumbnail or a sentence that says why there is none.
+    """Yield each photo's id, and its thumbnail or a sentence why there is none.
 
-    Files that end early are shown as far as they go: only those that a run accepted have captions.
+    Truncated files are shown in part: they have captions only if a run accepted them.
 
     Args:
         photos: in any order.
@@ -114,11 +114,11 @@ def make_thumbnails(
     groups = _groups(iter(photos), PHOTOS_PER_READ)
     processes = min(core_count(), -(-len(sums) // PHOTOS_PER_READ))
     with (
-        ThreadPoolExecutor(core_count()) as pool,  # outside, so as not to wait for readers to go on
+        ThreadPoolExecutor(core_count()) as pool,  # outermost, so readers close first
         readers(load, processes, TIMEOUT_S) as read,
         progress("reading photos", len(sums), "photo") as bar,
     ):
-        # A few at a time: photos out of archives hold their bytes.
+        # A few at a time: photos from archives are held in memory.
         for some in _groups(groups, 2 * core_count()):
             loaded = pool.map(read, some)
             for refs, images in zip(some, loaded, strict=True):

@@ -59,14 +59,14 @@ NO_ENTRIES = Entries(*(np.zeros(0, np.int64) for _ in Entries._fields))
 class RowIndex:
     """Index of the rows of files, oldest first.
 
-    `superseded` has, by the number of a file, the hashes of images with rows in newer files.
+    `superseded` maps a file's number to the hashes of its images that have rows in newer files.
     """
 
     def __init__(self, files: Sequence[Entries]) -> None:
         order, self._file, self.superseded = _newest([entries.hashes for entries in files])
 
         def column(name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
-            """Merge one column; one at a time, since all of them together are large."""
+            """Merge one column at a time: all of them together are large."""
             parts = [getattr(entries, name) for entries in (NO_ENTRIES, *files)]
             return np.concatenate(parts)[order].astype(kind, copy=False)
 
@@ -75,7 +75,7 @@ class RowIndex:
         self._failed, self._groups = column("failed", np.bool_), column("groups", np.int32)
         self._seen = np.zeros(len(order), np.bool_)
         captioned = np.flatnonzero(~self._failed).astype(np.uint32)
-        self._by_sum = captioned[np.argsort(self._sums[captioned])]  # captioned rows
+        self._by_sum = captioned[np.argsort(self._sums[captioned])]
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -96,7 +96,7 @@ class RowIndex:
         return Known.FAILED if self._failed[row] else Known.DONE
 
     def compare_bytes(self, row: int, size: int, sha256: str | None) -> Known:
-        """Compare a photo of this size and content with its row, whatever its time."""
+        """Compare a photo of this size and content with its row; its time does not count."""
         if self._sizes[row] != size or self._sums[row] != _sum(sha256):
             return Known.CHANGED
         return Known.FAILED if self._failed[row] else Known.DONE
@@ -123,7 +123,7 @@ class RowIndex:
         return self._hashes[(self._file == file) & ~self._seen]
 
     def places_of(self, sha256: str) -> list[Place]:
-        """Return places of captioned rows that may have these bytes; compare their own sums."""
+        """Return places of captioned rows whose SHA-256 may be this one; callers compare it."""
         wanted, by_sum = _sum(sha256), self._by_sum
         start = end = bisect_left(by_sum, wanted, key=self._sums.__getitem__)
         while end < len(by_sum) and self._sums[by_sum[end]] == wanted:
@@ -161,7 +161,7 @@ def _newest(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], dict[int, Hashes]]:
     """Find the newest row of each image, in the order of the hashes.
 
-    Returns their numbers, those of their files and, by file, the hashes that newer files have too.
+    Returns the rows' numbers, their files' numbers and, by file, the hashes that newer files have.
     """
     rows = np.cumsum([0, *map(len, files)])
     hashes = np.concatenate([NO_ENTRIES.hashes, *files])
@@ -170,7 +170,7 @@ def _newest(
     file = (np.searchsorted(rows, order, "right") - 1).astype(np.int32)
     is_newest = np.append(hashes[1:] != hashes[:-1], True)[: len(order)]
     newest, older = np.flatnonzero(is_newest), np.flatnonzero(~is_newest)
-    # Two rows in one file are not of batchcap; they stay.
+    # batchcap never writes two rows of an image to one file; such rows are kept.
     older = older[file[older] != file[newest[np.searchsorted(newest, older)]]]
     superseded = {
         int(number): np.unique(hashes[older[file[older] == number]])

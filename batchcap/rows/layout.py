@@ -25,18 +25,18 @@ PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
 MARK = ".complete-"
-SHARE = re.compile(r"shard-\d{5}-of-\d{5}")
+SHARD = re.compile(r"shard-\d{5}-of-\d{5}")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of an output and of what belongs to it; in a store, of its working copy."""
+    """Paths of an output and its other files; for a store, those of the working copy."""
 
     output: Path
     mirror: Mirror | None = None
 
     def __str__(self) -> str:
-        """Return the output as its user knows it."""
+        """Return the output's path or URL, as users know it."""
         if self.mirror is None:
             return str(self.output)
         return self.mirror.url + (self.output.name if self.is_file else "")
@@ -56,7 +56,7 @@ class Layout:
         """File that a run locks."""
         if self.is_file:
             return self.output.with_name(f".{self.output.name}.lock")
-        return self.output / ".lock"  # not beside: it is the same file wherever a folder is mounted
+        return self.output / ".lock"  # inside: the same file wherever the directory is mounted
 
     @property
     def manifest(self) -> Path:
@@ -93,7 +93,7 @@ class Layout:
         return [self.output] if self.is_file and self.output.exists() else []
 
     def temporaries(self) -> Iterator[tuple[Path, str]]:
-        """Yield directory and name regex of the files that a killed run can have left behind."""
+        """Yield directory and name regex of the files that a killed run may have left."""
         if self.is_file:
             ours = [self.output, self.summary]
         else:
@@ -116,7 +116,7 @@ class Layout:
             there = self._stored(self.mirror)
         here = [self.output] if self.is_file else [*self.row_files(), self.manifest, *self.marks()]
         changed = self.mirror.pull(there, [*here, self.summary])
-        if self.is_file and self.output.name in changed:  # what the parts went on from is no more
+        if self.is_file and self.output.name in changed:  # the parts extend the old file
             shutil.rmtree(self.parts, ignore_errors=True)
 
     def move_out(self) -> None:
@@ -151,7 +151,7 @@ class Layout:
         """
         if self.mirror is None:
             return False
-        # The first part of one file is the file itself.
+        # A single file's first part is a copy of the file itself.
         copy = self.output if self.is_file and path.name == FIRST_PART else path
         if not self.mirror.fetch_again(copy):
             return False
@@ -227,7 +227,7 @@ def part_name(number: int) -> str:
     return f"part-{number:06}.parquet"
 
 
-FIRST_PART = part_name(0)  # what `OUTPUT.parquet` was before
+FIRST_PART = part_name(0)  # the previous `OUTPUT.parquet`
 
 
 def layout_of(output: Path | str, shard: tuple[int, int] = (0, 1)) -> Layout:
@@ -238,8 +238,8 @@ def layout_of(output: Path | str, shard: tuple[int, int] = (0, 1)) -> Layout:
     store is in the user's cache directory, which is created.
 
     Raises:
-        UsageError: it is a link named like a file to a folder, or the other way round.
-        OutputError: it is a link that leads in a circle, or the cache folder can't be made.
+        UsageError: it is a link named like a file to a directory, or vice versa.
+        OutputError: it is a circular link, or the cache directory can't be created.
     """
     index, count = shard
     output = _followed(output)
@@ -254,7 +254,7 @@ def check_shards(output: Path | str, count: int) -> None:
     Only `OUTPUT.parquet` may be beside its shards: `merge` writes it.
 
     Raises:
-        OtherOutputError: it does, so that every photo would get a second row.
+        OtherOutputError: it has, so that every photo would get a second row.
         OutputError: the store can't be reached.
     """
     output = _followed(output)
@@ -275,8 +275,8 @@ def check_shards(output: Path | str, count: int) -> None:
         )
     if count > 1 and rows and not is_file:
         raise OtherOutputError(
-            f"{output} has rows outside of its shards, in {rows[0]}: move the files of these rows "
-            "away, or choose another OUTPUT"
+            f"{output} has rows outside of its shards, in {rows[0]}: move these files away, "
+            "or choose another OUTPUT"
         )
 
 
@@ -334,9 +334,9 @@ def _followed(output: Path | str) -> Path | str:
 
 
 def _data_set_of(output: Path | str) -> tuple[Path | str, str]:
-    """The folder around a data set, and its name in the hidden names there."""
+    """Return the directory around a data set, and its name within hidden names there."""
     folder, name = _parted(output)
-    if SHARE.fullmatch(name):
+    if SHARD.fullmatch(name):
         folder, data_set = _parted(folder)
         name = f"{data_set}.{name}"
     return folder, name
@@ -366,7 +366,7 @@ def _mirrored(url: str) -> Layout:
 
 
 def _parted(output: Path | str) -> tuple[Path | str, str]:
-    """The folder that an output is in, and its name there."""
+    """Return an output's parent directory and name."""
     if isinstance(output, Path):
         return output.parent, output.name
     folder, _, name = output.rstrip("/").rpartition("/")
@@ -391,7 +391,7 @@ def _names_in(folder: Path | str) -> list[str]:
 def _files_in(url: str) -> list[RemoteFile]:
     try:
         return list_folder(url)
-    except FileNotFoundError:  # stores have folders only where there are files in them
+    except FileNotFoundError:  # a store has no empty folders
         return []
 
 

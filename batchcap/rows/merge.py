@@ -38,7 +38,7 @@ from batchcap.storage.files import remove_temporaries, replace_text, sync
 from batchcap.storage.locking import locked
 
 UPGRADES = Upgrades(DECODE_DEFAULTS)
-REDO = "run again what wrote it, which redoes damaged rows"
+REDO = "repeat the run that wrote it, which redoes damaged rows"
 ROWS_PER_PART = 1_000_000  # some hundreds of megabytes
 
 
@@ -46,12 +46,12 @@ def merge_captions(settings: MergeSettings) -> str:
     """Write the rows of all shards to a new output; return a message for the user.
 
     The output appears under its final name when it is complete. In a store, a data set grows part
-    by part, and its mark and manifest come last. A few row groups are in memory at a time, and 8
-    bytes per image.
+    by part, and its mark and manifest come last. Memory holds a few row groups, and 8 bytes per
+    image.
 
     Raises:
         UsageError: there are no captions of this name.
-        InputError: there are no rows, a shard is missing or unfinished, or two rows are of one id.
+        InputError: there are no rows, a shard is missing or unfinished, or two rows have one id.
         OtherOutputError: shards are of different models or settings, or there are rows outside.
         LockedError: a run is writing a shard, or a run or another merge is writing the output.
         OutputError: the output exists, or can't be written; or a shard can't be read.
@@ -140,16 +140,16 @@ def _distinct_rows(shards: list[Layout], metadata: Mapping[str, str]) -> Iterato
     met = IdSet()
     for shard in shards:
         with locked(shard.lock):
-            files = _whole_files(shard)  # a run may have gone on since the metadata was read
+            files = _whole_files(shard)  # a run may have added rows since the metadata was read
             for path in files:
                 _check_same(read_file_metadata(path), metadata, shard)
             for table in (table for path in files for table in verified(path)):
                 image_ids = table["image_id"].to_pylist()
                 is_new = met.add(hashes_of(image_ids))
                 if not is_new.all():
-                    doubled = printable(image_ids[int(np.argmin(is_new))])
+                    duplicate = printable(image_ids[int(np.argmin(is_new))])
                     raise InputError(
-                        f"{shard} has a second row of {doubled}: run all shards on one INPUT, "
+                        f"{shard} has a second row of {duplicate}: run all shards on one INPUT, "
                         "each with its own --shard"
                     )
                 yield table
@@ -157,10 +157,10 @@ def _distinct_rows(shards: list[Layout], metadata: Mapping[str, str]) -> Iterato
 
 @contextmanager
 def _building(target: Layout, output: Path | str) -> Iterator[Layout]:
-    """Yield where to write a new output, locked; a failure leaves no rows there.
+    """Lock and yield the place of a new output; a failure leaves no rows there.
 
-    It is the output itself, except for a data set on this machine, which is written under a hidden
-    name with its own lock, and renamed at the end.
+    The place is the output itself, except for a data set on this machine, which is written under a
+    hidden name with its own lock, and renamed at the end.
 
     Raises:
         LockedError: a run or another merge is writing there.
@@ -169,7 +169,7 @@ def _building(target: Layout, output: Path | str) -> Iterator[Layout]:
     place = target
     if not target.is_file and target.mirror is None:
         if target.lock.exists():
-            with locked(target.lock):  # a run that is writing there is the first thing to report
+            with locked(target.lock):  # report a run that is writing there first
                 pass
         place = Layout(target.output.with_name(f".{target.output.name}.new"))
         with saying_where(target):
@@ -198,7 +198,7 @@ def _building(target: Layout, output: Path | str) -> Iterator[Layout]:
 def _check_absent(target: Layout, output: Path | str) -> None:
     if target.is_file or target.mirror is None:
         exists = target.output.exists() or target.parts.exists()
-    else:  # the working copy's folder always does
+    else:  # the working copy's directory always exists
         exists = bool(target.row_files() or existing_shards(output))
     if exists:
         raise OutputError(f"{target} exists: choose another OUTPUT, or remove it")
@@ -226,7 +226,7 @@ def _write_parts(
         if target.mirror is None:
             _put_in_place(place, target, manifest_text(True, metadata, files))
         else:
-            # The first part is named like a run's, so that only one of the two gets there.
+            # The first part is named like a run's, so that only one of the two can upload it.
             for path in (*place.row_files(), *place.marks()):
                 target.publish(path)
             replace_text(target.manifest, manifest_text(True, metadata, files))

@@ -2,8 +2,8 @@
 
 Hidden files beside the directory that belong to it are copied too. A file appears in the store
 whole, under its final name, or not at all. A store has no lock that is freed when a run dies.
-Instead, each pushed file must still be, in the store, what this run left or found there: of two
-runs that write at the same time, the second is refused. Knows nothing of the files' content.
+Instead, a file is pushed only if the store still has the version that this run left or found: of
+two runs that write at the same time, the second is refused. Knows nothing of the files' content.
 """
 
 import json
@@ -30,7 +30,7 @@ class Copy(NamedTuple):
 
 @dataclass
 class Mirror:
-    """The files directly in `url`, which ends in a slash, and those directly in `folder`.
+    """The files directly in `url`, which ends in a slash, and their copies in `folder`.
 
     Files whose names begin with `prefix_beside` are directly in `url_beside` and in `home`, which
     also has the record of copies. One process at a time may use it.
@@ -44,7 +44,7 @@ class Mirror:
     _copies: dict[str, Copy] = field(default_factory=dict)
 
     def pull(self, there: Iterable[RemoteFile], here: Iterable[Path]) -> set[str]:
-        """Make the local files equal to those in the store, `there`, and remove all others.
+        """Make the local files equal to the store's, `there`, and remove all others.
 
         `here` are files that may exist locally without having reached the store. Returns the names
         of files that somebody else has changed since the last run here.
@@ -67,9 +67,9 @@ class Mirror:
         return changed
 
     def push(self, path: Path) -> None:
-        """Make a file in the store equal to the local one, or remove it if that is gone.
+        """Make a file in the store equal to the local one, or remove it with the local one.
 
-        Files that neither are in the directory nor belong to it are ignored.
+        Files outside of the mirror are ignored.
 
         Raises:
             LockedError: somebody else has written it meanwhile.
@@ -137,8 +137,8 @@ class Mirror:
 
     def _read_record(self) -> dict[str, Copy]:
         try:
-            told = json.loads((self.home / RECORD).read_text(encoding="utf-8"))
-            return {name: Copy(*copy) for name, copy in told.items()}
+            record = json.loads((self.home / RECORD).read_text(encoding="utf-8"))
+            return {name: Copy(*copy) for name, copy in record.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
@@ -149,8 +149,8 @@ class Mirror:
 def _uploaded(path: Path, url: str, before: str) -> RemoteFile:
     """Upload a file in place of the version `before`, empty for none; return its description.
 
-    A client repeats requests whose answers were lost, and is then refused by what it has written
-    itself.
+    If an answer is lost, the client repeats the request, and its own first write then makes the
+    store refuse the second.
 
     Raises:
         LockedError: somebody else has written the file meanwhile.
@@ -183,6 +183,5 @@ def describe_if_there(url: str) -> RemoteFile | None:
 
 def _overtaken(url: str) -> LockedError:
     return LockedError(
-        f"another run is writing this output: {url} is not as this run left it; let one run end, "
-        "and run again"
+        f"another run is writing this output: {url} has changed; let one run end, and run again"
     )

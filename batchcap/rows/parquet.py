@@ -1,7 +1,7 @@
 """Parquet files of rows: written whole or not at all, read with every checksum verified.
 
 Files of earlier schemas are read as files of the newest. Columns that other programs have added
-come last, and are kept.
+are kept, as the last ones.
 """
 
 import errno
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 MAGIC = b"PAR1"
 WAYS_OUT = "choose another OUTPUT, or give --on-existing overwrite to replace it"
-# Errors of a machine that is short of something, in the words of Arrow and of its codecs.
+# A lack of memory or threads, in the words of Arrow and its codecs.
 SHORTAGE = re.compile(r"memory|alloc|DCtx create|worker thread|temporarily", re.IGNORECASE)
 
 
@@ -47,11 +47,11 @@ def write_rows(
 ) -> int:
     """Write tables as the row groups of `path`, whole or not at all; return the number of rows.
 
-    `staged` and `like` are those of `replacing`. `schema` is one of `schema_of`; a column of it
-    that a table lacks is null.
+    `staged` and `like` are those of `replacing`. `schema` comes from `schema_of`; its columns that
+    a table lacks are null.
 
     Raises:
-        OutputError: the folder is missing, read-only or full; what `path` was is unchanged.
+        OutputError: the folder is missing, read-only or full; an existing `path` is unchanged.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a directory: give a .parquet file")
@@ -67,7 +67,7 @@ def write_rows(
                 rows += len(table)
         with temporary.open("rb") as written:
             if pq.read_metadata(written).num_rows != rows:
-                raise OSError(None, "what was written does not read back")
+                raise OSError(None, "the written file does not read back")
     return rows
 
 
@@ -90,7 +90,7 @@ def read_group(path: Path, group: int) -> pa.Table:
     """Return one row group of a file that `read_groups` has verified.
 
     Raises:
-        DamagedError: it is not as it was any more.
+        DamagedError: it has changed since.
         OutputError: it can't be opened, or this machine has no memory for it.
     """
     with _opened(path) as file:
@@ -117,12 +117,12 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     """
     with _noticing_damage(path):
         if not _seems_parquet(path):
-            raise OutputError(f"{path} is not a Parquet file, and stays as it is: {WAYS_OUT}")
+            raise OutputError(f"{path} is not a Parquet file, and is left unchanged: {WAYS_OUT}")
     with _opened(path) as file:
         found = file.schema_arrow.metadata or {}
         metadata = {key.decode(): value.decode() for key, value in found.items()}
     if "batchcap.schema" not in metadata:
-        raise OutputError(f"{path} was not written by batchcap, and stays as it is: {WAYS_OUT}")
+        raise OutputError(f"{path} was not written by batchcap, and is left unchanged: {WAYS_OUT}")
     return metadata
 
 
@@ -156,7 +156,7 @@ def schema_of(paths: Iterable[Path]) -> pa.Schema:
             ):
                 raise OutputError(
                     f"{path} has a column {field.name} of another type ({field.type}) than the "
-                    "files beside it: change it, or remove it"
+                    "files beside it: convert it, or remove it"
                 )
     return schema
 
@@ -209,7 +209,7 @@ def _seems_parquet(path: Path) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file of rows; errors in the block become DamagedError or OutputError."""
-    # By Python, which opens any name; Arrow takes only UTF-8.
+    # Opened by Python: Arrow accepts only UTF-8 names.
     with (
         _noticing_damage(path),
         path.open("rb") as opened,
@@ -226,7 +226,7 @@ def _noticing_damage(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)  # of the system; pyarrow's own errors have none
         if number not in (None, errno.EIO):
             reason = os.strerror(number)
-            raise OutputError(f"cannot read {path}: {reason}; correct it and run again") from error
+            raise OutputError(f"cannot read {path}: {reason}; fix this and run again") from error
         if _is_shortage(error):
             raise OutputError(
                 f"cannot read {path}: this machine lacks memory or threads "
@@ -248,7 +248,7 @@ def _is_shortage(error: Exception) -> bool:
 
 @contextmanager
 def saying_where(place: object) -> Iterator[None]:
-    """Turn file system errors of the block into errors that a user can act on.
+    """Turn the block's file system errors into errors that a user can act on.
 
     Raises:
         OutputError: for any OSError in the block.

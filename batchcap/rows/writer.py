@@ -1,11 +1,11 @@
-"""The output: rows are committed in parts; committed rows are never lost or doubled.
+"""The output: rows are committed in parts; committed rows are never lost or duplicated.
 
 A part is a Parquet file that a rename puts in place: at that moment its rows begin to exist.
 `OUTPUT/` is the directory of parts itself, a data set that others can read at any moment.
-`OUTPUT.parquet` has its parts in a hidden directory beside it, the first of which is the old file,
-and is replaced by all of them at the end of a run. Everything else (the index, the manifest) is
-derived from the parts: if two parts have a row of one image, the newer part's counts, and the other
-row is dropped later. Knows no photos and no models.
+`OUTPUT.parquet` has its parts in a hidden directory beside it. The first part is the old file, and
+all parts replace it at the end of a run. Everything else (the index, the manifest) is derived from
+the parts: if two parts have a row of one image, the newer part's counts, and the other row is
+dropped later. Knows no photos and no models.
 """
 
 import errno
@@ -56,7 +56,7 @@ from batchcap.storage.files import (
 )
 from batchcap.storage.locking import locked
 
-# What must be equal for rows to stand in one output, and what it is to the user.
+# Metadata that all rows of an output share, and its names for users.
 IDENTITY = {
     "batchcap.schema": "schema",
     "batchcap.model": "model",
@@ -64,12 +64,12 @@ IDENTITY = {
     "batchcap.precision": "precision",
     "batchcap.attention": "attention",
 }
-# What a caption consists of, and so what a copy of a photo has too.
+# Columns that a copy of a captioned photo gets too.
 CAPTION_COLUMNS = (
     *("caption", "tokens", "token_ids", "token_logprobs", "logprob", "mean_logprob", "finished"),
     *("attention", "attention_map", "caption_source", "edited_at", "familiarity"),
 )
-INCOMPLETE = {"batchcap.complete": "false"}  # metadata of a file after a run that left photos out
+INCOMPLETE = {"batchcap.complete": "false"}  # metadata of a file after a run that skipped photos
 ROWS_PER_GROUP = 4096
 GROUPS_AT_HAND = 4  # of captions to reuse: renamed photos come in the order of their rows
 
@@ -101,13 +101,13 @@ class Upgrades:
     has_shipped_model: bool = False
 
     def comparable(self, metadata: Mapping[str, str]) -> dict[str, str | None]:
-        """Return the metadata that must be equal, in the terms of this version."""
+        """Return the metadata that must be equal, converted to this version."""
         values = {key: metadata.get(key) for key in IDENTITY}
         if values["batchcap.schema"] in READABLE_SCHEMAS:
             values["batchcap.schema"] = str(SCHEMA_VERSION)
         with suppress(ValueError, TypeError, KeyError):
-            told = json.loads(metadata["batchcap.decode"])
-            values["batchcap.decode"] = json.dumps({**self.decode_defaults, **told}, sort_keys=True)
+            decode = {**self.decode_defaults, **json.loads(metadata["batchcap.decode"])}
+            values["batchcap.decode"] = json.dumps(decode, sort_keys=True)
         return values
 
 
@@ -129,7 +129,7 @@ class CaptionFolder:
         self._like = like  # whose mode and owner new files get
         self._begun = False
         self._pending: list[pa.Table] = []
-        self._replaced: dict[int, list[Hashes]] = {}  # by pending rows
+        self._replaced: dict[int, list[Hashes]] = {}  # images of pending rows, by file
         self._superseded = {file: [hashes] for file, hashes in index.superseded.items()}
         self._has_own_doubles = False
         self._captions = lru_cache(GROUPS_AT_HAND)(self._read_captions)
@@ -147,7 +147,7 @@ class CaptionFolder:
         if not rows:
             return
         if again:
-            self.commit()  # of two rows in one part neither would be newer
+            self.commit()  # in one part, neither row would be the newer
             self._has_own_doubles = True
         hashes = hashes_of([row["image_id"] for row in rows])
         known = self.index.find_all(hashes)
@@ -204,7 +204,7 @@ class CaptionFolder:
     def reusable(self, sha256: str) -> Row | None:
         """Return the caption of a photo with these bytes from before this run, or None."""
         for place in self.index.places_of(sha256):
-            with suppress(DamagedError):  # since the run began: then the model sees the photo
+            with suppress(DamagedError):  # since the run began: the photo is captioned
                 table, row_of = self._captions(place)
                 if sha256 in row_of:
                     return table.slice(row_of[sha256], 1).to_pylist()[0]
@@ -213,7 +213,7 @@ class CaptionFolder:
     def prune(self, is_excluded: Callable[[str], bool] = lambda _image_id: False) -> int:
         """Drop the rows of images that the whole input no longer has; return how many.
 
-        Rows of excluded images stay: it is not known whether the input has these images.
+        Rows of excluded images are kept: the input may still have these images.
         """
         count = 0
         for file in range(len(self._files)):
@@ -228,8 +228,7 @@ class CaptionFolder:
     def finish(self, complete: bool = True) -> None:
         """Complete the output: commit pending rows and, for a single file, join the parts.
 
-        `complete` means that all of the input has rows; if not, the output is not marked as
-        complete.
+        `complete` means that the whole input has rows, so that the output is marked as complete.
 
         Raises:
             OutputError: there is no room; the parts stay, and the next run joins them.
@@ -303,7 +302,7 @@ class CaptionFolder:
         return rows
 
     def _begin(self) -> None:
-        """Create the directory of parts, at the first change and not before."""
+        """Prepare the output for its first change: unmark it, and create the directory of parts."""
         if self._begun:
             return
         with saying_where(self.layout):
@@ -327,7 +326,7 @@ class CaptionFolder:
                 self.layout.publish(path)
 
     def _make_parts(self) -> None:
-        """Create the directory of parts whole: once it exists, the old rows are only in it."""
+        """Create the directory of parts by a rename: old rows are read there once it exists."""
         parts = self.layout.parts
         new = parts.with_name(f"{parts.name}.new")
         new.mkdir()
@@ -370,31 +369,31 @@ def manifest_text(complete: bool, metadata: Mapping[str, str], files: list[RowFi
         "complete": complete,
         "metadata": dict(metadata),
         "rows": sum(file.rows for file in files),
-        "parts": _parts_told(files),
+        "parts": _listed(files),
     }
     return json.dumps(manifest, indent=1) + "\n"
 
 
-def _parts_told(files: list[RowFile]) -> list[dict[str, str | int]]:
+def _listed(files: list[RowFile]) -> list[dict[str, str | int]]:
     return [{"name": file.path.name, "rows": file.rows} for file in files]
 
 
 def digest_of(files: list[RowFile]) -> str:
     """Return a digest of the names and row counts of a data set's parts."""
-    return hashlib.sha256(json.dumps(_parts_told(files)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_listed(files)).encode()).hexdigest()[:16]
 
 
 def is_whole(layout: Layout, files: list[RowFile]) -> bool:
-    """Whether these rows are complete, so that nothing is left to be done."""
+    """Whether these rows are complete, so that nothing is left to do."""
     if layout.is_file:
         return is_joined(layout) and not INCOMPLETE.items() <= _metadata_of(files).items()
     if layout.mark(digest_of(files)).exists():
         return True
     if layout.manifest.parent != layout.output:
         return False
-    try:  # earlier versions made no mark
-        told = json.loads(layout.manifest.read_text(encoding="utf-8"))
-        return bool(told["complete"]) and told["parts"] == _parts_told(files)
+    try:  # outputs of earlier versions have no mark
+        manifest = json.loads(layout.manifest.read_text(encoding="utf-8"))
+        return bool(manifest["complete"]) and manifest["parts"] == _listed(files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -422,15 +421,15 @@ def open_captions(
     Damaged files are moved aside, so that their images are captioned again.
 
     Args:
-        layout: which output; the folder that it is in must exist.
-        identity: by the keys of `IDENTITY`, what rows must have in common.
-        on_existing: what to do where there are rows already.
-        upgrades: which differences from rows of earlier versions are none.
+        layout: of the output, whose parent directory must exist.
+        identity: metadata that all rows must share, by the keys of `IDENTITY`.
+        on_existing: what to do if the output has rows.
+        upgrades: differences from rows of earlier versions that are accepted.
 
     Raises:
         LockedError: another run holds it.
         OtherOutputError: its rows were made by another model or with other settings.
-        OutputError: it can't be written, is not of batchcap, or exists where it must not.
+        OutputError: it can't be written, is not batchcap's, or exists but must not.
     """
     with saying_where(layout):
         if not layout.is_file:
@@ -466,7 +465,7 @@ def _check_writable(folder: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "its directory does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-        reason = "the file system is read-only" if is_read_only else "its folder may not be written"
+        reason = "the file system is read-only" if is_read_only else "its directory is not writable"
         raise PermissionError(errno.EACCES, reason)
 
 
@@ -474,7 +473,7 @@ def existing_rows(layout: Layout, on_existing: OnExisting) -> list[Path]:
     """Return the files of rows to resume from, oldest first.
 
     Raises:
-        OutputError: there are some, or other people's files, and there must not be.
+        OutputError: there are rows, or other people's files, but must not be.
     """
     files = layout.row_files()
     if layout.is_file and layout.output.is_dir():
@@ -502,50 +501,48 @@ def check_identity(
     Returns the identity, with further metadata of the newest rows.
 
     Raises:
-        OtherOutputError: they are not; says what differs.
-        OutputError: a file is not of batchcap.
+        OtherOutputError: they differ; the message says how.
+        OutputError: a file is not batchcap's.
     """
     found: dict[str, str] = {}
     identity = dict(identity)
     for path in files:
-        with suppress(DamagedError):  # for the reader of the rows to meet
+        with suppress(DamagedError):  # reported when its rows are read
             found = _read_or_fetch(read_file_metadata, path, fetch_again)
             precision = found.get("batchcap.precision", "")
             if upgrades.keeps_precision and precision in {*Precision} - {Precision.AUTO}:
                 identity["batchcap.precision"] = precision
-            there, asked = upgrades.comparable(found), upgrades.comparable(identity)
+            old, new = upgrades.comparable(found), upgrades.comparable(identity)
             for key, name in IDENTITY.items():
-                if there[key] != asked[key]:
-                    raise _other_output(output, name, there[key], asked[key], upgrades)
+                if old[key] != new[key]:
+                    raise _other_output(output, name, old[key], new[key], upgrades)
     return {key: value for key, value in found.items() if key not in INCOMPLETE} | identity
 
 
 def _other_output(
-    output: object, name: str, there: str | None, asked: str | None, upgrades: Upgrades
+    output: object, name: str, old: str | None, new: str | None, upgrades: Upgrades
 ) -> OtherOutputError:
-    there, asked = _differing(there or "none", asked or "none")
+    old, new = _differing(old or "none", new or "none")
     if name == "model" and upgrades.has_shipped_model:
         return OtherOutputError(
-            f"{output} has rows of another model ({there}) than the one that this version of "
-            f"batchcap ships ({asked}); if an earlier version's made them, that model has been "
-            "replaced. To go on with the old one, give its directory with --model; or "
-            f"{WAYS_OUT}"
+            f"{output} has rows of another model ({old}) than the one that this version of "
+            f"batchcap ships ({new}), perhaps one that an earlier version shipped. To continue "
+            f"with that model, give its directory with --model; or {WAYS_OUT}"
         )
     return OtherOutputError(
-        f"{output} has rows of another {name} ({there}) than what is asked for ({asked}): "
-        f"{WAYS_OUT}"
+        f"{output} has rows of another {name} ({old}) than this run's ({new}): {WAYS_OUT}"
     )
 
 
-def _differing(there: str, asked: str) -> tuple[str, str]:
+def _differing(old: str, new: str) -> tuple[str, str]:
     """Return the differing fields of two JSON objects; of other texts, both texts."""
     try:
-        fields, others = json.loads(there), json.loads(asked)
+        fields, others = json.loads(old), json.loads(new)
         differing = [key for key in fields | others if fields.get(key) != others.get(key)]
     except (ValueError, AttributeError, TypeError):
-        return there, asked
+        return old, new
     first, second = (
-        ", ".join(f"{key} {told.get(key)}" for key in differing) for told in (fields, others)
+        ", ".join(f"{key} {values.get(key)}" for key in differing) for values in (fields, others)
     )
     return first, second
 
@@ -557,7 +554,7 @@ def index_of(
 ) -> tuple[list[RowFile], RowIndex]:
     """Index the undamaged files of rows; `on_damage` gets the others.
 
-    If a file is damaged here only, `fetch_again` downloads the store's copy, if there is one.
+    If only the local copy is damaged, `fetch_again` downloads the store's.
 
     Raises:
         OutputError: a file can't be opened, or this machine has no memory for it.
@@ -578,7 +575,7 @@ def index_of(
 def _read_or_fetch(
     read: Callable[[Path], Read], path: Path, fetch_again: Callable[[Path], bool]
 ) -> Read:
-    """Read a file; if it is damaged here only, read the store's copy."""
+    """Read a file; if only the local copy is damaged, read the store's."""
     try:
         return read(path)
     except DamagedError:
@@ -602,7 +599,7 @@ def _damage_reported() -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        raise OutputError(f"{error}; run again, which redoes the rows of damaged files") from error
+        raise OutputError(f"{error}; run again to redo the rows of damaged files") from error
 
 
 def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -637,12 +634,12 @@ def _remove_leftovers(layout: Layout) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove a directory by a rename first: half a directory would look like less work done."""
+    """Rename a directory, then remove it: half of it would look like less work done."""
     if folder.exists():
-        going = folder.with_name(f"{folder.name}.old")
-        folder.rename(going)
+        renamed = folder.with_name(f"{folder.name}.old")
+        folder.rename(renamed)
         sync(folder.parent)
-        shutil.rmtree(going, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:

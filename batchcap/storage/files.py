@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-# From file systems, often of FUSE or SMB, that can't open or sync a folder.
+# Errors of file systems, often FUSE or SMB, that can't open or sync a folder.
 NO_FOLDER_SYNC = {
     *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF),
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.EROFS),
@@ -31,9 +31,9 @@ def replacing(
 
     Args:
         path: the file to write.
-        staged: the path that the hidden file is named after and beside, on the same file system;
-            `path` by default.
-        like: whose mode, owner and group a new file gets; without it, those of any new file.
+        staged: a path on the same file system, `path` by default; the hidden file is named after it
+            and created beside it.
+        like: the status whose mode, owner and group a new file gets instead of the usual ones.
 
     Raises:
         OSError: the folder is missing, read-only or full, or `path` can't be replaced.
@@ -154,7 +154,7 @@ def sync(path: Path) -> None:
 
 
 def _mount_of(path: Path) -> str | None:
-    """Return the number of the mount that holds a path; None if the system has no such number."""
+    """Return the ID of the mount that holds a path; None if the system has no such IDs."""
     descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
     try:
         info = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
@@ -173,6 +173,6 @@ def _set_owner_and_mode(path: Path, like: os.stat_result) -> None:
             os.chown(path, owner, group)
     mode = stat.S_IMODE(like.st_mode) & 0o777
     if path.stat().st_gid != like.st_gid:
-        mode &= 0o707 | (mode & 0o007) << 3  # our group may do what all others may
+        mode &= 0o707 | (mode & 0o007) << 3  # the group may do no more than others
     with suppress(OSError):  # a file system without modes
         path.chmod(mode)

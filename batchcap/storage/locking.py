@@ -25,7 +25,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            # While it is held: `_acquire` notices. A file that stays does no harm.
+            # Still locked, so that `_acquire` notices. A file left behind does no harm.
             with suppress(OSError):
                 if _is_still(path, descriptor):
                     path.unlink()
@@ -61,7 +61,7 @@ def _acquire(path: Path) -> int:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the file still exists, so that no other process removed it before it was locked."""
+    """Whether the open file is still at `path`, not removed by another process."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

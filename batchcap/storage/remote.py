@@ -25,15 +25,15 @@ PACKAGES = {  # by scheme
     "http": "fsspec[http]",
     "https": "fsspec[http]",
 }
-NUMBERS = {
+ERRNO_BY_TYPE = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
     PermissionError: errno.EACCES,
     IsADirectoryError: errno.EISDIR,
 }
-REFUSALS = ("PreconditionFailed", "412", "ConditionalRequestConflict")  # by S3, of `upload`
+REFUSALS = ("PreconditionFailed", "412", "ConditionalRequestConflict")  # S3's, of an `upload`
 COMPARED_BYTES = 1 << 20
-STATUS_NUMBERS = {  # of HTTP
+ERRNO_BY_STATUS = {  # HTTP
     401: errno.EACCES,
     403: errno.EACCES,
     404: errno.ENOENT,
@@ -74,27 +74,27 @@ def describe(url: str) -> RemoteFile:
     """Ask the store about one file.
 
     Raises:
-        OSError: it is not there, or can't be reached.
-        UsageError: no package for such URLs.
+        OSError: it is missing, or can't be reached.
+        UsageError: the package for such URLs is missing.
     """
     with _reaching(url) as (store, path):
         return _remote_file(url, store.info(path))
 
 
 def list_folder(url: str) -> list[RemoteFile]:
-    """List the files and directories directly in a directory, in no order; `url` ends in a slash.
+    """List the files and directories directly in a directory, unsorted; `url` ends in a slash.
 
     If the URL contains a directory without a name (`a//`), all files below it are listed at once,
     however deep. The directory itself is listed too if it is also a non-empty file.
 
     Raises:
-        OSError: there is nothing, or it can't be reached.
-        UsageError: no package for such URLs.
+        OSError: the directory is missing, or can't be reached.
+        UsageError: the package for such URLs is missing.
     """
     with _reaching(url) as (store, path):
         if _is_web(url):
             return [*_on_web(url, store.ls(path, detail=True))]
-        # Stores strip the slashes at the end of a path, each of which ends a folder's name.
+        # fsspec strips the slashes at the end of a path, but each ends a folder's name.
         address = url.partition("://")[2]
         folder = path.rstrip("/") + address[len(address.rstrip("/")) :]
         if "//" in folder:
@@ -138,18 +138,18 @@ def matching(url: str) -> list[str]:
 
     Raises:
         OSError: the store can't be reached.
-        UsageError: no package for such URLs.
+        UsageError: the package for such URLs is missing.
     """
     with _reaching(url) as (store, path):
         return sorted(map(store.unstrip_protocol, store.glob(path)))
 
 
 def open_file(name: str) -> IO[bytes]:
-    """Open a path or a URL for reading and seeking; a URL is read some megabytes at a time.
+    """Open a path or a URL for reading and seeking; a URL is read a few megabytes at a time.
 
     Raises:
-        OSError: it is not there, or can't be reached; and later, for what reading meets.
-        UsageError: no package for such URLs.
+        OSError: it is missing, or can't be reached; reading it may also raise.
+        UsageError: the package for such URLs is missing.
     """
     if not is_url(name):
         return Path(name).open("rb")
@@ -161,33 +161,33 @@ def read_file(url: str) -> bytes:
     """Return the content of a file.
 
     Raises:
-        OSError: it is not there, or can't be reached.
-        UsageError: no package for such URLs.
+        OSError: it is missing, or can't be reached.
+        UsageError: the package for such URLs is missing.
     """
     with _reaching(url) as (store, path):
         return store.cat_file(path)
 
 
 def download(url: str, path: Path) -> None:
-    """Copy a file of a store to this machine. A crash can leave half of it.
+    """Copy a file from a store to this machine. A crash can leave half of it.
 
     Raises:
-        OSError: it is not there, or can't be reached; or the disk is full.
+        OSError: it is missing, or can't be reached; or the disk is full.
     """
     with _reaching(url) as (store, remote_path):
         store.get_file(remote_path, str(path))
 
 
 def upload(path: Path, url: str, replaced: str) -> None:
-    """Copy a file of this machine to a store, whole or not at all.
+    """Copy a file from this machine to a store, whole or not at all.
 
     S3 and Google's store show the file only when it is complete, and refuse it if it must be new
-    but exists. S3 also refuses to replace another version than the given one, unless the upload
-    takes several requests (from 100 MiB on). Other stores do what they can.
+    but exists. S3 also refuses to replace a version other than `replaced`, unless the upload takes
+    several requests (from 100 MiB on). Other stores do what they can.
 
     Args:
-        path: the file here.
-        url: where it goes.
+        path: the local file.
+        url: its destination.
         replaced: the version that it replaces; empty if there must be none.
 
     Raises:
@@ -201,7 +201,7 @@ def upload(path: Path, url: str, replaced: str) -> None:
 
 
 def holds_same(url: str, path: Path) -> bool:
-    """Whether a store has a file with the bytes of a local one.
+    """Whether a store has a file with the same bytes as a local one.
 
     Raises:
         OSError: one of them can't be read or reached.
@@ -240,7 +240,7 @@ def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
     if size is not None and size < 0:
         size = None
     mark = info.get("ETag") or info.get("etag") or info.get("generation") or moment
-    # In whole seconds: a listing may be more precise, but no other answer is.
+    # In whole seconds: only listings may be more precise.
     seconds = int64_or_none(moment)
     mtime_ns = None if seconds is None else int64_or_none(seconds * 10**9)
     return RemoteFile(url, size, mtime_ns, f"{info.get('size')} {mark}")
@@ -256,7 +256,7 @@ def _moment(info: dict[str, Any]) -> float | None:
 
 @contextmanager
 def _reaching(url: str) -> Iterator[tuple[Any, str]]:
-    """Yield the store of a URL and the path in it; every failure in the block is an OSError."""
+    """Yield the store of a URL and the path in it; failures in the block become OSErrors."""
     fsspec = _import_fsspec()
     scheme = url.partition("://")[0].lower()
     try:
@@ -264,7 +264,7 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
     except ImportError as error:
         package = PACKAGES.get(scheme, str(error))
         raise UsageError(f"{scheme}:// needs a package: pip install '{package}'") from error
-    except Exception as error:  # each store has its own
+    except Exception as error:  # each store has its own classes
         if not isinstance(error, OSError) and scheme not in fsspec.available_protocols():
             raise UsageError(f"unknown URL scheme {scheme}://") from error
         raise _as_os_error(_answer_of(error) if _is_web(url) else error) from error
@@ -290,7 +290,7 @@ def _is_web(url: str) -> bool:
 
 
 def _answer_of(error: Exception) -> Exception:
-    """Return the error that fsspec replaced: it reports any server answer as a missing file."""
+    """Return the error that fsspec replaced: it reports any error status as a missing file."""
     cause = error.__cause__
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
 
@@ -299,17 +299,17 @@ def _as_os_error(error: Exception) -> OSError:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         message = f"{status} {getattr(error, 'message', '')}".strip().splitlines()[0]
-        return OSError(STATUS_NUMBERS.get(status, errno.EIO), message)
+        return OSError(ERRNO_BY_STATUS.get(status, errno.EIO), message)
     if _code_of(error) in REFUSALS:
         return OSError(errno.EEXIST, _reason(error))
     if isinstance(error, OSError):
-        number = error.errno or NUMBERS.get(type(error), errno.EIO)
+        number = error.errno or ERRNO_BY_TYPE.get(type(error), errno.EIO)
         return OSError(number, error.strerror or _reason(error))
     return OSError(errno.EIO, _reason(error))
 
 
 def _code_of(error: Exception) -> str:
-    """Return S3's name of an error; empty for other stores."""
+    """Return S3's code for an error; empty for other stores."""
     response = getattr(error.__cause__, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
@@ -325,7 +325,7 @@ def _import_fsspec() -> Any:
     except ValueError as error:
         raise UsageError(
             f"fsspec cannot read its settings ({_reason(error)}): check the files in "
-            "~/.config/fsspec and to the variables FSSPEC_*"
+            "~/.config/fsspec and the variables FSSPEC_*"
         ) from error
 
 

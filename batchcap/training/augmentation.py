@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-# As a share of the photo, and the longer side by the shorter one (Szegedy et al. 2015, with parts
-# large enough that captions stay true of them).
+# Area as a share of the photo; longer side / shorter side. As in Szegedy et al. 2015, but large
+# enough that captions stay true.
 LEAST_AREA = 0.5
 MOST_ELONGATED = 4 / 3
 MOST_CHANGE = 0.3  # of brightness, contrast and saturation
@@ -21,7 +21,7 @@ WHOLE = np.array([0, 0, 1, 1], np.float32)  # top, left, bottom, right
 
 
 class View(NamedTuple):
-    """A view of a photo: `crop` numbers the crops from 1; 0 is the whole photo."""
+    """A crop of a photo, maybe mirrored; `crop` counts from 1, 0 is the whole photo."""
 
     mirrored: bool = False
     crop: int = 0
@@ -36,7 +36,7 @@ PLAIN = View()
 
 
 def training_views(flip: bool, crops: int) -> tuple[View, ...]:
-    """Return the whole photo and its crops; with `flip`, also every view flipped."""
+    """Return the whole photo and its crops; `flip` adds its mirror image and flips odd crops."""
     whole = (PLAIN, View(mirrored=True)) if flip else (PLAIN,)
     return (*whole, *(View(flip and crop % 2 == 1, crop) for crop in range(1, crops + 1)))
 
@@ -44,11 +44,11 @@ def training_views(flip: bool, crops: int) -> tuple[View, ...]:
 def seen(pixels: npt.NDArray[np.uint8], view: View, sha256s: Sequence[str]) -> Any:
     """Return a view of photos `uint8[B, S, S, 3]`, as an array or tensor of the same shape.
 
-    There may be fewer `sha256s` than photos; the others only pad the batch.
+    Photos beyond `sha256s` only pad the batch.
     """
     if view.crop:
         boxes = np.tile(WHOLE, (len(pixels), 1))
-        boxes[: len(sha256s)] = [part_of(sha256, view.crop) for sha256 in sha256s]
+        boxes[: len(sha256s)] = [crop_box(sha256, view.crop) for sha256 in sha256s]
         places = np.arange(len(pixels), dtype=np.int32)
         cropped = tf.image.crop_and_resize(pixels, boxes, places, pixels.shape[1:3])
         pixels = tf.cast(tf.round(cropped), tf.uint8)
@@ -60,31 +60,31 @@ def augmented(
 ) -> npt.NDArray[np.uint8]:
     """Return a random crop of each photo of `uint8[B, S, S, 3]`, with colour jitter; some flipped.
 
-    Hues stay, since captions name colours.
+    Hues are kept, since captions name colours.
     """
-    boxes = np.array([_box(rng) for _ in pixels], np.float32)
-    boxes[mirrored] = boxes[mirrored][:, [0, 3, 2, 1]]  # from right to left
-    seen = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
+    boxes = np.array([_random_box(rng) for _ in pixels], np.float32)
+    boxes[mirrored] = boxes[mirrored][:, [0, 3, 2, 1]]  # left and right swapped: flipped
+    crops = tf.image.crop_and_resize(pixels, boxes, np.arange(len(pixels)), pixels.shape[1:3])
     change = rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE, (3, len(pixels), 1, 1, 1))
-    return _jitter_colours(seen, *change.astype(np.float32)).numpy()
+    return _jitter_colours(crops, *change.astype(np.float32)).numpy()
 
 
 @tf.function(jit_compile=True, autograph=False)
 def _jitter_colours(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> Any:
     """Change `float32[B, S, S, 3]` by factors `float32[B, 1, 1, 1]`; return `uint8[B, S, S, 3]`."""
     mean = tf.reduce_mean(pixels, axis=(1, 2, 3), keepdims=True)
-    grey = (pixels[..., 0:1] + pixels[..., 1:2] + pixels[..., 2:3]) / 3  # XLA fuses it, not a mean
+    grey = (pixels[..., 0:1] + pixels[..., 1:2] + pixels[..., 2:3]) / 3  # XLA does not fuse a mean
     coloured = grey + saturation * (pixels - grey)
-    lit = brightness * (mean + contrast * (coloured - mean))
-    return tf.cast(tf.round(tf.clip_by_value(lit, 0, 255)), tf.uint8)
+    jittered = brightness * (mean + contrast * (coloured - mean))
+    return tf.cast(tf.round(tf.clip_by_value(jittered, 0, 255)), tf.uint8)
 
 
-def part_of(sha256: str, crop: int) -> list[float]:
+def crop_box(sha256: str, crop: int) -> list[float]:
     """Return top, left, bottom and right of a crop, 0 to 1, derived from the photo's SHA-256."""
-    return _box(np.random.default_rng((int(sha256, 16), crop)))
+    return _random_box(np.random.default_rng((int(sha256, 16), crop)))
 
 
-def _box(rng: np.random.Generator) -> list[float]:
+def _random_box(rng: np.random.Generator) -> list[float]:
     """Return top, left, bottom and right of a random crop, 0 to 1."""
     area = rng.uniform(LEAST_AREA, 1)
     elongation = math.exp(rng.uniform(-1, 1) * math.log(MOST_ELONGATED) / 2)

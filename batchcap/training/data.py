@@ -39,16 +39,16 @@ from batchcap.process.progress import progress
 from batchcap.process.wording import counted, printable
 from batchcap.schema import Rejection
 from batchcap.settings import TrainSettings
-from batchcap.training import augmentation as view_code
+from batchcap.training import augmentation
 from batchcap.training.augmentation import PLAIN, View, augmented, seen
 from batchcap.training.feature_cache import FeatureCache
 
 EXTRACTION_BATCH = 32
-ANY_STYLE = 0.5  # share of the captions of a style that begin with START all the same
-# What turns a file into features: of another version, cached ones are made anew.
+ANY_STYLE = 0.5  # share of a style's captions that begin with START instead
+# Code that turns a file into features: if it changes, features are extracted again.
 FEATURE_CODE = (
     *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
-    *(view_code, backbones, efficientnet_lite, extraction),
+    *(augmentation, backbones, efficientnet_lite, extraction),
 )
 LIBRARIES = ("pillow", "keras")
 
@@ -61,8 +61,8 @@ Tokens = npt.NDArray[np.int32]
 class Example:
     """A photo and its captions, cut into words.
 
-    `sha256` is of the file's bytes, `data_set` is the number of its data set. `styles` are those of
-    the captions, if any has one.
+    `sha256` is of the file's bytes, `data_set` the number of its data set. `styles` has one entry
+    per caption, or none.
     """
 
     image_id: str
@@ -76,13 +76,13 @@ class Example:
 def load_examples(settings: TrainSettings) -> tuple[list[Example], list[Example]]:
     """Return training and validation examples of all data sets, one set after the other.
 
-    They are separated by the annotations' split or at random. Photos without a file or a word are
-    skipped; photos of other splits than train, and copies of validation and test photos of any data
-    set, are not trained on. The log counts them.
+    They follow the annotations' split, or are split at random. Photos without a file or a word are
+    skipped. Photos of splits other than train, and copies of any data set's validation or test
+    photos, are not trained on. The log counts them.
 
     Raises:
-        UsageError: more photos are to be held out than there are.
-        InputError: wrong annotations, or a data set has no photo left on one of the two sides.
+        UsageError: there are too few photos to hold out.
+        InputError: annotations are invalid, or a data set has no photo left on one of the sides.
     """
     training: list[Example] = []
     validation: list[Example] = []
@@ -105,15 +105,15 @@ def check_each_set(
     """Check that each data set has training and validation photos.
 
     Raises:
-        InputError: it has none.
+        InputError: one has none.
     """
     for side, examples in (("training", training), ("validation", validation)):
         found = {example.data_set for example in examples}
         for number, sources in enumerate(zip(settings.annotations, settings.images, strict=True)):
             if number not in found:
                 raise InputError(
-                    f"{sources[0]} and {sources[1]} have no {side} photo: check that both belong "
-                    "to the same data set, and its split"
+                    f"{sources[0]} and {sources[1]} have no {side} photo: check the split, and "
+                    "that both belong to the same data set"
                 )
 
 
@@ -136,7 +136,7 @@ def data_set_names(annotations: Sequence[Path]) -> list[str]:
 def _split(
     path: Path, annotated: list[AnnotatedImage], settings: TrainSettings
 ) -> tuple[list[AnnotatedImage], list[AnnotatedImage], list[AnnotatedImage]]:
-    """Return training, validation and test photos; training has none of split test."""
+    """Return training, validation and test photos; no test photo is in training."""
     test = [image for image in annotated if image.split == "test"]
     if settings.validation_annotations is not None:
         validating = read_annotations(settings.validation_annotations)
@@ -148,7 +148,7 @@ def _split(
         return _of_splits(annotated, wanted), validation, test
     if any(image.split for image in annotated):
         validation = [image for image in annotated if image.split == "val"]
-        training = _of_splits(annotated, {"train"}, counted_elsewhere=len(validation))
+        training = _of_splits(annotated, {"train"}, used_elsewhere=len(validation))
         return training, validation, test
     if settings.validation_count >= len(annotated):
         raise UsageError(
@@ -165,11 +165,11 @@ def _split(
 
 
 def _of_splits(
-    annotated: list[AnnotatedImage], splits: set[str | None], counted_elsewhere: int = 0
+    annotated: list[AnnotatedImage], splits: set[str | None], used_elsewhere: int = 0
 ) -> list[AnnotatedImage]:
     """Return the photos of these splits; log the others unless they are used elsewhere."""
     chosen = [image for image in annotated if image.split in splits]
-    if others := len(annotated) - len(chosen) - counted_elsewhere:
+    if others := len(annotated) - len(chosen) - used_elsewhere:
         log.info("skipped for training: %s of other splits", counted(others, "photo"))
     return chosen
 
@@ -244,7 +244,7 @@ def token_table(
 
     Every image has as many rows as the one with the most captions; rows without a caption are all
     padding. A caption that is too long loses its tail and its END. Captions of one of `styles`
-    begin with the id of that style instead of START.
+    begin with that style's id instead of START.
     """
     starts = start_ids(len(vocabulary), styles)
     most = max(len(example.captions) for example in examples)
@@ -258,16 +258,16 @@ def token_table(
 
 
 class Sight(Protocol):
-    """What the model sees of photos in training."""
+    """A source of what the model sees of photos in training: features or pixels."""
 
     def __call__(
         self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Something drawn of each photo of these numbers, and which of them are mirrored."""
+        """Return features or pixels of the photos with these numbers, and which are mirrored."""
 
 
 class CachedFeatures:
-    """Backbone features from the cache, of one random view per photo.
+    """Cached backbone features of one random view per photo.
 
     `places`, `int64[views, examples]`, are their rows.
     """
@@ -284,7 +284,7 @@ class CachedFeatures:
     def __call__(
         self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """`float32[n, G, D]`."""
+        """Return features `float32[n, G, D]`, and which are mirrored."""
         views = rng.integers(len(self.places), size=len(photos))
         return self._read(self.places[views, photos]), self.mirrored[views]
 
@@ -297,7 +297,7 @@ class CachedFeatures:
 
 
 class AugmentedPhotos:
-    """Photos, augmented anew each time."""
+    """Photos with a new augmentation each time."""
 
     def __init__(self, examples: Sequence[Example], side: int, flip: bool) -> None:
         self.examples, self.side, self.flip = examples, side, flip
@@ -305,14 +305,14 @@ class AugmentedPhotos:
     def __call__(
         self, photos: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """`uint8[n, S, S, 3]`."""
+        """Return pixels `uint8[n, S, S, 3]`, and which are mirrored."""
         mirrored = self.flip & (rng.random(len(photos)) < 0.5)
         pixels = load_pixels([self.examples[photo] for photo in photos], self.side)
         return augmented(pixels, mirrored, rng), mirrored
 
 
 def load_pixels(examples: Sequence[Example], side: int) -> npt.NDArray[np.uint8]:
-    """Return `uint8[n, S, S, 3]` of photos that were readable before.
+    """Return pixels `uint8[n, S, S, 3]` of photos that were readable before.
 
     Raises:
         InputError: one of them can't be read any more.
@@ -334,12 +334,12 @@ def extract_all(
     views: Sequence[View] = (PLAIN,),
     cache_root: Path | None = None,
 ) -> tuple[FeatureCache, list[Example]]:
-    """Extract the features of all examples that are not in this backbone's cache.
+    """Extract the features that this backbone's cache lacks.
 
-    Returns the cache, and the examples without those that are no photos, which are logged.
+    Returns the cache, and the examples with a readable photo; the others are logged.
 
     Raises:
-        InputError: none of them is one, or features are not finite.
+        InputError: no photo is readable, or features are not finite.
     """
     made_by = f"{config} {weights_digest(backbone)} {code_version(*FEATURE_CODE, *LIBRARIES)}"
     root = cache_root or cache_folder("features")
@@ -386,9 +386,7 @@ def _extract(
             good: list[Example] = []
             for example, image in zip(batch, loaded, strict=True):
                 if isinstance(image.pixels, Rejection):
-                    log.warning(
-                        "%s left out: %s", printable(example.image_id), image.pixels.message
-                    )
+                    log.warning("skipped %s: %s", printable(example.image_id), image.pixels.message)
                     yield example.path
                 else:
                     pixels[len(good)] = image.pixels
@@ -415,9 +413,9 @@ def _check_finite(features: npt.NDArray[np.float16], examples: Sequence[Example]
 class TrainingBatches:
     """The endless stream of training batches, addressed by step number.
 
-    In each pass, photos are shown as often as `settings.weight` of their data set says: with weight
-    1.5, all are shown once, and a random half once more; at least one photo. Half of the captions
-    with a style, at random, begin with START instead, so that START means any style.
+    In each pass, a data set's photos are shown as often as its `settings.weight`: with 1.5, all of
+    them once and a random half again; at least one photo. A random half of the captions with a
+    style begins with START instead, so that START means any style.
     """
 
     def __init__(
@@ -440,13 +438,13 @@ class TrainingBatches:
         self.captions_per_image = min(settings.captions_per_image or most, most)
 
     def __getitem__(self, step: int) -> tuple[npt.NDArray[Any], Tokens, npt.NDArray[np.int32]]:
-        """What is seen of B photos in a step, their captions and their data sets.
+        """Return a step's batch: what is seen of B photos, their captions and data sets.
 
         The latter two are `int32[B, C, T + 1]` and `int32[B]`.
         """
-        number, index = divmod(step, self.steps_per_pass)
-        chosen = self._order(number)[index * self.batch_size :][: self.batch_size]
-        rng = np.random.default_rng((self.seed, number, 1 + index))
+        pass_number, index = divmod(step, self.steps_per_pass)
+        chosen = self._order(pass_number)[index * self.batch_size :][: self.batch_size]
+        rng = np.random.default_rng((self.seed, pass_number, 1 + index))
         seen, mirrored = self.sight(chosen, rng)
         captions = self._draw_captions(self.captions[chosen], rng)
         captions = np.where(mirrored[:, None, None], self.mirrored_ids[captions], captions)
@@ -454,9 +452,9 @@ class TrainingBatches:
         starts[(starts >= self.first_style) & (rng.random(starts.shape) < ANY_STYLE)] = START_ID
         return seen, trim(captions), self.data_sets[chosen]
 
-    def _order(self, number: int) -> npt.NDArray[np.int64]:
+    def _order(self, pass_number: int) -> npt.NDArray[np.int64]:
         """Return the photos of a pass, some several times or not at all."""
-        rng = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((self.seed, pass_number))
         parts = []
         for data_set, weight in enumerate(self.weights):
             photos = np.flatnonzero(self.data_sets == data_set)
@@ -470,7 +468,7 @@ class TrainingBatches:
     def _draw_captions(self, captions: Tokens, rng: np.random.Generator) -> Tokens:
         if self.captions_per_image == captions.shape[1]:
             return captions
-        # Real captions come before rows of padding, whatever was drawn for them.
+        # Adding `is_padding` sorts rows of padding behind all captions.
         is_padding = captions[:, :, 1] == PADDING_ID
         order = np.argsort(rng.random(is_padding.shape) + is_padding, axis=1)
         drawn = order[:, : self.captions_per_image, None]

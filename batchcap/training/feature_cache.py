@@ -33,11 +33,11 @@ class FeatureCache:
         self.row_bytes = 2 * row_shape[0] * row_shape[1]
         self.row_of: dict[str, int] = {}
         self._sums: dict[int, int] = {}
-        self.row_count = 0  # a key can have two rows: two copies of a photo in one batch
+        self.row_count = 0  # copies of a photo in one batch give a key two rows
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the cache for this process alone, repaired and read again; others wait."""
+        """Lock, repair and reload the cache; other processes wait."""
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._mend()
@@ -59,13 +59,13 @@ class FeatureCache:
                 index.writelines(f"{key} {crc:08x}\n" for key, crc in zip(keys, sums, strict=True))
         except OSError as error:
             raise OutputError(
-                f"cannot write features to {self.folder}: {error.strerror or error}; free the "
-                "disk, or set XDG_CACHE_HOME to a folder with room, and run again"
+                f"cannot write features to {self.folder}: {error.strerror or error}; free disk "
+                "space, or set XDG_CACHE_HOME to a folder with room, and run again"
             ) from error
         self._add(keys, sums)
 
     def rows(self) -> npt.NDArray[np.float16]:
-        """All rows, `float16[rows, G, D]`, read from disk as they are used."""
+        """Return all rows, `float16[rows, G, D]`, read from disk as they are used."""
         return np.memmap(
             self.folder / FEATURES_FILE, np.float16, "r", shape=(self.row_count, *self.row_shape)
         )

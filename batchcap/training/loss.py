@@ -19,8 +19,8 @@ def loss_function(decoder: CaptionDecoder, label_smoothing: float) -> Any:
 
     Returns:
         a function of features `float32[B, G, D]` and captions `int32[B, C, T + 1]` to the mean loss
-        in nats, `float32[]`, and `float32[3]`: the sum of unsmoothed losses, the number of words
-        predicted right, the number of words. The mean is over the words of all replicas, so that
+        in nats, `float32[]`, and `float32[3]`: the sum of unsmoothed losses, the number of correct
+        words, the number of words. The mean is over the words of all replicas, so that
         their losses add up.
     """
     allowed = np.ones(decoder.config.vocabulary_size, np.float32)

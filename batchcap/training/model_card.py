@@ -1,9 +1,11 @@
-"""A model directory described for people: its card, and a short description. No TensorFlow."""
+"""Describes a model directory to people: its card, and a summary. No TensorFlow."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from batchcap.errors import ModelError
 from batchcap.evaluation.metrics import METRIC_NAMES, METRICS
@@ -36,7 +38,7 @@ Captions everyday photos with one plain sentence of at most {max_length} words o
 
 {data_note}
 
-Trained on {training_photos:,} photos, chosen on {validation_photos:,} others{data_sets}.
+Trained on {training_photos:,} photos, validated on {validation_photos:,} others{data_sets}.
 
 ## Results
 
@@ -49,7 +51,7 @@ Signature: `{signature}`
 ## Training
 
 Adam, peak rate {learning_rate:g}, warm-up {warmup_steps} steps, {decay} decay, batches of {batch_size} photos,
-features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, parts of each photo: {crops}, seed {seed}; {minutes:.0f} minutes.
+features normalised: {feature_norm}, dropout {dropout:g} (inputs {input_dropout:g}), weight average {ema_momentum:g}, label smoothing {label_smoothing:g}, mirrored photos: {flip}, crops of each photo: {crops}, seed {seed}; {minutes:.0f} minutes.
 {objective}
 Curves: `history.csv`, `history.png`. Backbone weights: {backbone_weights}.
 
@@ -76,7 +78,7 @@ def write_card(
         max_length=decoder.max_length,
         word_count=_word_count(config),
         styles=_styles(decoder.styles),
-        data_note=settings.data_note or "Not described by who trained it.",
+        data_note=settings.data_note or "Not described by its trainer.",
         training_photos=metrics["training_photos"],
         validation_photos=metrics["validation_photos"],
         decoding=metrics["decoding"],
@@ -140,18 +142,20 @@ def _results(metrics: dict[str, Any]) -> str:
 
 def _objective(settings: TrainSettings, metrics: dict[str, Any]) -> str:
     """Return the phases whose weights the model has, and those that brought no better epoch."""
-    told = {
+    described = {
         "likelihood": "likelihood",
         "fine-tuning": f"likelihood with the backbone fine-tuned after {settings.fine_tune_from} "
         f"(peak rate {settings.fine_tune_learning_rate:g})",
         "cider": f"CIDEr-D (self-critical training, rate {settings.cider_learning_rate:g}, "
-        f"{settings.cider_samples} captions drawn of each photo)",
+        f"{settings.cider_samples} captions sampled per photo)",
     }
-    kept, others = ([told[name] for name in metrics[key]] for key in ("phases", "phases_not_kept"))
+    kept, others = (
+        [described[name] for name in metrics[key]] for key in ("phases", "phases_not_kept")
+    )
     text = f"Objective: {', then '.join(kept)}."
     if others:
         text += (
-            f" Then tried, but no epoch of it was better, so that its weights were not kept: "
+            f" Then tried, but no epoch was better, so the weights were not kept: "
             f"{'; '.join(others)}."
         )
     return text
@@ -161,13 +165,13 @@ def read_card(directory: Path) -> str:
     """Return the card's text.
 
     Raises:
-        ModelError: the directory has none.
+        ModelError: the directory has none, or it is unreadable.
     """
     path = model_file(directory, CARD_FILE)
     try:
         return path.read_text(encoding="utf-8-sig").rstrip()
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read ({error}): copy the model again") from error
+        raise ModelError(f"{path} cannot be read ({error}): copy the model again") from error
 
 
 def describe(directory: Path) -> str:
@@ -192,28 +196,30 @@ def describe(directory: Path) -> str:
     }
     if decoder.styles:
         lines["styles"] = ", ".join(decoder.styles)
+    text = "\n".join(f"{name:<12} {printable(str(value))}" for name, value in lines.items())
     if (directory / METRICS_FILE).is_file():
-        lines |= _describe_metrics(directory / METRICS_FILE)
-    return "\n".join(f"{name:<12} {printable(str(value))}" for name, value in lines.items())
+        text += f"\n\n{_describe_metrics(directory / METRICS_FILE)}"
+    return text
 
 
 def _word_count(config: ModelConfig) -> str:
-    """Return the number of words that a caption can have: no special ones."""
+    """Return the number of words that a caption can have, without special words."""
     return f"{config.decoder.vocabulary_size - len(SPECIAL_WORDS):,}"
 
 
-def _in_a_line(results: dict[str, float]) -> str:
-    return ", ".join(f"{METRIC_NAMES[key]} {results[key]:.1f}" for key in METRICS)
-
-
-def _describe_metrics(path: Path) -> dict[str, str]:
+def _describe_metrics(path: Path) -> str:
+    """Return a table of the validation metrics of each data set, and their signature."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8-sig"))
-        told = {"validation": _in_a_line(metrics["validation"])}
-        for one in metrics.get("data_sets", []):
-            if "validation" in one:
-                told[f"  {excerpt(one['name'])}"] = _in_a_line(one["validation"])
-        return told | {"signature": str(metrics["signature"])}
+        sets = [one for one in metrics.get("data_sets", []) if "validation" in one]
+        results = {"mean" if len(sets) > 1 else "all": metrics["validation"]}
+        if len(sets) > 1:
+            results |= {printable(excerpt(one["name"])): one["validation"] for one in sets}
+        rows = {name: [float(found[key]) for key in METRICS] for name, found in results.items()}
+        columns = pd.Index([METRIC_NAMES[key] for key in METRICS], name="validation".ljust(12))
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        shown = table.to_string(float_format="{:.1f}".format)
+        return f"{shown}\n\n{'signature':<12} {printable(str(metrics['signature']))}"
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ModelError(
             f"{path} is damaged ({excerpt(str(error))}): copy the model again"

@@ -28,16 +28,15 @@ from batchcap.training.self_critical import (
 
 log = logging.getLogger(__name__)
 
-# Learns from what a batch shows and says, and of which data sets it is; adds to the sums of an
-# epoch, `float32[3]`.
+# Trains on a batch: features or pixels, captions, data sets. Adds to the sums of an epoch,
+# `float32[3]`.
 Step = Callable[[Any, Any, Any], None]
 
 
 class Phase(Protocol):
     """A training phase.
 
-    name: of its checkpoint. epochs: maximum number. variables: trained weights, of the decoder or
-    of more.
+    name: also its checkpoint's. epochs: the maximum. variables: the weights that it trains.
     """
 
     name: str
@@ -49,10 +48,10 @@ class Phase(Protocol):
         """Return a rate, or a Keras schedule."""
 
     def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
-        """Return a function that trains on a batch, of which each replica takes its part."""
+        """Return a function that trains on a batch, each replica on its part."""
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
-        """Return results of an epoch's sums, by column of the history."""
+        """Return an epoch's results from its sums, by history column."""
 
 
 class Likelihood:
@@ -81,18 +80,18 @@ class Likelihood:
         return _warm_cosine(peak, warmup, steps, lowest)
 
     def features(self, seen: Any) -> Any:
-        """Return features `float32[B, G, D]` of a batch, which has them already."""
+        """Return features `float32[B, G, D]` of a batch, which holds them already."""
         return seen
 
     def compile_step(self, strategy: Any, optimizer: keras.Optimizer, sums: Any) -> Step:
         loss = loss_function(self.decoder, self.settings.label_smoothing)
 
         def learn(seen: Any, captions: Any) -> None:
-            def part_of_loss() -> tuple[Any, Any]:
+            def replica_loss() -> tuple[Any, Any]:
                 features = self.features(replica_batch(seen))
                 return loss(features, replica_batch(captions), training=True)
 
-            sums.assign_add(_descend(optimizer, self.variables, part_of_loss))
+            sums.assign_add(_descend(optimizer, self.variables, replica_loss))
 
         @tf.function(reduce_retracing=True, autograph=False)
         def step(seen: Any, captions: Any, data_sets: Any) -> None:
@@ -123,7 +122,7 @@ class FineTuning(Likelihood):
         self.variables = [*decoder.trainable_variables, *backbone.trainable_variables]
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
-        # Adam's first steps are large whatever the gradients: they would cost what was learned.
+        # Without a warm-up, Adam's first steps are large enough to undo what was learned.
         total = self.epochs * steps_per_epoch
         return _warm_cosine(self.settings.fine_tune_learning_rate, total // 20, total, 0.0)
 
@@ -207,11 +206,11 @@ def _descend(
     """Take one step along the gradient of these variables; return the loss's second value."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([variable.value for variable in variables])
-        mean, said = loss()
+        mean, extra = loss()
     gradients = tape.gradient(mean, [variable.value for variable in variables])
-    # Of a sparse gradient, that of embeddings, Adam squares the summands and not their sum.
+    # Dense, since Adam squares the summands of a sparse gradient (of embeddings), not the sum.
     optimizer.apply([tf.convert_to_tensor(gradient) for gradient in gradients], variables)
-    return said
+    return extra
 
 
 def _warm_cosine(peak: float, warmup_steps: int, steps: int, lowest: float) -> Any:

@@ -12,7 +12,7 @@ def training_strategy() -> Any:
 
 
 def replica_batch(batch: Any) -> Any:
-    """Return this replica's part of a tensor along its first axis, a multiple of the replicas."""
+    """Return this replica's part of a tensor along its first axis, which all share equally."""
     replica = tf.distribute.get_replica_context()
     rows = batch.shape[0] // replica.num_replicas_in_sync
     start = rows * replica.replica_id_in_sync_group

@@ -1,8 +1,7 @@
 """Self-critical sequence training (Rennie et al. 2017): sample captions, reward their CIDEr-D.
 
-The baseline of a sampled caption is the mean of the others of its photo (Luo 2020). Captions are
-sampled with dropout in the features, since rewards for photos that the model knows by heart say
-nothing.
+A sampled caption's baseline is the mean reward of its photo's other samples (Luo 2020). Features
+have dropout, since rewards for photos that the model knows by heart say nothing.
 """
 
 import math
@@ -21,9 +20,9 @@ from batchcap.training.data import Tokens
 from batchcap.training.replicas import summed_over_replicas
 
 SIGMA = 6.0
-REPEATED_NGRAM = 3  # of which none is drawn twice in a caption
+REPEATED_NGRAM = 3  # words; no n-gram of this length is sampled twice in a caption
 
-# Per length of n-gram: its tf-idf weights; their norms; words.
+# Tf-idf weights and their norm, per length of n-gram; number of words.
 Vector = tuple[list[dict[tuple[int, ...], float]], list[float], int]
 
 
@@ -46,7 +45,7 @@ class CiderD:
     def __call__(self, captions: Tokens, references: Tokens) -> npt.NDArray[np.float32]:
         """Return rewards `float32[B, S]` of captions `int32[B, S, T + 1]`.
 
-        References are `[B, C, T + 1]`. 10 is the maximum.
+        References are `[B, C, T + 1]`. The maximum is 10.
         """
         rewards = np.zeros(captions.shape[:2], np.float32)
         for image, drawn in enumerate(captions):
@@ -96,7 +95,7 @@ def _similarity(caption: Vector, reference: Vector) -> float:
                 min(weight_of[ngram], other_of[ngram]) * other_of[ngram] for ngram in common
             )
             total += product / (norm * other_norm)
-    # Lengths in pairs of words, as coco-caption counts them: the difference is the same.
+    # coco-caption counts pairs of words; the difference of lengths is the same.
     return 10 * total / LONGEST_NGRAM * math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
 
 
@@ -134,7 +133,7 @@ def draw_function(decoder: CaptionDecoder, samples: int) -> Any:
 
 def draw_starts(captions: Tokens, rng: np.random.Generator) -> Tokens:
     """Return `int32[B]`: the start id of a random caption per image of `int32[B, C, T + 1]`."""
-    count = (captions[:, :, 1] != PADDING_ID).sum(axis=1)  # padding rows are the last
+    count = (captions[:, :, 1] != PADDING_ID).sum(axis=1)  # padding rows come last
     return captions[np.arange(len(captions)), rng.integers(count), 0]
 
 
@@ -164,7 +163,7 @@ def policy_loss(decoder: CaptionDecoder) -> Any:
 
     Returns:
         a function of features `float32[B, G, D]`, captions `int32[B * S, T + 1]` and advantages
-        `float32[B * S]` to `float32[]`, the mean of a word of all replicas.
+        `float32[B * S]` to `float32[]`, the mean over the words of all replicas.
     """
 
     def loss(features: Any, captions: Any, gains: Any) -> Any:

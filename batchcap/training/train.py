@@ -71,25 +71,25 @@ RESULTS = ("val_loss", "val_accuracy", *METRICS)
 log = logging.getLogger(__name__)
 
 
-# A phase, with what it learns from and what it is judged by.
-Stage = tuple[Phase, TrainingBatches, Validator]
+# A phase, its batches and its validator.
+PhaseSetup = tuple[Phase, TrainingBatches, Validator]
 
 
 def train_captioner(settings: TrainSettings) -> Path:
     """Train, or resume training, and write the model directory `settings.out`.
 
     Raises:
-        UsageError: the model exists, its unfinished training had other settings or data, or its
-            batches can't be shared by all GPUs.
-        InputError: annotations or photos.
-        ModelError: the backbone or its weights.
-        OutputError: the place of the model can't be written to.
+        UsageError: the model exists, its unfinished training had other settings or data, or the
+            GPUs cannot share batches equally.
+        InputError: annotations or photos are invalid.
+        ModelError: the backbone or its weights are invalid.
+        OutputError: the model's folder is not writable.
     """
     with saying_where(settings.out):
         settings = replace(settings, out=followed(settings.out))
     if settings.out.exists():
         raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
-    score_captions([["a"]], [[["a"]]])  # says now, not after an epoch, that the scorers are missing
+    score_captions([["a"]], [[["a"]]])  # fails now, not after an epoch, if scorers are missing
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
     _check_validation(settings, validation)
@@ -98,9 +98,9 @@ def train_captioner(settings: TrainSettings) -> Path:
     input_range = choose_input_range(settings.backbone, settings.input_range)
     backbone_config = BackboneConfig(settings.backbone, settings.image_size, input_range)
     backbone = build_backbone(backbone_config, settings.backbone_weights)
-    round_weights(backbone.weights)  # the features trained on are those the model will see
+    round_weights(backbone.weights)  # train on the features of the saved model
     if settings.fine_tune_from:
-        place_of(settings.fine_tune_from, backbone)  # says now that there is no such layer
+        place_of(settings.fine_tune_from, backbone)  # fails now if there is no such layer
     _, training = extract_all(training, backbone, backbone_config, _views(settings))
     _, validation = extract_all(validation, backbone, backbone_config)
     check_each_set(settings, training, validation)
@@ -126,24 +126,24 @@ def train_captioner(settings: TrainSettings) -> Path:
         len(vocabulary),
         decoder.count_params() / 1e6,
     )
-    stages = _stages(settings, captioner, training, validation, tokens, strategy)
+    setups = _phase_setups(settings, captioner, training, validation, tokens, strategy)
     was_kept: dict[str, bool] = {}
-    for phase, batches, validator in stages:
+    for phase, batches, validator in setups:
         trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
         record = trainer.run(validator)
         was_kept[phase.name] = record.best_epoch > record.before
     return _write_model(settings, captioner, record, was_kept, work_folder, training, validation)
 
 
-def _stages(
+def _phase_setups(
     settings: TrainSettings,
     captioner: Captioner,
     training: Sequence[Example],
     validation: Sequence[Example],
     tokens: Tokens,
     strategy: Any,
-) -> Iterator[Stage]:
-    """Yield the phases one after the other; a phase's features are extracted when it begins."""
+) -> Iterator[PhaseSetup]:
+    """Yield the phases in turn; a phase's features are extracted when it begins."""
     decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
 
     names, data_sets = data_set_names(settings.annotations), numbers_of_sets(training)
@@ -176,7 +176,7 @@ def _stages(
 def _features_by(
     backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
 ) -> Features:
-    """Return a function for the features of a backbone that is still changing."""
+    """Return a function that extracts features with a backbone that is still changing."""
     extract = tf.function(
         partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
     )
@@ -221,7 +221,7 @@ def _vocabulary(settings: TrainSettings, training: Sequence[Example]) -> Vocabul
 
 
 def _make_work_folder(out: Path) -> Path:
-    """Create the hidden directory beside the model directory, before hours of work."""
+    """Create the hidden directory beside the model directory: fails before hours of work."""
     folder = out.with_name(f".{out.name}.training")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,8 +261,8 @@ def _run_digest(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> str:
-    """Hash what must be equal to resume: settings without paths, backbone, all data."""
-    places = {
+    """Hash everything that must be equal to resume: most settings, backbone weights, all data."""
+    ignored = {
         "annotations",
         "images",
         "out",
@@ -270,14 +270,14 @@ def _run_digest(
         "backbone_weights",
         "data_note",
     }
-    wishes = {name: value for name, value in asdict(settings).items() if name not in places}
-    digest = hashlib.sha256(json.dumps(wishes, sort_keys=True).encode())
+    compared = {name: value for name, value in asdict(settings).items() if name not in ignored}
+    digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode())
     digest.update(weights_digest(backbone).encode())
     for side in (training, validation):
         digest.update(f"{len(side)} photos\n".encode())
         for example in side:
-            told = f"{example.captions} {example.styles} {example.data_set}"
-            digest.update(f"{example.sha256} {told}\n".encode())
+            rest = f"{example.captions} {example.styles} {example.data_set}"
+            digest.update(f"{example.sha256} {rest}\n".encode())
     return digest.hexdigest()
 
 
@@ -288,14 +288,14 @@ def _about_set(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> dict[str, Any]:
-    """Return the part of `metrics.json` about one data set; results if there are several."""
-    told = {
+    """Return the part of `metrics.json` about one data set; with results if there are several."""
+    about = {
         "name": name,
         "training_photos": sum(example.data_set == number for example in training),
         "validation_photos": sum(example.data_set == number for example in validation),
     }
     own = {key: results[f"{name}_{key}"] for key in RESULTS if f"{name}_{key}" in results}
-    return told | ({"validation": own} if own else {})
+    return about | ({"validation": own} if own else {})
 
 
 def _write_model(
@@ -307,7 +307,7 @@ def _write_model(
     training: Sequence[Example],
     validation: Sequence[Example],
 ) -> Path:
-    """Write the weights, rounded as they are stored, and validate the model as it is loaded."""
+    """Save the model, and validate it as it is loaded, with rounded weights."""
     unfinished = work_folder / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_captioner(captioner, unfinished)

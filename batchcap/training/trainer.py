@@ -1,4 +1,4 @@
-"""Steps, epochs and checkpoints of a training, which resumes exactly after a kill.
+"""Runs steps and epochs, and saves checkpoints: a killed training resumes exactly.
 
 Work in progress is in a hidden directory beside the model directory: `.NAME.training`.
 """
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class Record:
     """State of a phase, apart from the network's and the optimizer's.
 
-    before: epochs of earlier phases. history: of earlier phases, too.
+    before: number of epochs of earlier phases. history: includes earlier phases.
     """
 
     run: str
@@ -52,10 +52,10 @@ class Record:
 class Trainer:
     """Steps, epochs and checkpoints of one training phase.
 
-    `previous` is the record of the phase before, whose best weights are the starting point.
+    `previous` is the record of the previous phase, whose best weights are the starting point.
 
     Raises:
-        UsageError: the batches can't be shared by the GPUs.
+        UsageError: the GPUs cannot share batches equally.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trainer:
                 ema_momentum=settings.ema_momentum,
             )
             self.optimizer.build(phase.variables)
-            self.sums = sum_variable(3)  # read once an epoch: no round trip inside a step
+            self.sums = sum_variable(3)  # read once per epoch: no round trip in a step
         self.folder = folder
         history = list(previous.history)
         self.record = Record(previous.run, 0, previous.best_epoch, len(history), history)
@@ -92,11 +92,11 @@ class Trainer:
     def run(self, validator: Validator) -> Record:
         """Train to the phase's last epoch, or until `patience` epochs brought no better one.
 
-        The weights are then those of the best epoch of this phase or, if none was better, the first
+        The weights are then those of this phase's best epoch or, if none was better, the initial
         ones.
 
         Raises:
-            UsageError: the folder holds another training.
+            UsageError: the checkpoint is from another training.
             InputError: the checkpoint is damaged, or the loss diverged.
         """
         self._restore()
@@ -134,7 +134,7 @@ class Trainer:
             InputError: a photo can't be read any more.
         """
         seen, captions, data_sets = self.batches[start]
-        kinds = (seen.dtype, captions.dtype, data_sets.dtype)
+        dtypes = (seen.dtype, captions.dtype, data_sets.dtype)
         shapes = (seen.shape, (*captions.shape[:2], None), data_sets.shape)
         failures: list[InputError] = []
 
@@ -146,21 +146,22 @@ class Trainer:
                 raise
 
         def batch(step: Any) -> Any:
-            arrays = tf.numpy_function(make, [step], kinds)
+            arrays = tf.numpy_function(make, [step], dtypes)
             return tuple(tf.ensure_shape(a, s) for a, s in zip(arrays, shapes, strict=True))
 
         steps = tf.data.Dataset.range(start, stop)
         try:
             yield from steps.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2)
         except tf.errors.OpError as error:
-            raise (failures or [error])[0] from None  # TensorFlow makes a traceback of it
+            raise (failures or [error])[0] from None  # TensorFlow's message is a traceback
 
     def _close_epoch(self, epoch: int, started: float, validator: Validator) -> None:
         sums = self.sums.numpy()
         if not np.isfinite(sums[0]):
             raise InputError(f"the loss is not finite in epoch {epoch}: lower the learning rate")
         self.sums.assign(tf.zeros(3))
-        row = {"epoch": epoch, **self.phase.measured(sums)}
+        measured = self.phase.measured(sums)
+        row = {"epoch": epoch, **measured}
         with self._averaged_weights():
             row |= validator.results()
             samples = validator.samples()
@@ -171,13 +172,12 @@ class Trainer:
         row["seconds"] = time.monotonic() - started
         self.record.history.append({name: float(value) for name, value in row.items()})
         self.record.seconds = 0.0
-        told = ", ".join(f"{name} {value:.3f}" for name, value in self.phase.measured(sums).items())
         log.info(
             "epoch %d: %.0f s, %s; validation: loss %.3f, accuracy %.3f, BLEU-4 %.1f, "
             "CIDEr-D %.1f%s%s",
             epoch,
             row["seconds"],
-            told,
+            ", ".join(f"{name} {value:.3f}" for name, value in measured.items()),
             row["val_loss"],
             row["val_accuracy"],
             row["bleu_4"],
@@ -191,7 +191,7 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Validate the weights' moving average, if any; then continue with the last ones."""
+        """Assign the weights' moving average, if any; restore the last weights afterwards."""
         variables = self.phase.variables
         last = [variable.numpy() for variable in variables]
         self.optimizer.finalize_variable_values(variables)
@@ -200,7 +200,7 @@ class Trainer:
             variable.assign(value)
 
     def _value(self, row: dict[str, float]) -> tuple[float, float]:
-        """Return a value that is highest for the best epoch; equal CIDEr-D is decided by loss."""
+        """Return a value that is highest for the best epoch; the loss breaks ties of CIDEr-D."""
         monitored = row["cider_d"] if self.settings.monitor is Monitor.CIDER_D else 0.0
         return monitored, -row["val_loss"]
 
@@ -217,7 +217,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         variables = {
             "weights": self.phase.variables,
-            "draws": self.phase.decoder.non_trainable_variables,  # of the dropout
+            "draws": self.phase.decoder.non_trainable_variables,  # seeds of dropout
             "optimizer": self.optimizer.variables,
             "sums": [self.sums],
         }

@@ -19,7 +19,7 @@ from batchcap.training.loss import loss_function
 
 BATCH = 50
 
-# Features `float32[n, G, D]` of the validation photos from one number to another.
+# (start, stop) -> features `float32[n, G, D]` of this range of validation photos
 Features = Callable[[int, int], Any]
 SAMPLE_TEMPERATURES = (0.0, 0.5, 1.0)
 

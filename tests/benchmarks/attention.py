@@ -2,10 +2,10 @@
 
     python tests/benchmarks/attention.py IMAGES REFERENCES --model MODEL
 
-Each photo is pasted, at half its side and at a random place, into another one. Words that its
-references say and those of the other one don't should be looked at where it is: told is how often
-the strongest cell's centre lies in the box, and how often a random cell's would. Words of more than
-a tenth of all photos (`一个`, `在`) name nothing in particular, and are left out.
+Each photo is pasted, at half its side and at a random place, into another one. For words in its
+references but not in the other one's, attention should fall on it. Prints how often the strongest
+cell's centre lies in its box, and how often a random cell's would. Words of more than a tenth of
+all photos (`一个`, `在`) name nothing in particular, and are skipped.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ COMMON = 0.1
 @click.option("--count", default=1000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(images: Path, references: Path, model: Path, count: int, seed: int) -> None:
-    """Print the share of words looked at where they are, and chance."""
+    """Print the share of words with attention on their photo, and chance."""
     rng = np.random.default_rng(seed)
     annotated = [one for one in read_annotations(references) if (images / one.image_id).exists()]
     words_of = [_words(image) for image in annotated]
@@ -75,7 +75,7 @@ def main(images: Path, references: Path, model: Path, count: int, seed: int) -> 
 
 
 def _words(image: AnnotatedImage) -> set[str]:
-    """What at least two people have said of a photo."""
+    """Return the words in at least two captions of a photo."""
     counts = Counter(word for caption in image.captions for word in set(segment(caption)))
     return {word for word, people in counts.items() if people > 1}
 
@@ -90,7 +90,7 @@ def _composed(front: Path, behind: Path, corner: np.ndarray, side: int) -> np.nd
 
 
 def _cells_inside(corner: np.ndarray, side: int, grid: tuple[int, int]) -> np.ndarray:
-    """`bool[G]`: whether the centre of each cell lies in the pasted photo."""
+    """Return `bool[G]`: whether each cell's centre lies in the pasted photo."""
     rows, columns = ((np.arange(cells) + 0.5) * side / cells for cells in grid)
     top, left = corner
     down = (top <= rows) & (rows < top + side // 2)

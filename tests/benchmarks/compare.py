@@ -1,9 +1,8 @@
-"""Ours beside the notebook's loop and a naive batched decoder, in one run on one machine.
+"""batchcap against the notebook's loop and a naive batched decoder, in one run on one machine.
 
     python tests/benchmarks/compare.py PHOTOS [--limit N]
 
-Prints the tables that `README.md` beside this file shows. Ratios are what counts: rates follow the
-machine.
+Prints the tables of `README.md` beside this file. Compare ratios: rates depend on the machine.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import batchcap.model  # noqa: F401, ahead of TensorFlow, which reads what it sets
+import batchcap.model  # noqa: F401, before TensorFlow, which reads the variables it sets
 
 # isort: split
 import numpy as np
@@ -37,7 +36,7 @@ NOTEBOOK_PHOTOS = 100
 DECODED_PHOTOS = 512
 BATCH = 64
 ROUNDS = 7
-FREEZING = 1 << 30  # rows under which the batch is never made smaller
+FREEZING = 1 << 30  # a `FEWEST_ROWS` with which batches never shrink
 
 # MobileNet's grid, the vocabulary of a large data set, keys as wide as the decoder.
 LARGE = DecoderConfig(
@@ -63,11 +62,11 @@ def compare_end_to_end(captioner: Captioner, photos: Path, limit: int) -> None:
     print("|---" * (len(stages) + 4) + "|")
     print(f"| the notebook's loop | | | | | {baseline:.2f} | 1 | | |", flush=True)
     for runtime in ("tensorflow", "openvino"):
-        told = bench(photos, limit, "--runtime", runtime)
-        rates = " | ".join(f"{told[stage]:.1f}" for stage in stages)
+        result = bench(photos, limit, "--runtime", runtime)
+        rates = " | ".join(f"{result[stage]:.1f}" for stage in stages)
         print(
-            f"| batchcap, {runtime} | {rates} | {told['end_to_end'] / baseline:.1f} | "
-            f"{told['pipeline_efficiency']:.2f} | {told['peak_memory_bytes'] / 2**20:.0f} |",
+            f"| batchcap, {runtime} | {rates} | {result['end_to_end'] / baseline:.1f} | "
+            f"{result['pipeline_efficiency']:.2f} | {result['peak_memory_bytes'] / 2**20:.0f} |",
             flush=True,
         )
     print(f"\nThe notebook's loop once more: {notebook_rate(captioner, photos):.2f} images/s")
@@ -93,7 +92,7 @@ def bench(photos: Path, limit: int, *arguments: str) -> dict[str, Any]:
 
 
 def compare_decoders() -> None:
-    """Random weights and END barred: every caption has all its words."""
+    """With random weights and END barred, so that every caption has the full length."""
     decoder = build_decoder(LARGE)
     features = tf.random.stateless_normal((BATCH, LARGE.grid_cells, LARGE.feature_size), (1, 2))
     ours, naive = cached_decoder(decoder), naive_decoder(decoder)
@@ -215,7 +214,7 @@ def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
 
 
 def fastest(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each at its best, after a round that compiles; in turns, as machines drift."""
+    """Return each one's best seconds; they take turns, as machines drift, and compile first."""
     seconds = dict.fromkeys(works, float("inf"))
     for round_number in range(ROUNDS + 1):
         for name, work in works.items():

@@ -1,10 +1,10 @@
-"""Continuous batching, as an experiment: a slot whose caption has ended takes the next photo.
+"""Continuous batching, as an experiment: a slot whose caption is finished takes the next photo.
 
     python tests/benchmarks/continuous.py PHOTOS
 
-Beside what batchcap does (compaction: ended captions leave the batch), on the same features. The
-keys and values of all photos are at hand, so this is the best that continuous batching could reach.
-The captions are checked to be the same.
+Compared with batchcap's compaction (finished captions leave the batch) on the same features. The
+keys and values of all photos are ready, so this is the best that continuous batching could reach.
+Captions are checked to be equal.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import batchcap.model  # noqa: F401, ahead of TensorFlow, which reads what it sets
+import batchcap.model  # noqa: F401, before TensorFlow, which reads the variables it sets
 
 # isort: split
 import einops
@@ -34,23 +34,23 @@ REFILLS = (8, 16, 32)
 
 
 class Slots(NamedTuple):
-    """S captions under way; each tensor leads with S.
+    """S captions in progress; each tensor's first axis is S.
 
-    photo: `int32[S]`, which photo the slot is at.
-    position: `int32[S]`, how far its caption is.
-    open: `bool[S]`, whether it is unfinished.
+    photo: `int32[S]`, the slot's photo.
+    position: `int32[S]`, of its caption's next word.
+    unfinished: `bool[S]`, whether its caption is unfinished.
     """
 
     last: Any
     position: Any
     photo: Any
-    open: Any
+    unfinished: Any
     cache: Any
     image: Any
 
 
 class Done(NamedTuple):
-    """What has been written of N photos, with room for closed slots to write to at the end."""
+    """Captions of N photos, then rows for finished slots to write to."""
 
     tokens: Any
     log_probs: Any
@@ -115,7 +115,7 @@ def write_all(decoder: CaptionDecoder, refill: int, image: Any) -> Done:
         last=tf.fill((BATCH,), START_ID),
         position=tf.zeros((BATCH,), tf.int32),
         photo=tf.range(BATCH),
-        open=tf.fill((BATCH,), True),
+        unfinished=tf.fill((BATCH,), True),
         cache=[KeysValues(tf.zeros(cache_shape), tf.zeros(cache_shape)) for _ in decoder.layers],
         image=tf.nest.map_structure(lambda tensor: tensor[:BATCH], image),
     )
@@ -127,7 +127,7 @@ def write_all(decoder: CaptionDecoder, refill: int, image: Any) -> Done:
 
     def full_enough(slots: Slots, _done: Done, taken: Any) -> Any:
         fewest = tf.where(taken < DECODED_PHOTOS, BATCH - refill, 0)
-        return tf.reduce_sum(tf.cast(slots.open, tf.int32)) > fewest
+        return tf.reduce_sum(tf.cast(slots.unfinished, tf.int32)) > fewest
 
     def one_word(slots: Slots, done: Done, taken: Any) -> Any:
         return (*advance(decoder, slots, done), taken)
@@ -138,63 +138,64 @@ def write_all(decoder: CaptionDecoder, refill: int, image: Any) -> Done:
         return slots, done, taken
 
     def busy(slots: Slots, _done: Done, taken: Any) -> Any:
-        return tf.reduce_any(slots.open) | (taken < DECODED_PHOTOS)
+        return tf.reduce_any(slots.unfinished) | (taken < DECODED_PHOTOS)
 
     _, done, _ = tf.while_loop(busy, one_refill, (slots, done, tf.constant(BATCH)))
     return done
 
 
 def advance(decoder: CaptionDecoder, slots: Slots, done: Done) -> tuple[Slots, Done]:
-    logits, looked, cache = step(decoder, slots)
+    logits, attention, cache = step(decoder, slots)
     word = greedy(logits, None)
     log_prob = tf.gather(logits, word, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
-    is_word = slots.open & (word != END_ID)
-    row = tf.where(slots.open, slots.photo, DECODED_PHOTOS + tf.range(BATCH))
+    is_word = slots.unfinished & (word != END_ID)
+    row = tf.where(slots.unfinished, slots.photo, DECODED_PHOTOS + tf.range(BATCH))
     place = tf.stack([row, slots.position], axis=1)
-    news = Done(tf.where(is_word, word, PADDING_ID), log_prob, looked)
+    news = Done(tf.where(is_word, word, PADDING_ID), log_prob, attention)
     done = tf.nest.map_structure(lambda t, n: tf.tensor_scatter_nd_update(t, place, n), done, news)
     last_place = decoder.config.max_length - 1
-    is_open = is_word & (slots.position < last_place)
+    unfinished = is_word & (slots.position < last_place)
     position = tf.minimum(slots.position + 1, last_place)
-    return slots._replace(last=word, position=position, open=is_open, cache=cache), done
+    slots = slots._replace(last=word, position=position, unfinished=unfinished, cache=cache)
+    return slots, done
 
 
 def step(decoder: CaptionDecoder, slots: Slots) -> tuple[Any, Any, Any]:
     """`CaptionDecoder.step`, with a position for each row."""
     x = decoder.words(slots.last[:, None]) + decoder.positions(slots.position[:, None])
     places = tf.range(decoder.config.max_length)
-    seen = (places <= slots.position[:, None])[:, None, None, :]
+    mask = (places <= slots.position[:, None])[:, None, None, :]
     here = (places == slots.position[:, None])[:, None, :, None]
     weights, cache = [], []
     for layer, past, image in zip(decoder.layers, slots.cache, slots.image, strict=True):
         new = layer.self_attention.keys_values(x)
         past = KeysValues(*(tf.where(here, n, p) for n, p in zip(new, past, strict=True)))
-        x, looked = layer(x, past, seen, image)
-        weights.append(looked)
+        x, layer_weights = layer(x, past, mask, image)
+        weights.append(layer_weights)
         cache.append(past)
     attention = einops.reduce(tf.stack(weights), "l n h c g -> n (c g)", "mean")
     return decoder.output_logits(x[:, 0]) + decoder.banned, attention, cache
 
 
 def refilled(slots: Slots, image: Any, taken: Any, refill: int) -> tuple[Slots, Any]:
-    """The first `refill` closed slots at the next photos, as far as there are any."""
-    which = tf.math.top_k(tf.cast(~slots.open, tf.int32), refill).indices
-    is_closed = ~tf.gather(slots.open, which)
-    photo = taken + tf.cumsum(tf.cast(is_closed, tf.int32), exclusive=True)
-    is_new = is_closed & (photo < DECODED_PHOTOS)
+    """Give the next photos, if any, to at most `refill` finished slots."""
+    which = tf.math.top_k(tf.cast(~slots.unfinished, tf.int32), refill).indices
+    is_finished = ~tf.gather(slots.unfinished, which)
+    photo = taken + tf.cumsum(tf.cast(is_finished, tf.int32), exclusive=True)
+    is_new = is_finished & (photo < DECODED_PHOTOS)
     photo = tf.where(is_new, photo, tf.gather(slots.photo, which))
 
     def put(into: Any, values: Any) -> Any:
         return tf.tensor_scatter_nd_update(into, which[:, None], values)
 
-    def unless_new(tensor: Any, value: Any) -> Any:
+    def if_new(tensor: Any, value: Any) -> Any:
         return put(tensor, tf.where(is_new, value, tf.gather(tensor, which)))
 
     slots = slots._replace(
-        last=unless_new(slots.last, START_ID),
-        position=unless_new(slots.position, 0),
+        last=if_new(slots.last, START_ID),
+        position=if_new(slots.position, 0),
         photo=put(slots.photo, photo),
-        open=unless_new(slots.open, True),
+        unfinished=if_new(slots.unfinished, True),
         image=tf.nest.map_structure(
             lambda t, of_all: put(t, tf.gather(of_all, photo)), slots.image, image
         ),

@@ -1,9 +1,9 @@
-"""How long `batchcap evaluate` takes, and how much memory, for as many images as one likes.
+"""Time and memory of `batchcap evaluate` for any number of images.
 
     python tests/benchmarks/evaluation.py captions.parquet captions.zh.txt --images 30000
 
-Repeats captions and references until there are enough; each image's captions are another one's
-too, but nothing in batchcap or pycocoevalcap gains by that.
+Captions and references are repeated until there are enough; neither batchcap nor pycocoevalcap
+profits from that.
 """
 
 import json
@@ -25,7 +25,7 @@ from batchcap.caption_files.predictions import read_captions
 @click.argument("captions", type=click.Path(path_type=Path, exists=True))
 @click.argument("references", type=click.Path(path_type=Path, exists=True))
 @click.option("--images", default=30_000, show_default=True)
-@click.option("--joined", default=1, show_default=True, help="Texts put together to a longer one.")
+@click.option("--joined", default=1, show_default=True, help="Texts joined to a longer one.")
 def main(captions: Path, references: Path, images: int, joined: int) -> None:
     """Evaluate, and print a row of the table in README.md."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Kill runs at random moments, give the same command again, compare with an uninterrupted run.
+"""Kill runs at random moments, repeat the command, and compare with an uninterrupted run.
 
     python tests/benchmarks/kill_often.py PHOTOS --kills 50 --images 2000
 
-For both kinds of output, SIGKILL and SIGTERM; then two runs started together. Ends at the first
-thing that is wrong.
+Both kinds of output, by SIGKILL and SIGTERM; then pairs of runs of one output. Stops at the first
+fault.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from batchcap.rows.layout import Layout
 
 FLAGS = ("--rows-per-part", 64, "--batch-size", 32)
 LARGEST_PART = 64 + 2 * 32  # rows; a kill costs fewer
-JOINS = 5  # one kill of so many is while the parts are joined, which takes but a moment
+JOINS = 5  # one of so many kills is aimed at the joining of parts, which is short
 
 
 def main() -> None:
@@ -50,26 +50,26 @@ def main() -> None:
         print("|---" * 13 + "|", flush=True)
         for number in (signal.SIGKILL, signal.SIGTERM):
             for output in ("o.parquet", "o"):
-                draws = random.Random(f"{asked.seed} {output} {number}")
-                print(kill_often(names, folder / output, number, asked.kills, draws), flush=True)
+                rng = random.Random(f"{asked.seed} {output} {number}")
+                print(kill_often(names, folder / output, number, asked.kills, rng), flush=True)
         if asked.pairs:
             print(f"\n{asked.pairs} pairs of runs: {run_pairs(names, folder, asked.pairs)}")
 
 
 def kill_often(
-    names: Path, output: Path, number: signal.Signals, kills: int, draws: random.Random
+    names: Path, output: Path, number: signal.Signals, kills: int, rng: random.Random
 ) -> str:
-    """A row of the table; as many chains as it takes."""
+    """Return a row of the table, from as many chains as needed."""
     whole, began = rows_of(output.parent / "whole.parquet"), time.monotonic()
     chains: list[Chain] = []
     hit: list[str] = []
     farthest = 0.0
     while len(hit) < kills:
         fresh = output.with_stem(f"{output.stem}-{number.name}-{len(chains)}")
-        chain = Chain((names, fresh, *FLAGS), draws)
+        chain = Chain((names, fresh, *FLAGS), rng)
         left = kills - len(hit)
         joins = -(-left // JOINS) if Layout(output).is_file else 0
-        phases = draws.choices(("starting", "captioning", "committing"), k=left - joins)
+        phases = rng.choices(("starting", "captioning", "committing"), k=left - joins)
         chain.go([*phases, *["joining"] * joins], number)
         rows = rows_of(fresh)
         assert rows["image_id"].equals(whole["image_id"])
@@ -87,7 +87,7 @@ def kill_often(
 
 
 def run_pairs(names: Path, folder: Path, pairs: int) -> str:
-    """Two runs of one output at once: one of them works."""
+    """Start two runs of one output at once: exactly one may work."""
     slowest = 0.0
     for pair in range(pairs):
         output = folder / (f"pair{pair}.parquet" if pair % 2 else f"pair{pair}")

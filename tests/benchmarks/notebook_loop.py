@@ -1,8 +1,8 @@
 """The baseline: the notebook's model and its generation loop, one photo at a time, eagerly.
 
-Layers, string lookups and loop are what the notebook has: every word reads the whole caption again
-with `keras.layers.MultiHeadAttention`, and looks at the photo's features anew. The weights are
-those of a batchcap model, so that both write the same captions.
+Layers, string lookups and loop are the notebook's: for every word, it reads the whole caption again
+with `keras.layers.MultiHeadAttention`, and attends to the photo's features again. The weights are a
+batchcap model's, so that both write the same captions.
 """
 
 from collections.abc import Callable
@@ -59,10 +59,10 @@ class NotebookLayer(keras.layers.Layer):
             norm.set_weights(trained_norm.get_weights())
 
     def call(self, image: Any, x: Any) -> Any:
-        attend_norm, look_norm, feed_norm = self.norms
-        x = attend_norm(self.adds[0]([x, self.self_attention(x, x, use_causal_mask=True)]))
-        looked, self.scores = self.cross_attention(x, image, return_attention_scores=True)
-        x = look_norm(self.adds[1]([x, looked]))
+        self_norm, cross_norm, feed_norm = self.norms
+        x = self_norm(self.adds[0]([x, self.self_attention(x, x, use_causal_mask=True)]))
+        from_image, self.scores = self.cross_attention(x, image, return_attention_scores=True)
+        x = cross_norm(self.adds[1]([x, from_image]))
         return feed_norm(x + self.feed_forward(x))
 
 
@@ -132,7 +132,7 @@ class NotebookCaptioner(keras.Model):
 
 
 def notebook_loop(captioner: Captioner) -> Callable[[str], str]:
-    """A function from the path of a JPEG to its greedy caption, words with spaces between."""
+    """Return a function from a JPEG's path to its greedy caption, words joined by spaces."""
     model = NotebookCaptioner(captioner)
     config = captioner.config
     low, high = config.backbone.input_range

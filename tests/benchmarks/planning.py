@@ -1,9 +1,9 @@
-"""Time and memory of finding out what a run has to do, with half of it done.
+"""Time and memory of planning a run that is half done.
 
     python tests/benchmarks/planning.py [COUNT]
 
-Ids, sizes, times and sums are made up, as a store's listing and the rows of earlier runs would tell
-them; reading these from the store and from the disk is not timed. All else is what a run does.
+Ids, sizes, times and checksums are made up; reading them from a store's listing and the rows of
+earlier runs is not timed. Everything else is what a run does.
 """
 
 import argparse

@@ -39,8 +39,8 @@ def plot_throughput(photos: Path) -> None:
     for runtime in RUNTIMES:
         rates = []
         for size in BATCH_SIZES:
-            told = bench(photos, TIMED_PHOTOS, "--runtime", runtime, "--batch-size", str(size))
-            rates.append(told["end_to_end"])
+            result = bench(photos, TIMED_PHOTOS, "--runtime", runtime, "--batch-size", str(size))
+            rates.append(result["end_to_end"])
             print(f"{runtime}, batch {size}: {rates[-1]:.1f} images/s", flush=True)
         axes.plot(BATCH_SIZES, rates, marker="o", label=runtime)
     axes.set(xscale="log", xticks=BATCH_SIZES, xticklabels=BATCH_SIZES, ylim=(0, None))
@@ -63,7 +63,7 @@ def plot_memory(photos: Path) -> None:
 
 
 def memory_of_a_run(photos: Path, runtime: str) -> tuple[list[float], list[float]]:
-    """Resident memory, sampled, against the images done so far, at an even rate."""
+    """Sample resident memory; images done so far are estimated from an even rate."""
     with tempfile.TemporaryDirectory() as folder:
         links = Path(folder) / "links"
         links.mkdir()

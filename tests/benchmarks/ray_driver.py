@@ -1,9 +1,9 @@
-"""What the driver of a run on Ray does with a photo: the rows a second that one can take.
+"""Rows per second that the driver of a run on Ray can take.
 
     python tests/benchmarks/ray_driver.py [COUNT]
 
-Chunks as workers send them are made ahead, of made-up rows with attention summaries; unpickling,
-looking for ids that came before, and committing are timed.
+Chunks of made-up rows with attention summaries are pickled beforehand, as workers send them.
+Unpickling, checking for duplicate ids, and committing are timed.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def row_of(number: int) -> Row:
-    """A row that shares no part with others, which pickling would save."""
+    """Return a row that shares no object with others: pickling stores these once."""
     return pickle.loads(pickle.dumps(captioned_row(f"{number:012}.jpg", number)))
 
 

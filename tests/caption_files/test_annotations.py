@@ -1,4 +1,4 @@
-"""Caption files as users have them, made by each test."""
+"""Reading caption files in the formats that users have."""
 
 import gzip
 import json
@@ -194,7 +194,7 @@ def test_flickr8k_names_and_captions_come_back(tmp_path_factory, name, mark, cap
 
 
 @pytest.mark.parametrize("extension", ["", ".jpg"])
-def test_flickr8k_splits_stand_in_files_beside(tmp_path, extension):
+def test_flickr8k_splits_are_read_from_files_beside(tmp_path, extension):
     path = write(tmp_path / "c.txt", "a.jpg#zhc#0 甲\nb.jpg#zhc#0 乙\nc.jpg#zhc#0 丙\n")
     write(tmp_path / "train.txt", f"a{extension}\r\n")
     write(tmp_path / "test.txt", f"b{extension}\n")
@@ -234,7 +234,7 @@ def test_split_is_read_from_coco_and_jsonl(tmp_path):
     assert read_annotations(write(tmp_path / "j", records))[0].split == "test"
 
 
-def test_captions_keep_their_styles_where_others_are_left_out(tmp_path):
+def test_captions_keep_their_styles_if_others_are_skipped(tmp_path):
     record = {"captions": ["甲", "", "乙"], "styles": ["short", "short", None]}
     path = write(tmp_path / "captions", jsonl({"image_id": "a", **record}))
     assert read_annotations(path) == [
@@ -256,7 +256,7 @@ def test_bom_and_crlf_are_tolerated(tmp_path):
 
 WRONG = {
     "line without a caption number": ("a.jpg 一只狗\n", ":1: not `<file name>"),
-    "caption number that stands twice": (
+    "duplicate caption number": (
         "a.jpg#zhc#0 甲\na.jpg#zhc#0 乙\n",
         ":2: duplicate caption 0 of a.jpg",
     ),
@@ -268,16 +268,19 @@ WRONG = {
     "caption that is missing": (jsonl({"image_id": "a"}), ":1: the caption is missing"),
     "lone surrogate": (r'{"image_id": "a", "caption": "\ud800"}', ":1: the caption holds half"),
     "name that is a number": (jsonl({"image_id": 7, "caption": "甲"}), ":1: the photo's name"),
-    "record that is no object": ('{"image_id": "a", "caption": "甲"}\n[1]\n', ":2: \\[1\\] is not"),
+    "record that is not an object": (
+        '{"image_id": "a", "caption": "甲"}\n[1]\n',
+        ":2: \\[1\\] is not",
+    ),
     "fewer styles than captions": (
         jsonl({"image_id": "a", "captions": ["甲", "乙"], "styles": ["short"]}),
         ":1: `styles` is \\['short'\\], not a list",
     ),
-    "styles that are a text": (
+    "styles that are a string": (
         jsonl({"image_id": "a", "caption": "甲", "styles": "short"}),
         ":1: `styles` is 'short', not a list",
     ),
-    "style that is no name": (
+    "style that is not a name": (
         jsonl({"image_id": "a", "caption": "甲", "styles": ["Very short\n"]}),
         ":1: the style 'Very short\\\\n' is not",
     ),
@@ -290,24 +293,24 @@ WRONG = {
         ":2: a is in two splits, train and test",
     ),
     "array entry without caption": ([{"image_id": "a"}], ": entry 1: the caption is missing"),
-    "array entry that is no object": ([3], ": entry 1: 3 is not an object"),
+    "array entry that is not an object": ([3], ": entry 1: 3 is not an object"),
     "image id that is a list": (
         {**COCO, "annotations": [{"image_id": [3], "caption": "狗"}]},
         ": annotations entry 1: unknown image_id \\[3\\]",
     ),
-    "image id that stands twice": (
+    "duplicate image id": (
         {**COCO, "images": [*COCO["images"], {"id": 7, "file_name": "c.jpg"}]},
         ": images entry 3: duplicate id",
     ),
     "COCO without images": ({"annotations": []}, ": no list `images`"),
     "COCO without captions": ({"images": []}, ": no list `annotations`"),
-    "sentence that is no object": (
+    "sentence that is not an object": (
         {"images": [{"filename": "a.jpg", "sentences": ["狗"]}]},
         ": images entry 1: a sentence must be an object, not '狗'",
     ),
     "row with too many cells": ("file_name,text\na.jpg,狗,猫\n", ":2: more cells than"),
     "quote without an end": ('file_name,text\na.jpg,"狗\nb.jpg,猫\n', ":2: unexpected end of data"),
-    "number of too many digits": ('[{"id": ' + "1" * 5000 + "}]", ": lists or objects .* digits"),
+    "number with too many digits": ('[{"id": ' + "1" * 5000 + "}]", ": lists or objects .* digits"),
     "broken JSON": ('[\n {"image_id": "a",\n]', ":3:1: "),
     "empty file": ("", " has no captions. Known formats: Flickr8k"),
     "log": ("12:00 started\n", ":1: not `<file name>.*\nKnown formats: Flickr8k"),
@@ -321,7 +324,7 @@ def test_wrong_annotations_are_named_with_their_place(tmp_path, name):
         read_annotations(write(tmp_path / "captions.in", content))
 
 
-LEFT_OUT = {
+SKIPPED = {
     "line without caption": (
         "a.jpg#zhc#0 狗\nb.jpg#zhc#0\n",
         ["1 empty caption, such as {}:2", "1 photo without a caption, such as b.jpg"],
@@ -342,7 +345,7 @@ LEFT_OUT = {
         [{"image_id": "a.jpg", "caption": "狗"}, {"image_id": "b.jpg", "caption": None}],
         ["1 empty caption, such as {}: entry 2", "1 photo without a caption, such as b.jpg"],
     ),
-    "COCO's captions of another image, and an image of none": (
+    "COCO captions of another image, and an image without": (
         {
             "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "\x1b[2J.jpg"}],
             "annotations": [{"image_id": 8, "caption": "猫"}, {"image_id": 1, "caption": "狗"}],
@@ -368,13 +371,13 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_unusable_photos_and_captions_are_left_out_and_counted(tmp_path, caplog, name):
-    content, left_out = LEFT_OUT[name]
+@pytest.mark.parametrize("name", SKIPPED)
+def test_unusable_photos_and_captions_are_skipped_and_counted(tmp_path, caplog, name):
+    content, messages = SKIPPED[name]
     path = write(tmp_path / "captions.in", content)
     assert read(path) == [("a.jpg", ("狗",))]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: skipped {reason.format(path)}" for reason in left_out
+        f"{path}: skipped {reason.format(path)}" for reason in messages
     ]
 
 
@@ -417,7 +420,7 @@ def test_missing_annotations_are_a_usage_error(tmp_path):
 
 @pytest.mark.skipif(
     not (FLICKR8K / "captions.zh.txt").is_file(),
-    reason="Flickr8k-CN is not there; name its folder in BATCHCAP_FLICKR8K",
+    reason="Flickr8k-CN not found; set BATCHCAP_FLICKR8K to its folder",
 )
 def test_flickr8k_cn_is_read_whole():
     images = read_annotations(FLICKR8K / "captions.zh.txt")

@@ -1,4 +1,4 @@
-"""Files for other programs, read back by these: pycocotools, datasets, csv, pandas, DuckDB."""
+"""Exports, read back by the programs they are for: pycocotools, datasets, csv, pandas, DuckDB."""
 
 import csv
 import json
@@ -45,12 +45,12 @@ COCO_NAME, FLICKR_NAME = "COCO_val2014_000000391895.jpg", "1000268201_693b08cb0e
 
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
-    """An output with one caption and one failure."""
+    """Return an output with one caption and one failure."""
     return run_of(tmp_path, captioned_row("a/1.jpg", "狗"), failed_row("b/2.jpg"))
 
 
 def run_of(folder: Path, *rows: Row) -> Path:
-    """An output of a run, every row a row group of its own."""
+    """Write an output of a run, with one row per row group."""
     path = folder / "captions.parquet"
     write_rows(path, [table_of([row]) for row in rows], METADATA)
     return path
@@ -70,7 +70,7 @@ def export(source: Path, name: str, form: ExportFormat, references: bool = False
 
 
 def references_of(folder: Path, captions: dict[str, list[str]], split: str | None = None) -> Path:
-    """Captions of people as JSON lines."""
+    """Write references as JSON lines."""
     path = folder / "people.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for image_id, texts in captions.items():
@@ -79,7 +79,7 @@ def references_of(folder: Path, captions: dict[str, list[str]], split: str | Non
     return path
 
 
-def said_of(source: Path, name: str, form: ExportFormat) -> str:
+def message_of(source: Path, name: str, form: ExportFormat) -> str:
     return export_captions(
         ExportSettings(captions=source, out=source.parent / name, format=form)
     ).replace(f"{source.parent}/", "")
@@ -165,7 +165,7 @@ def test_every_format_has_its_exporter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "said"),
+    ("form", "name", "message"),
     [
         (ExportFormat.COCO, "o.json", "wrote o.json: 1 caption; left out 1 without a caption"),
         (ExportFormat.AI_CHALLENGER, "o", "wrote o: 1 caption; left out 1 without a caption"),
@@ -173,14 +173,14 @@ def test_every_format_has_its_exporter() -> None:
         (ExportFormat.CSV, "o.csv", "wrote o.csv: 2 rows, 1 caption"),
     ],
 )
-def test_what_was_written_and_left_out_is_told(
-    form: ExportFormat, name: str, said: str, captions: Path
+def test_message_counts_captions_and_omissions(
+    form: ExportFormat, name: str, message: str, captions: Path
 ) -> None:
-    assert said_of(captions, name, form) == said
+    assert message_of(captions, name, form) == message
 
 
 @pytest.mark.parametrize("form", ExportFormat)
-def test_export_needs_nothing_heavy(form: ExportFormat, captions: Path) -> None:
+def test_export_imports_nothing_heavy(form: ExportFormat, captions: Path) -> None:
     make_photo(captions.parent, "a/1.jpg")
     program = (
         "import sys, batchcap.cli as cli\n"
@@ -220,17 +220,17 @@ def test_pycocotools_pairs_captions_and_references_exported_apart(
         assert theirs["caption"] == f"人写的{image['file_name']}"
 
 
-def test_ids_of_coco_and_flickr_are_theirs(tmp_path: Path) -> None:
+def test_names_of_coco_and_flickr_keep_their_numbers(tmp_path: Path) -> None:
     source = run_of(tmp_path, captioned_row(COCO_NAME), captioned_row(FLICKR_NAME))
     out = export(source, "results.json", ExportFormat.COCO)
     assert [result["image_id"] for result in json.loads(out.read_text())] == [391895, 1000268201]
     assert not (tmp_path / "results.images.json").exists()
 
 
-def test_a_mapping_tells_ids_that_no_name_holds(tmp_path: Path) -> None:
+def test_mapping_lists_hashed_ids(tmp_path: Path) -> None:
     source = run_of(tmp_path, captioned_row("海边.jpg"), failed_row("7.jpg"))
-    said = said_of(source, "results.v1.json", ExportFormat.COCO)
-    assert "1 id made of names by a hash: results.v1.images.json tells all photos' ids" in said
+    message = message_of(source, "results.v1.json", ExportFormat.COCO)
+    assert "1 id hashed from names: results.v1.images.json lists all photos' ids" in message
     images = json.loads((tmp_path / "results.v1.images.json").read_text("utf-8"))
     assert images == [
         {"id": coco_number("海边.jpg"), "file_name": "海边.jpg"},
@@ -240,17 +240,17 @@ def test_a_mapping_tells_ids_that_no_name_holds(tmp_path: Path) -> None:
 
 
 def test_photos_that_share_a_number_get_hashes_of_their_whole_names(tmp_path: Path) -> None:
-    """Even if one of them has failed: the ids of others do not hang on that."""
+    """Even if one of them has failed: the others' ids do not depend on that."""
     source = run_of(tmp_path, captioned_row("a/1.jpg"), failed_row("b/1.jpg"), captioned_row("2"))
-    said = said_of(source, "results.json", ExportFormat.COCO)
-    assert "2 photos shared their numbers with others" in said
+    message = message_of(source, "results.json", ExportFormat.COCO)
+    assert "2 photos shared their numbers with others" in message
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert [result["image_id"] for result in results] == [hashed_number("a/1.jpg"), 2]
     images = json.loads((tmp_path / "results.images.json").read_text("utf-8"))
     assert [image["file_name"] for image in images] == ["a/1.jpg", "b/1.jpg", "2"]
 
 
-def test_photos_that_no_id_tells_apart_are_named(tmp_path: Path) -> None:
+def test_duplicate_photos_are_named(tmp_path: Path) -> None:
     source = run_of(tmp_path, captioned_row("a/1.jpg"), captioned_row("a/1.jpg"))
     with pytest.raises(InputError, match=r"a/1\.jpg and a/1\.jpg get the same COCO id"):
         export(source, "results.json", ExportFormat.COCO)
@@ -280,14 +280,14 @@ def test_references_read_back_as_they_were(flickr8k: Path, tmp_path: Path) -> No
         )
     )
 
-    def told(images: list[AnnotatedImage]) -> list[tuple[object, ...]]:
+    def fields_of(images: list[AnnotatedImage]) -> list[tuple[object, ...]]:
         return [(image.image_id, image.captions, image.split) for image in images]
 
-    assert told(read_annotations(out)) == told(read_annotations(people))
+    assert fields_of(read_annotations(out)) == fields_of(read_annotations(people))
     assert len(COCO(str(out)).getImgIds()) == len(read_annotations(people))
 
 
-def test_batchcap_pairs_what_it_exported(tmp_path: Path) -> None:
+def test_exported_captions_match_their_references(tmp_path: Path) -> None:
     names = [COCO_NAME, FLICKR_NAME, "海边.jpg"]
     source = run_of(tmp_path, *(captioned_row(f"sub/{name}") for name in names))
     generated = read_captions(export(source, "results.json", ExportFormat.COCO))
@@ -299,7 +299,7 @@ def test_batchcap_pairs_what_it_exported(tmp_path: Path) -> None:
 
 
 def coco_references(folder: Path, numbers: dict[str, int]) -> Path:
-    """A COCO file whose ids are not the numbers of the names."""
+    """Write a COCO file whose ids are not the numbers in the names."""
     path = folder / "people.json"
     document = {
         "images": [{"id": number, "file_name": name} for name, number in numbers.items()],
@@ -312,8 +312,8 @@ def coco_references(folder: Path, numbers: dict[str, int]) -> Path:
     return path
 
 
-def test_results_are_scored_as_the_rows_that_they_were_made_of(tmp_path: Path) -> None:
-    """They were scored against other photos if references had ids of their own."""
+def test_results_score_like_the_rows_they_came_from(tmp_path: Path) -> None:
+    """They were scored against other photos if the references had their own ids."""
     names = [f"{number}.jpg" for number in range(1, 9)]
     people = coco_references(tmp_path, {name: 1 + (i + 3) % 8 for i, name in enumerate(names)})
     source = run_of(tmp_path, *(captioned_row(name, f"人写的{name}") for name in names))
@@ -332,10 +332,10 @@ def test_results_get_the_ids_of_references(tmp_path: Path) -> None:
     names = ["1.jpg", "x/2.jpg", "海边.jpg", "3.jpg"]
     source = run_of(tmp_path, *(captioned_row(name, name) for name in names))
     out = tmp_path / "results.json"
-    said = export_captions(
+    message = export_captions(
         ExportSettings(captions=source, out=out, format=ExportFormat.COCO, references=people)
     )
-    assert said == f"wrote {out}: 3 captions; left out 1 not in people.json"
+    assert message == f"wrote {out}: 3 captions; left out 1 not in people.json"
     coco = COCO(str(people))
     generated = coco.loadRes(str(out))
     for number in (2, 1, 7):
@@ -343,7 +343,7 @@ def test_results_get_the_ids_of_references(tmp_path: Path) -> None:
         assert theirs["caption"] == f"人写的{ours['caption'].removeprefix('一只')}"
 
 
-def test_no_captions_get_no_ids_of_references(tmp_path: Path) -> None:
+def test_no_captions_give_empty_results(tmp_path: Path) -> None:
     out, people = tmp_path / "results.json", coco_references(tmp_path, {"1.jpg": 2})
     settings = ExportSettings(
         captions=run_of(tmp_path), out=out, format=ExportFormat.COCO, references=people
@@ -353,7 +353,7 @@ def test_no_captions_get_no_ids_of_references(tmp_path: Path) -> None:
 
 
 def test_references_give_ids_to_photos_whose_names_share_a_number(tmp_path: Path) -> None:
-    """Exported apart, captions of `a/1.jpg` alone have the id 1, its references a hash."""
+    """Exported separately, captions of `a/1.jpg` alone have the id 1, its references a hash."""
     people = references_of(tmp_path, {"a/1.jpg": ["狗"], "b/1.jpg": ["猫"]})
     source = run_of(tmp_path, captioned_row("a/1.jpg"))
     out = tmp_path / "results.json"
@@ -364,7 +364,7 @@ def test_references_give_ids_to_photos_whose_names_share_a_number(tmp_path: Path
     assert hashed_number("a/1.jpg") in COCO(str(references)).getImgIds()
 
 
-def test_ids_that_captions_exported_apart_would_not_have_are_told(tmp_path: Path) -> None:
+def test_differing_ids_are_reported(tmp_path: Path) -> None:
     people = coco_references(tmp_path, {"1.jpg": 1, "2.jpg": 5})
     settings = ExportSettings(
         captions=people,
@@ -373,12 +373,12 @@ def test_ids_that_captions_exported_apart_would_not_have_are_told(tmp_path: Path
         references=CAPTIONS_THEMSELVES,
     )
     assert export_captions(settings).endswith(
-        "\n1 photo with another id than the number of the name; export captions with "
+        "\n1 photo with an id other than the number in the name; export captions with "
         f"--references {people}, so that they get the same ids"
     )
     source = run_of(tmp_path, captioned_row("a/1.jpg"), captioned_row("b/1.jpg"))
-    said = said_of(source, "o.json", ExportFormat.COCO)
-    assert "their whole names; --references FILE gives the ids of references" in said
+    message = message_of(source, "o.json", ExportFormat.COCO)
+    assert "their whole names; --references FILE gives the ids of references" in message
 
 
 def test_references_that_fit_in_two_ways_are_refused(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_references_that_fit_in_two_ways_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("references", [None, CAPTIONS_THEMSELVES])
-def test_what_matches_without_a_file_of_references_is_refused(references: Path | None) -> None:
+def test_match_by_without_references_is_refused(references: Path | None) -> None:
     with pytest.raises(UsageError, match="needs --references FILE"):
         ExportSettings(
             captions=Path(),
@@ -415,7 +415,7 @@ def test_references_without_a_file_are_the_captions(tmp_path: Path) -> None:
     assert done.output.endswith("2 captions of 1 photo\n")
 
 
-def test_no_mapping_of_an_earlier_export_stays(tmp_path: Path) -> None:
+def test_mapping_of_an_earlier_export_is_removed(tmp_path: Path) -> None:
     mapping = tmp_path / "results.images.json"
     export(run_of(tmp_path, captioned_row("海边.jpg")), "results.json", ExportFormat.COCO)
     assert mapping.exists()
@@ -428,7 +428,7 @@ def test_no_mapping_of_an_earlier_export_stays(tmp_path: Path) -> None:
         assert mapping.read_text() == foreign
 
 
-def test_two_photos_of_one_stem_are_named(tmp_path: Path) -> None:
+def test_photos_with_the_same_stem_are_named(tmp_path: Path) -> None:
     source = run_of(tmp_path, captioned_row("a/x.jpg"), captioned_row("b/x.png"))
     with pytest.raises(InputError, match=r"a/x\.jpg and b/x\.png have the same id"):
         export(source, "submission.json", ExportFormat.AI_CHALLENGER)
@@ -437,8 +437,8 @@ def test_two_photos_of_one_stem_are_named(tmp_path: Path) -> None:
 def test_empty_captions_which_the_scorer_refuses_are_left_out(tmp_path: Path) -> None:
     source = tmp_path / "results.json"
     source.write_text('[{"image_id": "a", "caption": ""}, {"image_id": "b", "caption": "狗"}]')
-    said = said_of(source, "submission.json", ExportFormat.AI_CHALLENGER)
-    assert said == "wrote submission.json: 1 caption; left out 1 without a caption"
+    message = message_of(source, "submission.json", ExportFormat.AI_CHALLENGER)
+    assert message == "wrote submission.json: 1 caption; left out 1 without a caption"
 
 
 def test_jsonl_reads_back_as_the_rows(captions: Path) -> None:
@@ -447,11 +447,11 @@ def test_jsonl_reads_back_as_the_rows(captions: Path) -> None:
     made = pd.read_json(out, lines=True)
     assert made["caption"].to_list()[0] == "一只狗"
     assert str(made["created_at"][0]) == "2024-05-17 12:30:00+00:00"
-    told = duckdb.sql(f"SELECT mtime_ns, attention[2].peak, error_type FROM '{out}'").fetchall()
-    assert told == [(2**60, 0.25, None), (None, None, "corrupt")]
+    found = duckdb.sql(f"SELECT mtime_ns, attention[2].peak, error_type FROM '{out}'").fetchall()
+    assert found == [(2**60, 0.25, None), (None, None, "corrupt")]
 
 
-def test_jsonl_has_finite_numbers_as_short_as_they_were(tmp_path: Path) -> None:
+def test_jsonl_numbers_are_finite_and_short(tmp_path: Path) -> None:
     logprobs = [-0.1, float("nan"), float("-inf")]
     row = captioned_row(token_logprobs=logprobs, logprob=float("nan"), mean_logprob=-1e-30)
     out = export(run_of(tmp_path, row), "rows.jsonl", ExportFormat.JSONL)
@@ -492,14 +492,14 @@ def test_pandas_and_duckdb_read_hostile_texts(tmp_path: Path) -> None:
     assert texts_of(out, "caption") == cells
     made = pd.read_csv(out, keep_default_na=False)
     assert made["caption"].to_list() == cells
-    assert made["logprob"].to_list() == [-0.875] * len(cells)  # a number is no formula
-    told = duckdb.sql(f"SELECT coalesce(caption, ''), logprob FROM '{out}'").fetchall()
-    assert told == [(cell, -0.875) for cell in cells]
+    assert made["logprob"].to_list() == [-0.875] * len(cells)  # a number is not a formula
+    found = duckdb.sql(f"SELECT coalesce(caption, ''), logprob FROM '{out}'").fetchall()
+    assert found == [(cell, -0.875) for cell in cells]
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`load_dataset` without a network and with a cache of its own."""
+    """Return `load_dataset` without network, and with its own cache."""
     cache = str(tmp_path_factory.mktemp("hugging-face"))
     for name, value in {
         "HF_HOME": cache,
@@ -513,7 +513,7 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
 
 
 def photos_under(folder: Path, names: Sequence[str], photos_folder: Path) -> None:
-    """Photos of different sizes."""
+    """Copy photos of different sizes to these names."""
     for name, photo in zip(names, sorted(photos_folder.rglob("*.jpg")), strict=False):
         make_photo(folder, name, photo.read_bytes())
 
@@ -527,8 +527,8 @@ def test_datasets_loads_each_photo_with_its_caption(
     make_photo(tmp_path, ".dot.jpg")
     rows = [captioned_row(name, name) for name in names]
     source = run_of(tmp_path, failed_row("corrupt.jpg"), *rows, captioned_row("gone.jpg"))
-    said = said_of(source, "metadata.jsonl", ExportFormat.IMAGEFOLDER)
-    assert said == (
+    message = message_of(source, "metadata.jsonl", ExportFormat.IMAGEFOLDER)
+    assert message == (
         "wrote metadata.jsonl: 4 captions; left out 1 without a caption, 1 not in the folder of OUT"
     )
     loaded = load(data_dir=str(tmp_path))
@@ -537,10 +537,10 @@ def test_datasets_loads_each_photo_with_its_caption(
         assert image == Image.open(tmp_path / name)
 
 
-def test_datasets_loads_names_that_sound_like_splits(
+def test_datasets_loads_names_that_look_like_splits(
     load: Any, tmp_path: Path, photos_folder: Path
 ) -> None:
-    """`datasets` takes them for splits and drops the captions, unless told what to read."""
+    """`datasets` takes them for splits and drops the captions, unless given `data_files`."""
     names = ["train/1.jpg", "test/2.jpg", "val_3.jpg"]
     photos_under(tmp_path, names, photos_folder)
     source = run_of(tmp_path, *(captioned_row(name, name) for name in names))
@@ -567,9 +567,9 @@ def test_names_that_datasets_cannot_open_are_left_out(tmp_path: Path) -> None:
     for name in names:
         make_photo(tmp_path, name)
     source = run_of(tmp_path, *(captioned_row(image_id_of(name)) for name in names))
-    said = said_of(source, "metadata.jsonl", ExportFormat.IMAGEFOLDER)
-    assert said == (
-        "wrote metadata.jsonl: 1 caption; left out 2 whose name is not UTF-8 or holds a backslash"
+    message = message_of(source, "metadata.jsonl", ExportFormat.IMAGEFOLDER)
+    assert message == (
+        "wrote metadata.jsonl: 1 caption; left out 2 whose name is not UTF-8 or has a backslash"
     )
 
 
@@ -607,7 +607,7 @@ def test_hostile_names_come_back(form: ExportFormat, tmp_path: Path) -> None:
     assert read == ids
 
 
-def test_names_of_half_characters_are_written(tmp_path: Path) -> None:
+def test_names_with_lone_surrogates_are_written(tmp_path: Path) -> None:
     source = tmp_path / "others.json"
     source.write_text(r'[{"image_id": "\ud800", "caption": "狗"}]', "utf-8")
     out = export(source, "submission.json", ExportFormat.AI_CHALLENGER)
@@ -622,15 +622,15 @@ def test_a_folder_of_parts_is_exported_whole(form: ExportFormat, tmp_path: Path)
         make_photo(tmp_path, f"{i}.jpg")
         rows = table_of([captioned_row(f"{i}.jpg")])
         write_rows(folder / f"part-{i:06}.parquet", [rows], METADATA)
-    assert "2 captions" in said_of(folder, "metadata.jsonl", form)
+    assert "2 captions" in message_of(folder, "metadata.jsonl", form)
 
 
 @pytest.mark.parametrize("form", ExportFormat)
-@pytest.mark.parametrize("before", [None, "what was there"])
-def test_nothing_half_written_takes_the_place_of_out(
+@pytest.mark.parametrize("before", [None, "old content"])
+def test_failed_export_leaves_out_unchanged(
     form: ExportFormat, before: str | None, captions: Path
 ) -> None:
-    """The second row group is damaged: the first would have been written by then."""
+    """The second row group is damaged, so that the first is written before the failure."""
     folder = captions.parent
     make_photo(folder, "a/1.jpg")
     if before is not None:
@@ -639,10 +639,10 @@ def test_nothing_half_written_takes_the_place_of_out(
     content = bytearray(captions.read_bytes())
     content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     captions.write_bytes(content)
-    there = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(InputError, match=r"captions\.parquet"):
         export(captions, "metadata.jsonl", form)
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == there
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
 
 
 def test_a_folder_that_is_missing_is_named(captions: Path) -> None:
@@ -651,7 +651,7 @@ def test_a_folder_that_is_missing_is_named(captions: Path) -> None:
 
 
 @pytest.mark.parametrize("form", OF_ROWS)
-def test_rows_are_made_of_rows_only(form: ExportFormat, tmp_path: Path) -> None:
+def test_formats_of_rows_need_the_rows_of_a_run(form: ExportFormat, tmp_path: Path) -> None:
     source = tmp_path / "results.json"
     source.write_text('[{"image_id": 1, "caption": "狗"}]', "utf-8")
     with pytest.raises(UsageError, match=r"needs the rows of a run, which .*results"):
@@ -667,12 +667,12 @@ def test_captions_of_other_programs_become_coco(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_of_a_run_are_no_references(captions: Path) -> None:
+def test_rows_of_a_run_are_not_references(captions: Path) -> None:
     with pytest.raises(UsageError, match="omit --references"):
         export(captions, "references.json", ExportFormat.COCO, references=True)
 
 
-def test_captions_are_never_written_over(captions: Path) -> None:
+def test_captions_are_never_overwritten(captions: Path) -> None:
     results = export(captions, "results.json", ExportFormat.COCO)
     mapping = results.rename(captions.with_name("results.images.json"))
     for source, name in [(captions, captions.name), (mapping, mapping.name), (mapping, "results")]:
@@ -693,7 +693,7 @@ def test_the_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ExportFormat)
 def test_pipes_and_devices_are_not_replaced(form: ExportFormat, captions: Path) -> None:
-    """`export captions.parquet /dev/full` by root once left a plain file there."""
+    """As root, `export captions.parquet /dev/full` replaced the device by a file."""
     pipe, link = captions.with_name("pipe"), captions.with_name("link")
     os.mkfifo(pipe)
     link.symlink_to("pipe")
@@ -704,7 +704,7 @@ def test_pipes_and_devices_are_not_replaced(form: ExportFormat, captions: Path) 
 
 
 def test_writes_where_a_symlink_leads(captions: Path) -> None:
-    """Links were refused."""
+    """Links to regular files are followed, even dangling ones."""
     out, link = captions.with_name("far") / "out.json", captions.with_name("link.json")
     out.parent.mkdir()
     link.symlink_to("far/out.json")

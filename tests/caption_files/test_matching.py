@@ -1,4 +1,4 @@
-"""Ids of the same image in two files, and files that could be matched in several ways."""
+"""Ids of the same image in two files, and files that match in several ways."""
 
 import posixpath
 import tracemalloc
@@ -51,7 +51,7 @@ def test_ids_are_matched_in_each_way(way: str, ours: ImageId, theirs: ImageId) -
     ("by", "partner"),
     [(MatchBy.IMAGE_ID, 0), (MatchBy.COCO_ID, 1), (MatchBy.NAME, 2), (MatchBy.NUMBER, 3)],
 )
-def test_the_way_that_is_asked_for_is_taken(by: MatchBy, partner: int) -> None:
+def test_requested_way_is_used(by: MatchBy, partner: int) -> None:
     theirs = [("7", 1), ("cat.jpg", 7), ("x/7.jpg", 2), ("b_7.jpg", 3)]
     others = [image for i, image in enumerate(theirs) if i == partner] + named("y.jpg")
     with pytest.raises(InputError, match="match-by"):
@@ -71,7 +71,7 @@ def test_folders_tell_equal_file_names_apart() -> None:
     assert match(ours, named("b/1.jpg", "2.jpg", "a/1.jpg")).pairs == [(0, 2), (1, 0), (2, 1)]
 
 
-def test_deep_folders_take_no_memory_of_their_own() -> None:
+def test_deep_folders_take_little_memory() -> None:
     """Every end of every path was kept: 1.3 GB for 300,000 photos below 20 folders."""
     photos = [f"{number}.jpg" for number in range(2000)]
     deep = [f"{'folder/' * 50}{photo}" for photo in photos]
@@ -90,7 +90,7 @@ def test_all_images_are_matched_in_one_way() -> None:
     assert (found.way.name, found.pairs) == ("file name", [(0, 2), (1, 1), (2, 0)])
 
 
-def test_what_two_images_share_pairs_nothing() -> None:
+def test_name_shared_by_two_images_pairs_nothing() -> None:
     assert match(named("x/a.jpg", "y/a.jpg", "b.jpg"), named("a.jpg", "b.jpg")).pairs == [(2, 1)]
 
 
@@ -105,13 +105,11 @@ def test_files_without_a_common_image_are_refused() -> None:
 @pytest.mark.parametrize(
     ("theirs", "advice"),
     [
-        ("000000391895.jpg", "say --match-by number, which pairs 1 image"),
+        ("000000391895.jpg", "use --match-by number, which pairs 1 image"),
         ("dog.jpg", "check that both files are about the same photos"),
     ],
 )
-def test_a_way_that_would_pair_images_is_named_where_none_is_in_common(
-    theirs: str, advice: str
-) -> None:
+def test_error_names_a_way_that_would_pair_images(theirs: str, advice: str) -> None:
     with pytest.raises(InputError) as refused:
         match(named("COCO_val2014_000000391895.jpg"), [(theirs, 391895)])
     assert advice in str(refused.value)
@@ -123,14 +121,14 @@ def test_a_file_without_captions_is_named() -> None:
 
 
 def test_only_ways_that_pair_images_are_offered_and_they_pair_them() -> None:
-    """Two folders at the front, and one file name in both."""
+    """Ids with two different leading folders."""
     ours, theirs = named("x/a/1.jpg", "y/b/1.jpg"), named("a/1.jpg", "b/1.jpg")
-    with pytest.raises(InputError, match=r"If that is right, say --match-by name$"):
+    with pytest.raises(InputError, match=r"If that is right, use --match-by name$"):
         match(ours, theirs)
     assert match(ours, theirs, MatchBy.NAME).pairs == [(0, 0), (1, 1)]
 
 
-def test_numbers_that_are_coco_ids_and_numbers_of_names_are_refused() -> None:
+def test_numbers_that_fit_both_coco_ids_and_names_are_refused() -> None:
     """Two hundred captions were scored against the references of other photos."""
     theirs: list[ImageId] = [(f"{1 + i}.jpg", 1 + (i + 7) % 200) for i in range(200)]
     ours: list[ImageId] = [(str(n), n) for n in range(1, 201)]
@@ -139,7 +137,7 @@ def test_numbers_that_are_coco_ids_and_numbers_of_names_are_refused() -> None:
     assert str(refused.value) == (
         "captions.json and references.json can be matched in two ways that pair different images: "
         "by COCO id 200 images, where '1' is '194.jpg'; by file name without extension 200 images, "
-        "where '1' is '1.jpg'. Say which is right with --match-by coco-id or --match-by name"
+        "where '1' is '1.jpg'. Choose with --match-by coco-id or --match-by name"
     )
     for by, partner in ((MatchBy.COCO_ID, 193), (MatchBy.NUMBER, 0), (MatchBy.NAME, 0)):
         assert match(ours, theirs, by).pairs[0] == (0, partner)
@@ -154,7 +152,7 @@ def test_numbers_that_are_coco_ids_and_numbers_of_names_are_refused() -> None:
         (named("all/p/1.jpg", "all/q/2.jpg"), named("p/1.jpg", "2.jpg")),
         ([("1", 1), ("2", 2)], [("a_1.jpg", 7), ("a_2.jpg", 8)]),
     ],
-    ids=["folders", "extensions", "roots", "no COCO id of theirs"],
+    ids=["folders", "extensions", "roots", "no common COCO id"],
 )
 def test_a_weaker_way_that_pairs_more_is_refused(
     ours: list[ImageId], theirs: list[ImageId]
@@ -170,7 +168,7 @@ class Layout:
     prefix: str = ""
     flat: bool = False
     stems: bool = False
-    numbers: str = ""  # of its images in COCO's format: "own" ids or those "made" of names
+    numbers: str = ""  # COCO ids: the file's "own", or "made" from names
     nameless: bool = False
 
     def ids(self, photos: list[str], own: dict[str, int]) -> list[ImageId]:
@@ -209,10 +207,10 @@ NUMBERS = st.builds(Layout, numbers=st.sampled_from(["own", "made"]), nameless=s
 def test_no_image_is_paired_with_another_without_an_error(
     data: st.DataObject, photos: list[str], ours: Layout, theirs: Layout
 ) -> None:
-    """Whatever photos are called, however two files name them, and which of them each has.
+    """Try any names, any two ways to write them, and any choice of photos per file.
 
-    The files have a photo in common, and one that names no folders names each photo once: otherwise
-    no program could tell that `1.jpg` and `p/1.jpg` are two photos.
+    The files have a photo in common, and a file without folders names each photo once: otherwise no
+    program could tell that `1.jpg` and `p/1.jpg` are two photos.
     """
     own = dict(zip(photos, data.draw(st.permutations(range(1, 1 + len(photos)))), strict=True))
     some = st.permutations(photos).flatmap(
@@ -220,7 +218,7 @@ def test_no_image_is_paired_with_another_without_an_error(
     )
     generated, annotated = data.draw(some), data.draw(some)
     assume(set(generated) & set(annotated))
-    # Numbers alone are COCO ids of the references, or made of names.
+    # Bare numbers are COCO ids of the references, or made from names.
     assume(not (ours.nameless and ours.numbers == "own") or theirs.numbers == "own")
     left, right = ours.ids(generated, own), theirs.ids(annotated, own)
     for layout, side in ((ours, left), (theirs, right)):
@@ -246,7 +244,7 @@ def test_no_image_is_paired_with_another_without_an_error(
         ("photo-12.jpg", 12),
     ],
 )
-def test_the_one_number_of_a_name_is_its_number(name: str, number: int) -> None:
+def test_single_number_in_a_name_is_its_coco_number(name: str, number: int) -> None:
     assert coco_number(name) == number
 
 
@@ -256,12 +254,12 @@ def test_other_names_have_a_hash_above_all_numbers(name: str) -> None:
 
 
 @given(st.text())
-def test_numbers_are_whole_in_javascript_too(name: str) -> None:
+def test_numbers_are_exact_in_javascript_too(name: str) -> None:
     assert 0 <= coco_number(name) < 2**53
     assert float(hashed_number(name)) == hashed_number(name)
 
 
-def test_rows_of_a_parquet_file_have_numbers_of_their_own() -> None:
+def test_rows_of_a_parquet_file_have_distinct_numbers() -> None:
     assert coco_number("a/x.parquet:0000012") == 12
     names = [f"x-00000.v1.parquet:{row:07}" for row in range(3)]
     assert len({coco_number(name) for name in names}) == 3

@@ -35,7 +35,7 @@ def test_rows_of_a_run_are_captions_with_their_confidence(captions: Path) -> Non
     assert second == GeneratedCaption("b.jpg", None)
 
 
-def test_rows_come_with_what_their_file_says_of_itself(captions: Path) -> None:
+def test_rows_have_the_metadata_of_their_file(captions: Path) -> None:
     assert metadata_of(next(read_rows(captions))) == METADATA
 
 
@@ -57,7 +57,7 @@ def test_coco_results_and_ai_challenger_submissions_are_arrays(tmp_path: Path) -
     ]
 
 
-def test_json_lines_may_tell_what_rows_tell(tmp_path: Path) -> None:
+def test_json_lines_may_have_the_fields_of_rows(tmp_path: Path) -> None:
     record = {
         "image_id": "a",
         "caption": "一只狗",
@@ -119,25 +119,25 @@ def test_wrong_captions_are_named_with_their_place(
         read_captions(write(tmp_path / name, content))
 
 
-def test_a_damaged_file_is_told_of_with_what_to_do(captions: Path) -> None:
+def test_damaged_file_is_reported_with_advice(captions: Path) -> None:
     captions.write_bytes(captions.read_bytes()[:-20])
     with pytest.raises(InputError, match="repeat the run, which redoes"):
         read_captions(captions)
 
 
-def test_parquet_of_others_is_told_of(tmp_path: Path) -> None:
+def test_foreign_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.parquet"
     pq.write_table(table_of([captioned_row()]).select(["image_id", "caption"]), path)
     with pytest.raises(InputError, match="has other columns than batchcap's"):
         read_captions(path)
 
 
-def test_a_folder_without_rows_is_told_of(tmp_path: Path) -> None:
+def test_folder_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no rows"):
         read_captions(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["none.parquet", "none.json"])
 def test_a_missing_file_is_a_usage_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="There is no"):
+    with pytest.raises(UsageError, match="there is no"):
         read_captions(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Rows of workers, in any order, against what one machine makes of the same archives."""
+"""Rows of workers in any order, compared with one machine's rows of the same archives."""
 
 import logging
 import tempfile
@@ -24,7 +24,7 @@ from batchcap.rows.parquet import Row, table_of
 from batchcap.schema import ImageRef
 from batchcap.settings import RunSettings
 
-BAD = "z"  # the content of a photo that has no caption
+BAD = "z"  # the content of a photo that fails
 
 Photos = list[tuple[str, str]]  # id and content
 Sent = tuple[Archive, list[Row], Tally | None]
@@ -58,9 +58,9 @@ def archive_of(number: int) -> Archive:
 
 
 def sent_for(number: int, photos: Photos, rows: list[Row], **asked: Any) -> list[Sent]:
-    """What a worker sends for an archive: rows, one by one, and the tally."""
-    there = inventory_of(rows, **asked)
-    inventory = PieceInventory(there.settings, there.index)
+    """Return a worker's messages for an archive: rows one by one, then the tally."""
+    whole = inventory_of(rows, **asked)
+    inventory = PieceInventory(whole.settings, whole.index)
     refs = inventory.unfinished(refs_of(photos))
     made = [row_of(ref.image_id, bytes(ref.data).decode()) for ref in refs]
     archive = archive_of(number)
@@ -71,7 +71,7 @@ def sent_for(number: int, photos: Photos, rows: list[Row], **asked: Any) -> list
 
 
 class Output:
-    """What an output has, and how it came to it."""
+    """An output, which checks how rows are appended."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = {row["image_id"]: row for row in rows}
@@ -115,7 +115,7 @@ def of_workers(
 
 
 def counts_of(inventory: Inventory) -> dict[str, Any]:
-    names = ("doubled", "is_empty", "vanished", "counts")
+    names = ("duplicates", "is_empty", "vanished", "counts")
     inventory.complete = True
     return {name: getattr(inventory, name) for name in names}
 
@@ -130,30 +130,30 @@ PHOTOS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(f"xy{BAD}"))
     st.data(),
 )
 def test_workers_in_any_order_make_the_rows_and_counts_of_one_machine(
-    archives: list[Photos], there: dict[str, str], retry_failed: bool, data: st.DataObject
+    archives: list[Photos], existing: dict[str, str], retry_failed: bool, data: st.DataObject
 ) -> None:
-    rows = [row_of(*photo) for photo in there.items()]
+    rows = [row_of(*photo) for photo in existing.items()]
     asked = {"retry_failed": retry_failed, "rows_per_part": 2}
     sent = [iter(sent_for(n, photos, rows, **asked)) for n, photos in enumerate(archives)]
     turns = [n for n, photos in enumerate(archives) for _ in range(len(photos) + 1)]
     order = data.draw(st.permutations(turns))
-    came = [one for number in order for one in islice(sent[number], 1)]
-    expected, there_counted = of_one_machine(archives, rows, **asked)
-    output, counted, arrivals = of_workers(came, len(archives), rows, **asked)
+    arrived = [one for number in order for one in islice(sent[number], 1)]
+    expected, expected_counts = of_one_machine(archives, rows, **asked)
+    output, counted, arrivals = of_workers(arrived, len(archives), rows, **asked)
     assert output.rows == expected.rows
-    assert counts_of(counted) == counts_of(there_counted)
+    assert counts_of(counted) == counts_of(expected_counts)
     assert arrivals.untallied == 0
     assert [*arrivals.rest()] == []
 
 
-def test_a_row_of_a_new_photo_is_taken_at_once() -> None:
+def test_row_of_a_new_photo_is_accepted_at_once() -> None:
     arrivals = Arrivals(inventory_of([]), [archive_of(0), archive_of(1)])
     row = row_of("a", "y")
     (chunk,) = arrivals.take(archive_of(1), [row], None)
     assert (chunk.rows, chunk.again) == ([row], False)
 
 
-def test_a_row_that_replaces_another_waits_for_the_archives_before_its_own() -> None:
+def test_replacing_row_waits_for_earlier_archives() -> None:
     rows = [row_of("a", "x"), row_of("b", "x")]
     first = sent_for(0, [("a", "x")], rows)
     second = sent_for(1, [("a", "y"), ("b", "y")], rows)
@@ -161,10 +161,10 @@ def test_a_row_that_replaces_another_waits_for_the_archives_before_its_own() -> 
     assert output.of_this_run == set()
     output, counted, _ = of_workers([*second, *first], 2, rows)
     assert output.of_this_run == {"b"}
-    assert (counted.doubled, counted.counts.taken, counted.counts.changed) == (1, 1, 1)
+    assert (counted.duplicates, counted.counts.taken, counted.counts.changed) == (1, 1, 1)
 
 
-def test_a_run_that_is_stopped_takes_the_rows_that_wait_once_each() -> None:
+def test_stopped_run_takes_each_waiting_row_once() -> None:
     rows = [row_of(image_id, "x") for image_id in "abc"]
     first = sent_for(0, [("c", "y"), ("d", "y")], rows)[:2]  # without its tally
     second = sent_for(1, [("a", "x"), ("d", "x")], rows)
@@ -179,7 +179,7 @@ def test_a_run_that_is_stopped_takes_the_rows_that_wait_once_each() -> None:
 
 
 @pytest.mark.parametrize("archives", [[[("a", "x"), ("a", "y")]], [[("a", "x")], [("a", "x")]]])
-def test_a_second_photo_of_an_id_is_warned_of(
+def test_duplicate_id_is_warned_about(
     archives: list[Photos], caplog: pytest.LogCaptureFixture
 ) -> None:
     sent = [one for number, photos in enumerate(archives) for one in sent_for(number, photos, [])]
@@ -192,7 +192,7 @@ def test_a_second_photo_of_an_id_is_warned_of(
         counted.check_whole()
 
 
-def test_rows_that_wait_lie_on_disk_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_waiting_rows_are_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchcap.captioning.arrivals.BYTES_IN_MEMORY", 1)
     rows = [row_of(image_id, "x") for image_id in "abcd"]
     first = sent_for(0, [("a", "y"), ("b", "x")], rows)
@@ -202,7 +202,7 @@ def test_rows_that_wait_lie_on_disk_when_there_are_many(monkeypatch: pytest.Monk
     assert output.of_this_run == {"a", "c", "d"}
 
 
-def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row_of("a", "x")]
     sent = sent_for(1, [("a", "y")], rows)
     with Path("/dev/full").open("w+b", 0) as full:
@@ -213,7 +213,7 @@ def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatc
             of_workers(sent, 2, rows)
 
 
-def test_what_a_worker_reports_of_an_archive_is_passed_on(
+def test_findings_of_a_worker_are_passed_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     members = [
@@ -243,7 +243,7 @@ def test_what_a_worker_reports_of_an_archive_is_passed_on(
     assert "skipping its remaining photos" in caplog.text
 
 
-def test_nothing_is_kept_where_ids_cannot_come_twice() -> None:
+def test_nothing_is_kept_if_ids_cannot_repeat() -> None:
     rows = [row_of("a", "x")]
     arrivals = Arrivals(inventory_of(rows), [archive_of(0)])
     for one in sent_for(0, [("a", "y"), ("b", "y")], rows):

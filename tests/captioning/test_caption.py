@@ -1,4 +1,4 @@
-"""`batchcap caption`: what stands on the terminal, and the figure."""
+"""`batchcap caption`: its output on the terminal, and the figure."""
 
 import functools
 import os
@@ -30,9 +30,7 @@ def test_a_photo_gets_its_caption_and_a_probability_for_each_word(photos_folder:
     assert all(0 < float(probability) <= 1 for _, probability in pairs)
 
 
-def test_a_bad_file_is_said_and_the_others_are_captioned(
-    photos_folder: Path, tmp_path: Path
-) -> None:
+def test_bad_file_is_reported_and_others_are_captioned(photos_folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no photo")
     done = caption(bad, photos_folder / "coffee.jpg")
@@ -42,7 +40,7 @@ def test_a_bad_file_is_said_and_the_others_are_captioned(
     assert "coffee.jpg" in done.stdout
 
 
-def test_the_figure_is_drawn_whatever_settings_libraries_have(
+def test_figure_does_not_depend_on_settings_of_libraries(
     photos_folder: Path, tmp_path: Path
 ) -> None:
     figure = tmp_path / "attention.png"
@@ -50,7 +48,7 @@ def test_the_figure_is_drawn_whatever_settings_libraries_have(
     keras_settings.parent.mkdir()
     keras_settings.write_text('{"image_data_format": "channels_first", "floatx": "float16"}')
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nno_such_setting: 1\n")
-    surroundings = os.environ | {
+    environment = os.environ | {
         "HOME": str(tmp_path),
         "XDG_CACHE_HOME": str(cache_folder().parent),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -58,7 +56,7 @@ def test_the_figure_is_drawn_whatever_settings_libraries_have(
     done = subprocess.run(
         [*BATCHCAP, "caption", photos_folder / "coffee.jpg", "--attention-figure", figure],
         cwd=tmp_path,
-        env=surroundings,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -70,7 +68,7 @@ def test_the_figure_is_drawn_whatever_settings_libraries_have(
         assert len(set(picture.convert("L").tobytes())) > 100
 
 
-def test_a_figure_is_of_one_photo() -> None:
+def test_figure_needs_exactly_one_photo() -> None:
     with pytest.raises(UsageError, match="one IMAGE"):
         CaptionSettings(images=("a.jpg", "b.jpg"), attention_figure=Path("f.png"))
 
@@ -80,20 +78,20 @@ def test_each_panel_is_titled_in_a_font_that_has_its_characters() -> None:
     assert Path(font.get_file()).is_file()
 
 
-def test_a_word_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path: Path) -> None:
+def test_word_that_looks_like_a_formula_is_drawn_verbatim(tmp_path: Path) -> None:
     pixels, weights = np.zeros((8, 8, 3), np.uint8), np.ones((1, 7, 7), np.float32)
     attention_figure.draw_attention(pixels, [r"$\frac$"], weights, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size
 
 
-def test_without_a_font_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_font_is_reported_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_figure.matplotlib.font_manager, "findSystemFonts", list)
     monkeypatch.setattr(attention_figure, "FONT_PACKAGE", "no_such_font_package")
     with pytest.raises(InputError, match="pip install noto-cjk-sans-otc"):
         attention_figure.find_font("狗")
 
 
-def test_a_figure_that_can_t_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_figure_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "f.png"
     pixels, weights = np.zeros((8, 8, 3), np.uint8), np.ones((1, 7, 7), np.float32)
     with pytest.raises(OutputError, match="nowhere"):

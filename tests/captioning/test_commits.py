@@ -1,4 +1,4 @@
-"""Rows are committed while they arrive, and when an engine fails."""
+"""Rows are committed while they arrive, and if the engine fails."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -44,7 +44,7 @@ def test_rows_finished_before_an_engine_fails_are_committed(
     assert names_in(folder / "o") == ["0.jpg", "1.jpg"]
 
 
-def test_each_part_has_the_rows_that_were_asked_for(
+def test_parts_have_the_requested_number_of_rows(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchcap.captioning.local_engine.CaptionWorker", Worker)

@@ -1,4 +1,4 @@
-"""Listings against rows: what is new, done, changed, doubled, and in which shard."""
+"""Listings compared with rows: new, done, changed and duplicate photos, and shards."""
 
 import logging
 import os
@@ -28,13 +28,13 @@ def inventory(source: object, *rows: Row, **asked: Any) -> Inventory:
     return Inventory(settings, index)
 
 
-def left(found: Inventory, *goes_on: Callable[[], bool]) -> Iterator[ImageRef]:
-    """What is unfinished of the source."""
+def needing_rows(found: Inventory, *goes_on: Callable[[], bool]) -> Iterator[ImageRef]:
+    """Yield the source's photos that need a row."""
     return found.unfinished(list_images_of(found.settings, found.note_unlisted), *goes_on)
 
 
 def unfinished(*arguments: Any, **asked: Any) -> list[str]:
-    return [ref.image_id for ref in left(inventory(*arguments, **asked))]
+    return [ref.image_id for ref in needing_rows(inventory(*arguments, **asked))]
 
 
 def row_of(image_id: str, data: bytes, **columns: Any) -> Row:
@@ -42,19 +42,19 @@ def row_of(image_id: str, data: bytes, **columns: Any) -> Row:
     return captioned_row(image_id, content, file_size=len(data), **columns)
 
 
-def test_files_are_known_by_size_and_time(tmp_path):
+def test_files_are_compared_by_size_and_time(tmp_path):
     for name in ("done", "changed", "new"):
         (tmp_path / f"{name}.jpg").write_bytes(b"x")
         os.utime(tmp_path / f"{name}.jpg", ns=(0, 5))
     done = row_of("done.jpg", b"x", mtime_ns=5)
     changed = row_of("changed.jpg", b"x", mtime_ns=6)
     found = inventory(tmp_path, done, changed, row_of("gone.jpg", b"x"))
-    assert [ref.image_id for ref in left(found)] == ["changed.jpg", "new.jpg"]
+    assert [ref.image_id for ref in needing_rows(found)] == ["changed.jpg", "new.jpg"]
     assert (found.counts.new, found.counts.changed, found.counts.already_done) == (1, 1, 1)
     assert (found.complete, found.vanished) == (True, 1)
 
 
-def test_photos_of_shards_are_known_by_their_bytes_whatever_their_time(tmp_path):
+def test_photos_in_archives_are_compared_by_content(tmp_path):
     tar = write_tar(tmp_path / "x.tar", [("done.jpg", b"x"), ("changed.jpg", b"y")])
     rows = row_of("done.jpg", b"x", mtime_ns=1), row_of("changed.jpg", b"x", mtime_ns=1)
     assert unfinished(tar, *rows) == ["changed.jpg"]
@@ -62,7 +62,7 @@ def test_photos_of_shards_are_known_by_their_bytes_whatever_their_time(tmp_path)
     assert unfinished(file, *rows, id_column="key") == ["new.jpg"]
 
 
-def test_photos_of_shards_that_failed_are_known_too(tmp_path):
+def test_failed_photos_in_archives_are_known_too(tmp_path):
     write_parquet(tmp_path / "x.parquet", image=[b"x", None], key=["bad", "none"])
     bad = failed_row("bad", file_size=1, sha256=sum_of("x"))
     asked: dict[str, Any] = {"id_column": "key"}
@@ -71,13 +71,13 @@ def test_photos_of_shards_that_failed_are_known_too(tmp_path):
     assert unfinished(tmp_path / "x.parquet", bad, failed_row("none"), **asked) == ["bad", "none"]
 
 
-def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
-    for shard in range(2):
-        members = [(f"{shard}.jpg", b"x"), ("same.jpg", f"{shard}".encode())]
-        write_tar(tmp_path / f"{shard}.tar", members)
+def test_duplicate_id_is_logged_and_skipped(tmp_path, caplog):
+    for number in range(2):
+        members = [(f"{number}.jpg", b"x"), ("same.jpg", f"{number}".encode())]
+        write_tar(tmp_path / f"{number}.tar", members)
     found = inventory(f"{tmp_path}/*.tar")
     with caplog.at_level(logging.WARNING):
-        refs = list(left(found))
+        refs = list(needing_rows(found))
     assert [ref.image_id for ref in refs] == ["0.jpg", "same.jpg", "1.jpg"]
     assert refs[1].data == b"0"
     assert "1.tar: same.jpg has the id of an earlier photo" in caplog.text
@@ -85,28 +85,28 @@ def test_a_second_photo_of_an_id_is_told_and_left_out(tmp_path, caplog):
         found.check_whole()
 
 
-def test_a_line_that_a_list_has_twice_is_one_photo(tmp_path):
+def test_repeated_line_of_a_list_is_one_photo(tmp_path):
     (tmp_path / "list.txt").write_text("b.jpg\na.jpg\nb.jpg\n./b.jpg\n")
     found = inventory(tmp_path / "list.txt")
-    assert [ref.image_id for ref in left(found)] == ["b.jpg", "a.jpg"]
+    assert [ref.image_id for ref in needing_rows(found)] == ["b.jpg", "a.jpg"]
     found.check_whole()
 
 
-def test_paths_of_parquet_files_that_share_an_id_are_told_too(tmp_path, caplog):
+def test_duplicate_id_in_parquet_files_is_logged_and_skipped(tmp_path, caplog):
     for number in range(2):
         file = tmp_path / f"{number}.parquet"
         write_parquet(file, image=[f"{number}.jpg"], key=["same"])
     found = inventory(f"{tmp_path}/*.parquet", id_column="key")
-    assert [Path(ref.path).name for ref in left(found)] == ["0.jpg"]
+    assert [Path(ref.path).name for ref in needing_rows(found)] == ["0.jpg"]
     assert "skipping such photos; choose a column of unique ids with --id-column" in caplog.text
-    assert found.doubled == 1
+    assert found.duplicates == 1
 
 
-def test_a_damaged_shard_is_told_once_the_rest_is_done(tmp_path, caplog):
+def test_damaged_archive_is_reported_once_the_rest_is_done(tmp_path, caplog):
     tar = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("1.jpg", b"y")])
     tar.write_bytes(tar.read_bytes()[:1200])
     found = inventory(tar)
-    assert [ref.image_id for ref in left(found)] == ["0.jpg"]
+    assert [ref.image_id for ref in needing_rows(found)] == ["0.jpg"]
     assert not found.complete
     assert "could not fully read" in caplog.text
     with pytest.raises(InputError, match="1 folder or archive of"):
@@ -134,7 +134,7 @@ def test_a_list_whose_first_hundred_new_names_are_missing_is_refused(tmp_path):
     assert checked(write_list(tmp_path, *right)) == right
 
 
-def test_a_shorter_list_is_refused_if_it_has_no_other_names(tmp_path, monkeypatch):
+def test_shorter_list_is_refused_if_all_names_are_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"the 2 names in .* at {tmp_path}/a.jpg"):
         checked(write_list(tmp_path, "a.jpg", "b/b.jpg"))
@@ -157,7 +157,7 @@ def test_a_list_of_urls_is_checked_too(tmp_path):
             assert checked(write_list(tmp_path, *names)) == names
 
 
-def test_names_of_a_list_are_held_back_only_until_one_is_there(tmp_path):
+def test_names_of_a_list_are_held_back_until_one_exists(tmp_path):
     def names() -> Iterator[ImageRef]:
         yield ImageRef("done.jpg", "done.jpg")
         yield ImageRef("a.jpg", "a.jpg")
@@ -177,22 +177,22 @@ def test_pieces_of_a_list_for_workers_are_checked_together(tmp_path):
         found.check_list([refs[:1], refs[1:2]])
 
 
-def test_folders_of_systems_are_told_of_in_one_line(tmp_path, caplog):
+def test_system_folders_are_logged_in_one_line(tmp_path, caplog):
     for name in ("lost+found", "a/lost+found", "@eaDir"):
         (tmp_path / name).mkdir(parents=True)
     with caplog.at_level(logging.INFO):
         assert list(inventory(tmp_path, exclude=("a",)).listed()) == []
-    (told,) = caplog.messages
-    assert told.startswith("skipping system folders (lost+found, @eaDir, ")
-    assert "such as @eaDir/" in told
+    (message,) = caplog.messages
+    assert message.startswith("skipping system folders (lost+found, @eaDir, ")
+    assert "such as @eaDir/" in message
 
 
-def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):
+def test_time_beyond_64_bits_is_unknown(tmp_path):
     photo, pipe = tmp_path / "a.jpg", tmp_path / "b.jpg"
     photo.write_bytes(b"x")
     os.mkfifo(pipe)
     for path in (photo, pipe):
-        os.utime(path, (13 * 10**9, 13 * 10**9))  # in 2381; some disks only keep earlier dates
+        os.utime(path, (13 * 10**9, 13 * 10**9))  # in 2381; some disks keep only earlier dates
     kept = int64_or_none(photo.stat().st_mtime_ns)
     assert {load_image(path, LoadSettings(32)).mtime_ns for path in (photo, pipe)} == {kept}
     rows = row_of("a.jpg", b"x", mtime_ns=kept), failed_row("b.jpg", file_size=0, mtime_ns=kept)
@@ -200,7 +200,7 @@ def test_a_date_that_64_bits_do_not_hold_is_not_known(tmp_path):
     assert unfinished(tmp_path, rows[0] | {"file_size": 2}, rows[1]) == ["a.jpg"]
 
 
-def test_shares_take_each_photo_once(tmp_path):
+def test_shards_take_each_photo_once(tmp_path):
     names = [f"{number}.jpg" for number in range(100)]
     (tmp_path / "list.txt").write_text("\n".join(names))
     shards = [unfinished(tmp_path / "list.txt", shard=f"{index}/3") for index in range(3)]
@@ -218,15 +218,15 @@ def test_chunks_grow_but_hold_few_bytes():
     assert sizes(at_hand) == [1, 2, 4, 4, 3]
 
 
-def test_a_run_that_is_stopped_has_not_seen_all(tmp_path):
+def test_stopped_inventory_is_incomplete(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, range(100))))
     found = inventory(tmp_path / "list.txt")
     asked = iter([True] * 70 + [False] * 1000)
-    assert 0 < len(list(left(found, lambda: next(asked)))) < 40
+    assert 0 < len(list(needing_rows(found, lambda: next(asked)))) < 40
     assert not found.complete
 
 
-def test_stores_are_asked_only_of_photos_that_have_rows(tmp_path, monkeypatch):
+def test_stores_are_asked_only_about_photos_with_rows(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("s3://b/1.jpg\ns3://b/2.jpg\n3.jpg\n")
     asked: list[str] = []
 
@@ -253,7 +253,7 @@ def test_stores_are_asked_only_of_photos_that_have_rows(tmp_path, monkeypatch):
 def test_failed_photos_at_urls_are_retried_only_if_the_failure_may_pass(
     tmp_path, head, body, again
 ):
-    """Without size and time in their rows, they were taken for changed at every run."""
+    """Without size and time in their rows, every run took them for changed."""
     with web_server({"HEAD /a.jpg": head, "GET /a.jpg": body}) as server:
         url = f"{server}/a.jpg"
         image = load_image(url, LoadSettings(8))
@@ -262,6 +262,6 @@ def test_failed_photos_at_urls_are_retried_only_if_the_failure_may_pass(
         )
         (tmp_path / "list.txt").write_text(f"{url}\n")
         found = inventory(tmp_path / "list.txt", row)
-        assert [ref.image_id for ref in left(found)] == [url] * again
+        assert [ref.image_id for ref in needing_rows(found)] == [url] * again
     assert isinstance(image.pixels, Rejection)
     assert found.counts.failed_before == (not again)

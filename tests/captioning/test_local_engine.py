@@ -1,4 +1,4 @@
-"""Photos to rows: order, failures, and memory that is too small."""
+"""From photos to rows: order, failures, and lack of memory."""
 
 import hashlib
 import logging
@@ -53,7 +53,7 @@ def tokens_of(photos: list[Photo]) -> list[list[int]]:
 
 
 class SmallDevice:
-    """A captioner whose device has memory for so many photos at a time."""
+    """A captioner whose device has memory for `room` photos at a time."""
 
     def __init__(self, captioner: Captioner, room: int) -> None:
         self.captioner, self.room = captioner, room
@@ -69,7 +69,7 @@ class SmallDevice:
 
 @pytest.fixture(scope="module")
 def small(photo_crops: Any) -> Captioner:
-    """Of photos of the crops' size."""
+    """Return a small captioner for photos of the crops' size."""
     return small_captioner(photo_crops.shape[1])
 
 
@@ -122,7 +122,7 @@ def test_rows_come_in_the_order_of_the_photos(small, photos_folder):
     assert rows[0]["caption"] == rows[len(reasons)]["caption"] == rows[2 * len(reasons)]["caption"]
 
 
-def test_threads_take_no_more_than_they_may_ahead_and_keep_the_order():
+def test_threads_read_ahead_within_limits_and_keep_the_order():
     taken: list[int] = []
     handed_out = 0
 
@@ -139,8 +139,8 @@ def test_threads_take_no_more_than_they_may_ahead_and_keep_the_order():
     assert results == [number * 2 for number in range(50)]
 
 
-def test_bytes_at_hand_do_not_pile_up_and_are_let_go_with_the_reading():
-    """However slowly rows are taken, photos out of shards are read as they are needed."""
+def test_bytes_in_memory_are_bounded_and_freed_once_read():
+    """Photos of archives are read as needed, however slowly rows are taken."""
     taken = 0
 
     def refs() -> Iterator[ImageRef]:
@@ -172,22 +172,22 @@ def test_a_failure_in_a_thread_reaches_the_caller_and_stops_the_work():
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (7, [3, 3, 1])])
-def test_batches_are_full_but_for_the_last(count, sizes, photo_crops):
+def test_batches_are_full_except_the_last(count, sizes, photo_crops):
     assert [len(batch) for batch in batched(iter(photos_of(photo_crops, count)), 3)] == sizes
 
 
-def test_photos_that_need_no_caption_take_no_place_in_a_batch(photo_crops):
+def test_photos_that_need_no_caption_take_no_slot(photo_crops):
     good = photos_of(photo_crops, 4)
     mixed = [rejected(0), good[0], rejected(1), good[1], good[2], rejected(2), good[3]]
     assert [*batched(iter(mixed), 2)] == [mixed[:4], mixed[4:]]
 
 
-def test_a_batch_comes_to_an_end_where_no_photo_needs_a_caption():
+def test_batch_ends_even_if_no_photo_needs_a_caption():
     sizes = [len(batch) for batch in batched(map(rejected, range(10)), 2)]
     assert sizes == [4, 4, 2]
 
 
-def test_a_note_stands_beside_the_caption_of_its_photo():
+def test_row_may_have_both_a_caption_and_a_note():
     note = Rejection(ErrorType.TRUNCATED, "The file ends early.")
     image = LoadedImage(np.zeros((32, 32, 3), np.uint8), 1, 2, "ab", 32, 32, note)
     photo = Photo(ImageRef("a.jpg", "a.jpg"), image, reused={"caption": "known"})
@@ -203,7 +203,7 @@ def test_a_batch_of_rejected_photos_is_not_captioned():
     assert (row["status"], row["error_type"], "caption" in row) == ("failed", "empty", False)
 
 
-def test_a_photo_whose_bytes_have_a_caption_gets_it(small, photos_folder):
+def test_caption_of_the_same_bytes_is_reused(small, photos_folder):
     refs = [ImageRef(path.name, str(path)) for path in sorted(photos_folder.glob("*.jpg"))]
     coffee = hashlib.sha256((photos_folder / "coffee.jpg").read_bytes()).hexdigest()
     known = {coffee: {"caption": "known"}}
@@ -215,8 +215,8 @@ def test_a_photo_whose_bytes_have_a_caption_gets_it(small, photos_folder):
     assert rows["coffee.jpg"]["file_size"] == (photos_folder / "coffee.jpg").stat().st_size
 
 
-def test_a_rejected_photo_takes_no_caption_of_the_same_bytes(small):
-    """A copy that `--max-pixels` refused was `failed`, and had a caption."""
+def test_rejected_photo_reuses_no_caption(small):
+    """A copy rejected by `--max-pixels` was `failed` but had a caption."""
     images = [
         LoadedImage(Rejection(ErrorType.TOO_LARGE, "It has too many pixels."), sha256="a"),
         LoadedImage(np.zeros((224, 224, 3), np.uint8), sha256="a"),
@@ -239,8 +239,8 @@ def test_no_batch_is_begun_once_the_run_is_over(small, photos_folder):
     assert 2 <= len(done) <= 2 * (BATCHES_UNDER_WAY + 1)
 
 
-def test_a_photo_that_was_missing_and_came_back_is_taken_up_by_the_next_run(small, photos_folder):
-    """Its size and time were looked up once it was back: so it counted as seen, and failed."""
+def test_photo_that_reappears_is_captioned_by_the_next_run(small, photos_folder):
+    """Its size and time were read after it came back, so that it counted as unchanged."""
     missing = LoadedImage(Rejection(ErrorType.MISSING, "There is no such file."))
     ref = ImageRef("coffee.jpg", str(photos_folder / "coffee.jpg"))
     worker = worker_of(small, 1, read=lambda photos: [missing for _ in photos])

@@ -1,4 +1,4 @@
-"""Captioning on a real Ray cluster, of two nodes with one processor each."""
+"""Captioning on a real Ray cluster of two nodes with one processor each."""
 
 import io
 import os
@@ -36,7 +36,7 @@ from batchcap.errors import UsageError
 from batchcap.photos.archives import Archive
 from batchcap.settings import DEFAULT_MODEL, Engine, RunSettings
 
-PHOTOS, SHARDS = 240, 8
+PHOTOS, ARCHIVES = 240, 8
 FLAGS = ("--batch-size", 8, "--rows-per-part", 8)
 NO_PHOTO = "000.jpg"
 RAY = Path(sys.executable).with_name("ray")
@@ -44,7 +44,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 @pytest.fixture(scope="module")
 def tars(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Shards of JPEGs, one of which is none; as INPUT."""
+    """Return tars of JPEGs, one of them invalid, as INPUT."""
     folder = tmp_path_factory.mktemp("tars")
     rng = np.random.default_rng(1)
     members = []
@@ -54,9 +54,9 @@ def tars(photo_crops: npt.NDArray[np.uint8], tmp_path_factory: pytest.TempPathFa
         Image.fromarray(crop).save(file, "JPEG", quality=90)
         members.append((f"{number:03}.jpg", file.getvalue()))
     members[0] = (NO_PHOTO, b"no photo")
-    for number in range(SHARDS):
-        write_tar(folder / f"photos-{number}.tar", members[number::SHARDS])
-    return f"{folder}/photos-{{0..{SHARDS - 1}}}.tar"
+    for number in range(ARCHIVES):
+        write_tar(folder / f"photos-{number}.tar", members[number::ARCHIVES])
+    return f"{folder}/photos-{{0..{ARCHIVES - 1}}}.tar"
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def address() -> Iterator[str]:
 
 @contextmanager
 def cluster() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A cluster whose head is a node of one processor; of others there are none yet."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # it is reached from this machine only
+    """Start a cluster with a head node of one processor; other nodes may join."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # only this machine can reach it
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    folder = tempfile.mkdtemp(prefix="ray")  # short, since its name becomes a socket's
+    folder = tempfile.mkdtemp(prefix="ray")  # short, since sockets are in it
     flags = (f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
     with node("--head", *flags) as head:
         yield f"127.0.0.1:{port}", head
@@ -88,7 +88,7 @@ def cluster() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 @contextmanager
 def node(*flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A node of one processor that has joined its cluster."""
+    """Start a node of one processor, and wait until it has joined its cluster."""
     command = [RAY, "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
     with subprocess.Popen(
         [*command, "--disable-usage-stats", *flags],
@@ -110,7 +110,7 @@ def rows_of(output: Path) -> pa.Table:
 
 
 def captioning_processes() -> list[int]:
-    """Of the workers of all nodes here."""
+    """Return the process ids of all workers on this machine."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -122,14 +122,14 @@ def captioning_processes() -> list[int]:
 
 
 def kill_node(process: subprocess.Popen[str]) -> None:
-    """What the node consists of, at once; its workers end when they miss it."""
+    """Kill a node's processes at once; its workers end when they notice."""
     for pid in children_of(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.kill()
 
 
 @pytest.mark.slow
-def test_two_nodes_make_the_rows_of_one_machine_though_a_worker_and_a_node_are_killed(
+def test_two_nodes_equal_one_machine_even_if_a_worker_and_a_node_are_killed(
     tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "o"
@@ -144,20 +144,20 @@ def test_two_nodes_make_the_rows_of_one_machine_though_a_worker_and_a_node_are_k
         before = len(committed(output))
         assert wait_until(lambda: len(committed(output)) > before)
         kill_node(lost)
-        told, errors = process.communicate(timeout=200)
+        printed, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert f"{PHOTOS} found, {PHOTOS - 1} captioned, 1 failed (1 unsupported_format)" in told
+    assert f"{PHOTOS} found, {PHOTOS - 1} captioned, 1 failed (1 unsupported_format)" in printed
     assert difference(rows_of(output), of_one_machine) <= ROUNDING
 
 
 @pytest.mark.slow
-def test_a_run_that_is_ended_goes_on_by_the_same_command(
+def test_same_command_resumes_an_ended_run(
     tars: str, of_one_machine: pa.Table, address: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "o"
-    folder, _, here = tars.rpartition("/")
-    Path(folder, "pyarrow.py").write_text("raise ImportError")  # not for the workers
-    command = (here, output, *FLAGS, "--engine", "ray", "--address", address)
+    folder, _, name = tars.rpartition("/")
+    Path(folder, "pyarrow.py").write_text("raise ImportError")  # workers must not import it
+    command = (name, output, *FLAGS, "--engine", "ray", "--address", address)
     before: frozenset[tuple[str, str]] = frozenset()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
         with running(*command, cwd=folder) as process:
@@ -175,9 +175,7 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(
 
 
 @pytest.mark.slow
-def test_what_a_worker_cannot_do_is_said_as_it_would_be_here(
-    tars: str, address: str, tmp_path: Path
-) -> None:
+def test_error_of_a_worker_reads_like_a_local_one(tars: str, address: str, tmp_path: Path) -> None:
     model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -246,11 +244,11 @@ def test_a_cluster_that_dies_ends_the_run(tars: str, tmp_path: Path) -> None:
         kill_node(head)
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "what was committed is safe" in errors.splitlines()[-1]
+    assert "committed rows are safe" in errors.splitlines()[-1]
     assert committed(output)
 
 
-def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None:
+def test_missing_cluster_is_reported(tars: str, tmp_path: Path) -> None:
     done = run(tars, tmp_path / "o", "--engine", "ray", "--address", "127.0.0.1:9")
     assert done.returncode == 2
     assert "cannot reach a Ray cluster at 127.0.0.1:9" in done.stderr
@@ -265,7 +263,7 @@ def test_where_there_is_no_cluster_it_is_said(tars: str, tmp_path: Path) -> None
         ({"engine": Engine.RAY, "source": "-"}, "cannot read INPUT from standard input"),
     ],
 )
-def test_what_does_not_go_together_is_refused(asked: dict[str, object], message: str) -> None:
+def test_conflicting_settings_are_refused(asked: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RunSettings(**{"source": "photos", "output": Path("o"), **asked})
 
@@ -288,13 +286,13 @@ HEAD = {"memory": 1e9}
         ([HEAD], 4, 1, Workers(4, 1, 1)),
     ],
 )
-def test_machines_are_shared_out(
+def test_workers_are_spread_over_machines(
     nodes: list[Any], workers: int, gpus: float, wanted: Workers
 ) -> None:
     assert workers_on(nodes, workers, gpus) == wanted
 
 
-def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
+def test_pieces_are_archives_or_distinct_photos_with_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -308,7 +306,7 @@ def test_pieces_are_shards_or_photos_each_once_by_whole_paths(
     assert list(pieces) == [Archive(str(tar), tar.name) for tar in tars]
 
 
-def test_listing_for_workers_is_progress_at_each_file_though_it_is_no_photo(tmp_path: Path) -> None:
+def test_each_listed_file_is_progress_even_if_it_is_not_a_photo(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.txt").touch()
     files: list[int] = []

@@ -1,4 +1,4 @@
-"""Runs on Ray without its dispatch: real workers, whose answers come in an order of the test's."""
+"""Runs on Ray without its dispatch: real workers, whose answers arrive in a given order."""
 
 import io
 import os
@@ -28,7 +28,7 @@ from batchcap.rows import layout as layouts
 from batchcap.rows.index import RowIndex
 from batchcap.settings import Engine, RunSettings
 
-Order = Callable[[list[list[Answer]]], Iterator[Answer]]  # of the answers of each piece
+Order = Callable[[list[list[Answer]]], Iterator[Answer]]  # orders the answers of pieces
 
 
 def in_turn(answers: list[list[Answer]]) -> Iterator[Answer]:
@@ -41,7 +41,7 @@ def last_first(answers: list[list[Answer]]) -> Iterator[Answer]:
 
 
 def rows_before_tallies(answers: list[list[Answer]]) -> Iterator[Answer]:
-    """The rows of later archives come first, the tallies of earlier ones."""
+    """Yield rows of later archives first, then tallies of earlier archives first."""
     for *rows, _ in answers[::-1]:
         yield from rows
     for *_, tally in answers:
@@ -52,7 +52,7 @@ def rows_before_tallies(answers: list[list[Answer]]) -> Iterator[Answer]:
 def worker_of(
     settings: RunSettings, wanted: WorkerSettings, index: RowIndex
 ) -> Iterator[RayWorker]:
-    """A worker as Ray would start it; it has a copy of the index."""
+    """Start a worker as Ray would, with a copy of the index."""
     worker = RayWorker.__new__(RayWorker)
     worker.settings, worker.index = settings, pickle.loads(pickle.dumps(index))
     with closing(CaptionWorker(wanted, 1)) as worker.worker:
@@ -61,7 +61,7 @@ def worker_of(
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
-    """A function that lets answers come in some order from now on."""
+    """Return a function that sets the order of answers."""
 
     def dispatch(order: Order) -> None:
         def loop(pieces: Sequence[Piece], *settings: Any) -> Iterator[Answer]:
@@ -81,8 +81,8 @@ def photo(shade: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def doubled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two archives, both with photos `same.png`, `bad.png` and `copy.png`; as INPUT."""
+def duplicates(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return two archives, both with `same.png`, `bad.png` and `copy.png`, as INPUT."""
     folder = tmp_path_factory.mktemp("archives")
     for number in range(2):
         members = [
@@ -106,7 +106,7 @@ def sums_of(output: Path) -> dict[str, str]:
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files there are, but for the summary: number and time of each."""
+    """Return inode and time of each file except the summary."""
     return {
         str(path): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -115,9 +115,9 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def of_one_machine(doubled: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def of_one_machine(duplicates: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     output = tmp_path_factory.mktemp("local") / "o.parquet"
-    done = batchcap_here("run", doubled, output, "--batch-size", 2)
+    done = batchcap_here("run", duplicates, output, "--batch-size", 2)
     assert done.returncode == 1
     assert "has the id of an earlier photo" in done.stderr
     return sums_of(output)
@@ -128,7 +128,7 @@ def of_one_machine(doubled: str, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
     order: Order,
     name: str,
-    doubled: str,
+    duplicates: str,
     of_one_machine: dict[str, str],
     dispatched: Callable[[Order], None],
     tmp_path: Path,
@@ -137,7 +137,7 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
     output = tmp_path / name
     for number in range(3):
         before = files_of(tmp_path)
-        done = ray_run(doubled, output, "--rows-per-part", 2)
+        done = ray_run(duplicates, output, "--rows-per-part", 2)
         assert done.returncode == 1
         assert "has the id of an earlier photo" in done.stderr
         assert "3 photos of" in done.stderr
@@ -149,14 +149,14 @@ def test_an_id_in_two_archives_has_the_row_of_the_first_at_every_run(
 @pytest.mark.parametrize("order", [in_turn, last_first, rows_before_tallies])
 def test_the_row_of_a_later_archive_is_replaced(
     order: Order,
-    doubled: str,
+    duplicates: str,
     of_one_machine: dict[str, str],
     dispatched: Callable[[Order], None],
     tmp_path: Path,
 ) -> None:
-    assert batchcap_here("run", doubled.replace("0..1", "1..1"), tmp_path / "o").returncode == 0
+    assert batchcap_here("run", duplicates.replace("0..1", "1..1"), tmp_path / "o").returncode == 0
     dispatched(order)
-    done = ray_run(doubled, tmp_path / "o")
+    done = ray_run(duplicates, tmp_path / "o")
     assert done.returncode == 1
     assert "3 photos of" in done.stderr
     assert sums_of(tmp_path / "o") == of_one_machine
@@ -164,7 +164,7 @@ def test_the_row_of_a_later_archive_is_replaced(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three photos; as INPUT."""
+    """Return a folder of three photos."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for shade in range(3):
@@ -185,7 +185,7 @@ def test_a_run_with_nothing_to_do_writes_nothing(
     assert files_of(tmp_path) == before
 
 
-def test_rows_of_photos_that_are_gone_are_dropped_if_asked(
+def test_prune_drops_rows_of_vanished_photos(
     folder: Path, dispatched: Callable[[Order], None], tmp_path: Path
 ) -> None:
     dispatched(in_turn)
@@ -218,7 +218,7 @@ def test_a_run_with_nothing_to_do_leaves_the_store_alone(
     store.store.clear()
 
 
-def test_a_run_whose_first_news_are_without_rows_goes_on(
+def test_answers_without_rows_do_not_end_a_run(
     folder: Path,
     dispatched: Callable[[Order], None],
     tmp_path: Path,
@@ -234,11 +234,11 @@ def test_a_run_whose_first_news_are_without_rows_goes_on(
     assert "captioning: 0 of " in done.stderr
 
 
-def test_a_run_that_is_stopped_commits_the_rows_that_wait(
-    doubled: str, dispatched: Callable[[Order], None], tmp_path: Path
+def test_stopped_run_commits_waiting_rows(
+    duplicates: str, dispatched: Callable[[Order], None], tmp_path: Path
 ) -> None:
-    assert batchcap_here("run", doubled.replace("0..1", "1..1"), tmp_path / "o").returncode == 0
-    folder = Path(doubled).parent
+    assert batchcap_here("run", duplicates.replace("0..1", "1..1"), tmp_path / "o").returncode == 0
+    folder = Path(duplicates).parent
     other = tmp_path / "archives"
     other.mkdir()
     (other / "0.tar").write_bytes((folder / "0.tar").read_bytes())
@@ -258,7 +258,7 @@ def test_a_run_that_is_stopped_commits_the_rows_that_wait(
     assert [*sums_of(tmp_path / "o" / "part-000002.parquet")] == ["1.png"]
 
 
-def test_a_worker_reports_that_it_moves_while_it_lists_what_needs_no_rows(
+def test_worker_reports_progress_while_it_lists_done_photos(
     dispatched: Callable[[Order], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = [(f"{n}.{kind}", photo(n)) for n in range(5) for kind in ("png", "txt")]
@@ -282,7 +282,7 @@ def test_a_worker_reports_that_it_moves_while_it_lists_what_needs_no_rows(
     assert [moment for moment in moments if moment != "file"] == ["tally"]
 
 
-def test_rows_are_committed_in_time_though_no_others_come(
+def test_rows_are_committed_in_time_even_if_no_others_arrive(
     folder: Path, dispatched: Callable[[Order], None], tmp_path: Path
 ) -> None:
     committed: list[int] = []

@@ -1,4 +1,4 @@
-"""What the driver of a run on Ray learns of a cluster that sends no rows."""
+"""How the driver of a run on Ray knows that a cluster without rows makes progress."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ import pytest
 from batchcap.captioning.ray_engine import Pulse, Workers, asking, at_most_every, with_news
 
 
-def test_items_come_as_they_are_and_none_while_the_cluster_moves() -> None:
+def test_items_are_passed_on_and_none_means_progress() -> None:
     go_on = threading.Event()
 
     def items() -> Iterator[int]:
@@ -25,7 +25,7 @@ def test_items_come_as_they_are_and_none_while_the_cluster_moves() -> None:
     assert [item for item in news if item is not None] == [2]
 
 
-def test_a_cluster_that_does_not_move_yields_nothing() -> None:
+def test_cluster_without_progress_yields_nothing() -> None:
     go_on = threading.Event()
     asked = []
 
@@ -54,7 +54,7 @@ def test_a_failure_of_the_items_is_raised() -> None:
         next(news)
 
 
-def test_items_that_nobody_wants_any_more_end() -> None:
+def test_closing_ends_the_thread() -> None:
     before = threading.active_count()
     news = with_news(iter(range(100)), lambda: True, 60)
     assert next(news) == 0
@@ -65,7 +65,7 @@ def test_items_that_nobody_wants_any_more_end() -> None:
         time.sleep(0.001)
 
 
-def test_reports_are_not_too_many() -> None:
+def test_reports_are_limited() -> None:
     reports: list[int] = []
     report = at_most_every(3600, lambda: reports.append(1))
     for _ in range(5):
@@ -78,7 +78,7 @@ def test_reports_are_not_too_many() -> None:
 
 
 class Cluster:
-    """What `asking` uses of Ray: a pulse that answers at once, or not at all."""
+    """The part of Ray that `asking` uses: a pulse that answers at once, or never."""
 
     def __init__(self) -> None:
         self.pulse, self.answers = Pulse(), True
@@ -97,7 +97,7 @@ class Cluster:
         return self.pulse.ask()
 
     def moves_twice(self) -> list[bool]:
-        """Whether it moves, and still does without further reports."""
+        """Return whether it makes progress, and whether it still does without new reports."""
         return [self.moves(), self.moves()]
 
 
@@ -134,18 +134,18 @@ def test_a_worker_whose_node_died_is_waited_for(cluster: Cluster) -> None:
     assert cluster.moves_twice() == [True, False]
     cluster.nodes[1] = {"NodeID": "b", "Alive": False}
     assert cluster.moves_twice() == [True, True]
-    cluster.pulse.report("2", "a", 1)  # where Ray has started it again
+    cluster.pulse.report("2", "a", 1)  # restarted by Ray
     assert cluster.moves_twice() == [True, False]
 
 
-def test_a_cluster_that_does_not_answer_does_not_move(cluster: Cluster) -> None:
+def test_cluster_that_does_not_answer_makes_no_progress(cluster: Cluster) -> None:
     cluster.answers = False
     assert cluster.moves_twice() == [False, False]
     cluster.answers = True
     assert cluster.moves()
 
 
-def test_waiting_for_machines_is_logged_now_and_then(
+def test_waiting_for_machines_is_logged_periodically(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""`batchcap run` as a user runs it: the shipped model, files that readers open."""
+"""`batchcap run` as a user runs it: the shipped model, files for other programs."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def by_id(rows: Rows) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
-    """The ten photos, and one file of every kind that is none."""
+    """Return the ten photos, and one bad file of every kind."""
     folder = tmp_path_factory.mktemp("mixed") / "photos"
     subprocess.run(["cp", "-r", photos_folder, folder], check=True)
     jpeg = (folder / "coffee.jpg").read_bytes()
@@ -53,7 +53,7 @@ def bad_and_good(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) 
     (folder / "damaged.png").write_bytes(damaged)
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     os.mkfifo(folder / "pipe.jpg")
-    (folder / "notes.md").write_text("left out")
+    (folder / "notes.md").write_text("skipped")
     (folder / ".hidden.jpg").write_bytes(jpeg)
     (folder / ".cache").mkdir()
     (folder / ".cache" / "thumbnail.jpg").write_bytes(jpeg)
@@ -143,7 +143,7 @@ def test_nothing_but_progress_is_on_stderr_and_no_traceback(mixed_run: tuple[Pat
     assert lines[0].startswith("captioning the photos of ")
 
 
-def test_the_file_has_the_schema_and_says_what_made_it(mixed_run: tuple[Path, Any]) -> None:
+def test_file_has_the_schema_and_metadata_of_its_origin(mixed_run: tuple[Path, Any]) -> None:
     schema = pq.read_schema(mixed_run[0])
     assert schema.equals(ARROW_SCHEMA)
     metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
@@ -189,7 +189,7 @@ def test_a_bad_batch_changes_no_good_caption(
         assert row["logprob"] == pytest.approx(mixed[image_id]["logprob"], abs=1e-4)
 
 
-def test_only_bad_files_are_just_rows(tmp_path: Path) -> None:
+def test_only_bad_files_still_give_rows(tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
     for number in range(3):
@@ -202,7 +202,7 @@ def test_only_bad_files_are_just_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("detail", "has_summary", "has_map"), [("full", True, True), ("none", False, False)]
 )
-def test_attention_is_kept_as_asked(
+def test_attention_is_kept_as_requested(
     detail: str, has_summary: bool, has_map: bool, photos_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.parquet"
@@ -236,7 +236,7 @@ def test_a_length_limit_cuts_and_says_so(photos_folder: Path, tmp_path: Path) ->
     assert any(not row["finished"] for row in rows)
 
 
-def test_draws_follow_the_seed(photos_folder: Path, tmp_path: Path) -> None:
+def test_samples_depend_on_the_seed(photos_folder: Path, tmp_path: Path) -> None:
     def captions(*arguments: object) -> list[str]:
         rows = run_with(photos_folder, tmp_path / "o.parquet", "--temperature", 1, *arguments)
         return [row["caption"] for row in rows]
@@ -255,7 +255,7 @@ def test_beams_are_more_probable_than_greedy_captions(photos_folder: Path, tmp_p
     assert json.loads(recorded)["beam_size"] == 5
 
 
-def test_captions_have_the_words_asked_for(photos_folder: Path, tmp_path: Path) -> None:
+def test_captions_obey_min_length_and_no_repeat_ngram(photos_folder: Path, tmp_path: Path) -> None:
     arguments = ("--min-length", 9, "--no-repeat-ngram", 1)
     for row in run_with(photos_folder, tmp_path / "o.parquet", *arguments):
         assert len(row["tokens"]) >= 9
@@ -270,7 +270,7 @@ def test_a_list_on_stdin_names_the_photos(photos_folder: Path, tmp_path: Path) -
 
 
 def test_a_list_in_a_named_pipe_is_read_once(tmp_path: Path) -> None:
-    """Others that opened the pipe took their part of it: photos were left out, with exit code 0."""
+    """The pipe was opened more than once: most photos were skipped, with exit code 0."""
     names = [f"{number:04}.jpg" for number in range(3000)]
     for name in names:
         (tmp_path / name).write_text("no photo")
@@ -284,12 +284,12 @@ def test_a_list_in_a_named_pipe_is_read_once(tmp_path: Path) -> None:
     assert [row["image_id"] for row in rows_of(tmp_path / "o.parquet")] == names
 
 
-def assert_refused(arguments: Sequence[object], code: int, *said: str) -> None:
+def assert_refused(arguments: Sequence[object], code: int, *messages: str) -> None:
     done = batchcap_here("run", *arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    for text in said:
-        assert text in done.stderr
+    for message in messages:
+        assert message in done.stderr
 
 
 def test_no_photo_is_a_failure_that_leaves_no_file(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_no_photo_is_a_failure_that_leaves_no_file(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_wrong_usage_is_said_and_is_exit_code_2(photos_folder: Path, tmp_path: Path) -> None:
+def test_usage_errors_exit_with_code_2(photos_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.parquet"
     assert_refused([tmp_path / "nowhere", output], 2, "nowhere")
     assert_refused([photos_folder, tmp_path / "o.csv"], 2, "o.csv")
@@ -316,7 +316,7 @@ def test_wrong_usage_is_said_and_is_exit_code_2(photos_folder: Path, tmp_path: P
     assert_refused([photos_folder], 2, "OUTPUT")
 
 
-def test_a_model_that_is_none_is_named(photos_folder: Path, tmp_path: Path) -> None:
+def test_directory_without_a_model_is_named(photos_folder: Path, tmp_path: Path) -> None:
     arguments = [photos_folder, tmp_path / "o.parquet", "--model", tmp_path]
     assert_refused(arguments, 1, str(tmp_path), "config.json")
 
@@ -331,7 +331,7 @@ def test_an_output_folder_that_is_missing_is_named(photos_folder: Path, tmp_path
 def test_nothing_is_written_near_an_output_that_is_refused(
     name: str, model: Sequence[str], photos_folder: Path, tmp_path: Path
 ) -> None:
-    """A summary lay beside other people's files, or among them."""
+    """A summary was written beside other people's files, or among them."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "photo.jpg").touch()
     (tmp_path / "folder.parquet").mkdir()
@@ -359,8 +359,8 @@ def test_a_run_that_fails_for_its_input_or_model_leaves_a_summary(
         ("b", photos_folder, ("--model", tmp_path)),
     ]:
         assert_refused([source, tmp_path / f"{name}.parquet", *flags], 1)
-        told = json.loads((tmp_path / f"{name}.summary.json").read_text())
-        assert (told["outcome"], told["exit_code"]) == ("failed", 1)
+        summary = json.loads((tmp_path / f"{name}.summary.json").read_text())
+        assert (summary["outcome"], summary["exit_code"]) == ("failed", 1)
 
 
 def test_captions_of_equal_files_are_reused_and_counted(
@@ -398,7 +398,7 @@ def test_a_run_with_a_limit_is_not_complete_and_not_merged(photos_folder, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_a_run_that_left_photos_out_is_not_complete(photos_folder, tmp_path, name):
+def test_run_that_skipped_photos_is_not_complete(photos_folder, tmp_path, name):
     for number in (1, 2):
         write_tar(tmp_path / f"{number}.tar", photos_of(photos_folder).items())
     done = batchcap_here("run", tmp_path / "*.tar", tmp_path / name)

@@ -1,4 +1,4 @@
-"""Runs over tars and Parquet files, whose rows are those of the directory of the same photos."""
+"""Runs over tars, Parquet files and shards give the rows of a run over the directory."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def assert_same(rows: pa.Table, others: pa.Table, *but: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, photos_folder: Path) -> Path:
-    """The ten photos and two files that are none, all of one time."""
+    """Return the ten photos and two bad files, all with one modification time."""
     folder = tmp_path_factory.mktemp("photos") / "photos"
     shutil.copytree(photos_folder, folder, ignore=shutil.ignore_patterns("*.md"))
     (folder / "cut.jpg").write_bytes((folder / "coffee.jpg").read_bytes()[:5000])
@@ -78,7 +78,7 @@ def in_paths(folder: Path, target: Path) -> str:
     ("made", "asked", "but"),
     [(in_tars, {}, []), (in_bytes, {}, ["mtime_ns"]), (in_paths, {"id_column": "id"}, [])],
 )
-def test_rows_are_those_of_the_directory(
+def test_rows_equal_those_of_the_directory(
     made: Callable[[Path, Path], str],
     asked: dict[str, str],
     but: list[str],
@@ -129,7 +129,7 @@ def test_a_broken_tar_loses_no_good_result(
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_shards_merged_are_one_run(
+def test_merged_shards_equal_one_run(
     name: str, folder: Path, of_folder: pa.Table, tmp_path: Path
 ) -> None:
     found = [run(folder, tmp_path / name, shard=f"{index}/4").counts.found for index in range(4)]
@@ -151,7 +151,7 @@ def test_a_shard_without_photos_is_done_at_once(tmp_path: Path, photos_folder: P
 
 
 @pytest.mark.parametrize("engine", Engine)
-def test_a_list_in_a_wrong_form_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
+def test_quoted_list_leaves_only_a_summary(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("'a.jpg'\n'b.jpg'\n")
     with pytest.raises(InputError, match="in quotes"):
         run(tmp_path / "list.txt", tmp_path / "out.parquet", engine=engine)
@@ -176,7 +176,7 @@ def test_prune_keeps_the_rows_of_excluded_photos(
 
 
 @pytest.mark.parametrize("shard", ["4/4", "-1/4", "1", "1/0", "a/b", "0/100000"])
-def test_a_shard_that_is_none_is_wrong_usage(shard: str) -> None:
+def test_invalid_shard_is_a_usage_error(shard: str) -> None:
     with pytest.raises(UsageError, match="--shard must be I/N"):
         RunSettings(source="images", output=Path("out"), shard=shard)
 
@@ -209,7 +209,7 @@ def test_one_output_and_shards_of_it_are_not_mixed(name: str, a_photo: Path) -> 
         plan_run(RunSettings(source=str(a_photo), output=other))
 
 
-def test_shards_and_the_file_they_were_merged_to_both_go_on(
+def test_shards_and_the_file_they_were_merged_to_both_resume(
     a_photo: Path, photos_folder: Path
 ) -> None:
     output = a_photo.with_name("out.parquet")

@@ -1,4 +1,4 @@
-"""The account of a run, as people, scripts and Prometheus read it."""
+"""The summary of a run, for people, scripts and Prometheus."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ def summary_of(**fields: Any) -> RunSummary:
 
 @pytest.fixture
 def summary() -> RunSummary:
-    told = summary_of(
+    finished = summary_of(
         captioned=80,
         reused=10,
         failed=Counter(empty=6, corrupt=4),
@@ -47,12 +47,12 @@ def summary() -> RunSummary:
         versions={"batchcap": "1"},
         ended_at="2024-05-17T12:30:00+00:00",
     )
-    told.finish(max_failures=None)
-    return told
+    finished.finish(max_failures=None)
+    return finished
 
 
 METRICS = """\
-# HELP batchcap_run_images Images of the last run, by what became of them.
+# HELP batchcap_run_images Images of the last run, by state.
 # TYPE batchcap_run_images gauge
 batchcap_run_images{state="found"} 1000.0
 batchcap_run_images{state="captioned"} 80.0
@@ -69,7 +69,7 @@ batchcap_run_failures{reason="empty"} 6.0
 # TYPE batchcap_run_stage_seconds gauge
 batchcap_run_stage_seconds{stage="backbone"} 1e-05
 batchcap_run_stage_seconds{stage="load"} 12.5
-# HELP batchcap_run_seconds How long the last run captioned.
+# HELP batchcap_run_seconds Seconds that the last run captioned.
 # TYPE batchcap_run_seconds gauge
 batchcap_run_seconds 20.0
 # HELP batchcap_run_images_per_second Rate of the last run.
@@ -84,7 +84,7 @@ batchcap_run_end_timestamp_seconds 1.715949e+09
 """
 
 
-def test_metrics_are_these(summary, tmp_path):
+def test_metrics_text(summary, tmp_path):
     write_metrics(tmp_path / "batchcap.prom", summary)
     assert (tmp_path / "batchcap.prom").read_text() == METRICS
 
@@ -107,13 +107,11 @@ def test_prometheus_reads_the_metrics(summary, empty):
     assert len(values) == (11 if empty else 15)
 
 
-def test_summary_is_this(summary, tmp_path):
-    """With a photo that had failed it could not be written: `asdict` makes another Counter of a
-    Counter's items.
-    """
+def test_summary_json(summary, tmp_path):
+    """It could not be written after a failure: `asdict` makes a Counter of a Counter's items."""
     write_summary(tmp_path / "out.summary.json", summary)
-    told = json.loads((tmp_path / "out.summary.json").read_text())
-    assert told == {
+    written = json.loads((tmp_path / "out.summary.json").read_text())
+    assert written == {
         "output": "captions.parquet",
         "outcome": "done",
         "found": 1000,
@@ -140,7 +138,7 @@ def test_summary_is_this(summary, tmp_path):
     assert read_rate(tmp_path / "out.summary.json") == 5.0
 
 
-def test_people_read_this(summary):
+def test_summary_text(summary):
     assert str(summary) == (
         "/data/out/captions.parquet: 1000 found, 80 captioned, 10 reused, "
         "10 failed (6 empty, 4 corrupt), 900 already done, 7 vanished (5 dropped); "
@@ -150,7 +148,7 @@ def test_people_read_this(summary):
 
 
 @pytest.mark.parametrize(("allowed", "exit_code"), [(None, 0), (13, 0), (12, 3), (0, 3)], ids=str)
-def test_failures_of_before_count_too(summary, allowed, exit_code):
+def test_earlier_failures_count_too(summary, allowed, exit_code):
     summary.finish(allowed)
     assert (summary.outcome, summary.exit_code) == ("done", exit_code)
 
@@ -164,7 +162,7 @@ COUNTS = st.builds(
 
 
 @given(COUNTS, COUNTS)
-def test_counts_add_up_and_are_taken_back(first: Counts, second: Counts) -> None:
+def test_counts_can_be_added_and_subtracted(first: Counts, second: Counts) -> None:
     total = replace(first, failed=first.failed.copy())
     total += second
     assert total.found == first.found + second.found
@@ -175,11 +173,11 @@ def test_counts_add_up_and_are_taken_back(first: Counts, second: Counts) -> None
     assert total == first
 
 
-def test_a_run_that_did_not_come_to_its_end_has_failed():
+def test_run_without_an_end_has_failed():
     assert summary_of().as_json().items() >= {"outcome": "failed", "exit_code": 1}.items()
 
 
-def test_the_rate_of_a_run_with_nothing_to_do_is_that_of_before():
+def test_run_with_nothing_to_do_keeps_the_last_rate():
     assert summary_of(already_done=9, seconds=1.0, last_rate=4.0).images_per_second == 4.0
     assert summary_of(captioned=9).images_per_second is None
 
@@ -195,13 +193,13 @@ def test_the_rate_of_a_run_with_nothing_to_do_is_that_of_before():
         b'{"images_per_second": 1%s}' % (b"0" * 400),
     ],
 )
-def test_a_summary_that_says_no_rate_has_none(tmp_path, content):
-    """It is from another run, and may be damaged: that is no reason for this one to fail."""
+def test_summary_without_a_valid_rate_has_none(tmp_path, content):
+    """A damaged summary of an earlier run must not fail this one."""
     (tmp_path / "a.json").write_bytes(content)
     assert read_rate(tmp_path / "a.json") is None
 
 
-def test_no_summary_has_no_rate(tmp_path):
+def test_missing_summary_has_no_rate(tmp_path):
     assert read_rate(tmp_path / "a.json") is None
     assert read_rate(tmp_path) is None
     (tmp_path / "a.json").write_text('{"images_per_second": 5}')
@@ -210,7 +208,7 @@ def test_no_summary_has_no_rate(tmp_path):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_damaged_summary_is_read_or_not_and_nothing_else(tmp_path, data):
+def test_damaged_summary_raises_nothing(tmp_path, data):
     whole = json.dumps(summary_of(captioned=3, seconds=2.0).as_json()).encode()
     damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for position in data.draw(st.lists(st.integers(0, max(0, len(damaged) - 1)), max_size=3)):
@@ -221,7 +219,7 @@ def test_a_damaged_summary_is_read_or_not_and_nothing_else(tmp_path, data):
     assert rate is None or rate > 0
 
 
-def test_a_place_that_cannot_be_written_is_named(summary, tmp_path):
+def test_unwritable_path_is_named(summary, tmp_path):
     for write in (write_summary, write_metrics):
         with pytest.raises(OutputError, match="missing/a"):
             write(tmp_path / "missing" / "a", summary)

@@ -1,4 +1,4 @@
-"""The watchdog ends real processes."""
+"""The watchdog, in real processes."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ def last_words(message):
     print("last words:", message, file=sys.stderr)
 def refs(count):
     return [ImageRef(f"{n}.jpg", f"/photos/{n}.jpg") for n in range(count)]
-def stand_still():
+def hang():
     time.sleep(60)
 with watchdog.watching(0.5, last_words) as watching:
 """
@@ -32,12 +32,12 @@ def ended(body: str, seconds: float = 30) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_that_stands_still_is_ended_and_says_where():
+def test_stalled_run_is_ended_with_its_stacks():
     run = ended("""list(watching.in_flight(refs(3)))
 watching.landed(["1.jpg"])
-stand_still()""")
+hang()""")
     assert run.returncode == 1
-    assert "in stand_still" in run.stderr
+    assert "in hang" in run.stderr
     assert run.stderr.count("most recent call first") >= 2  # of all threads
     assert run.stderr.endswith(
         "last words: no progress for 0.5 s; in flight: 0.jpg, 2.jpg; committed rows are "
@@ -45,15 +45,15 @@ stand_still()""")
     )
 
 
-def test_names_are_made_fit_for_a_terminal_and_are_not_too_many():
+def test_names_are_printable_and_limited():
     run = ended(r"""list(watching.in_flight([ImageRef("a\x1b[2J\n.jpg", ""), *refs(30)]))
-stand_still()""")
+hang()""")
     assert "in flight: a?[2J?.jpg, 0.jpg, 1.jpg" in run.stderr
     assert "18.jpg and 11 more; committed" in run.stderr
 
 
-def test_nothing_in_flight_is_said():
-    assert "in flight: none;" in ended("stand_still()").stderr
+def test_nothing_in_flight_is_reported():
+    assert "in flight: none;" in ended("hang()").stderr
 
 
 def test_progress_keeps_a_run_alive():
@@ -79,17 +79,17 @@ def test_a_failure_in_the_block_is_passed_on():
     assert "last words" not in run.stderr
 
 
-def test_a_process_that_c_code_holds_up_is_ended_too():
+def test_process_stuck_in_c_code_is_ended_too():
     started = time.monotonic()
     run = ended("""re.match(r"(a+)+$", "a" * 40 + "b")""")
     assert time.monotonic() - started < 15
     assert run.returncode == -signal.SIGABRT
-    assert "batchcap: Python is stuck; what was committed is safe: run again" in run.stderr
+    assert "batchcap: Python is stuck; committed rows are safe: run again" in run.stderr
     assert "in match" in run.stderr
 
 
-def test_a_suspended_process_goes_on_when_it_is_resumed():
-    """It was ended on waking, as by Ctrl-Z, Slurm and a container's pause."""
+def test_suspended_process_continues_when_resumed():
+    """It was ended on waking, for example from Ctrl-Z, Slurm or a container's pause."""
     command = script("""for _ in range(20):
     time.sleep(0.1)
     watching.progress()
@@ -104,18 +104,18 @@ def test_a_suspended_process_goes_on_when_it_is_resumed():
     assert process.returncode == 0
 
 
-def test_last_words_that_hang_or_fail_do_not_keep_the_process():
+def test_last_words_that_hang_or_fail_do_not_keep_the_process_alive():
     for words in ("time.sleep(60)", "1 / 0"):
         run = ended(f"""import contextlib
 watching.progress()
 last_words.__code__ = (lambda message: {words}).__code__
-stand_still()""")
+hang()""")
         assert run.returncode == 1
 
 
 def test_progress_costs_little():
-    """It is told at each photo of a listing: starting a thread each time took a minute for a
-    million photos that were all done.
+    """Each listed photo is progress: starting a thread each time took a minute for a million photos
+    that were already done.
     """
     run = ended("""started = time.monotonic()
 for _ in range(100_000):
@@ -126,8 +126,8 @@ print(time.monotonic() - started)""")
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/null"])
 def test_a_process_without_stderr_is_watched_too(redirection):
-    """As some schedulers start programs: faulthandler refused to work, and so the run to start."""
-    command = ["bash", "-c", f'"$@" {redirection}', "bash", *script("stand_still()")]
+    """Some schedulers start programs so; faulthandler failed, and the run did not start."""
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", *script("hang()")]
     stuck = subprocess.run(command, capture_output=True, check=False, timeout=30)
     assert stuck.returncode == 1
     fine = script("print('fine')")

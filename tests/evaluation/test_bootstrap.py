@@ -1,4 +1,4 @@
-"""Intervals and comparisons against what theory says they must be."""
+"""Intervals and comparisons against theory."""
 
 import math
 
@@ -11,7 +11,7 @@ def means(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarra
     return resampled(values[:, np.newaxis], resamples, seed)[:, 0] / len(values)
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+def test_interval_of_a_mean_equals_that_of_the_normal_distribution() -> None:
     values = np.random.default_rng(1).normal(10, 2, 400)
     half_width = 1.96 * values.std() / math.sqrt(400)
     low, high = interval(means(values))
@@ -28,13 +28,13 @@ def test_intervals_hold_the_true_mean_95_times_in_100() -> None:
     assert 270 <= held <= 297  # 285, give or take 3.2 standard deviations
 
 
-def test_equal_seeds_draw_the_same_images() -> None:
+def test_equal_seeds_choose_the_same_images() -> None:
     values = np.arange(50.0)[:, np.newaxis]
     assert (resampled(values, 20, 3) == resampled(values, 20, 3)).all()
     assert (resampled(values, 20, 3) != resampled(values, 20, 4)).any()
 
 
-def test_what_is_the_same_differs_by_nothing() -> None:
+def test_equal_scores_have_no_difference() -> None:
     values = np.random.default_rng(3).random(200)
     difference = means(values) - means(values)
     assert interval(difference) == (0, 0)

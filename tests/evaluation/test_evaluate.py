@@ -76,17 +76,19 @@ def test_scores_are_printed_with_intervals_and_signature(good: Path, references:
     assert output == invoke(good, references).output
 
 
-def test_json_has_all_that_is_printed(good: Path, poor: Path, references: Path) -> None:
-    told = json.loads(invoke(good, references, "--against", poor, "--json").stdout)
-    assert (told["images"], told["matched_by"], told["against"]) == (6, "image_id", "poor.json")
-    low, high = told["scores"]["cider_d"]["interval"]
-    assert low <= told["scores"]["cider_d"]["value"] <= high
-    assert told["differences"]["bleu_1"]["difference"] > 0
+def test_json_has_everything_that_is_printed(good: Path, poor: Path, references: Path) -> None:
+    printed = json.loads(invoke(good, references, "--against", poor, "--json").stdout)
+    assert (printed["images"], printed["matched_by"], printed["against"]) == (
+        6,
+        "image_id",
+        "poor.json",
+    )
+    low, high = printed["scores"]["cider_d"]["interval"]
+    assert low <= printed["scores"]["cider_d"]["value"] <= high
+    assert printed["differences"]["bleu_1"]["difference"] > 0
 
 
-def test_better_captions_are_better_by_what_the_two_score_alone(
-    good: Path, poor: Path, references: Path
-) -> None:
+def test_differences_are_those_of_scores_alone(good: Path, poor: Path, references: Path) -> None:
     ours, theirs, compared = (
         evaluate_captions(EvaluateSettings(captions=path, references=references, against=against))
         for path, against in ((good, None), (poor, None), (good, poor))
@@ -100,7 +102,7 @@ def test_better_captions_are_better_by_what_the_two_score_alone(
     assert (compared.differences["rouge_l"].p or 1) < 0.05
 
 
-def test_captions_against_themselves_differ_by_nothing(good: Path, references: Path) -> None:
+def test_captions_do_not_differ_from_themselves(good: Path, references: Path) -> None:
     settings = EvaluateSettings(captions=good, references=references, against=good)
     for found in evaluate_captions(settings).differences.values():
         assert (found.difference, found.interval, found.p) == (0, (0, 0), 1)
@@ -113,7 +115,7 @@ def test_only_images_that_both_have_are_compared(
     settings = EvaluateSettings(captions=poor, references=references, against=some)
     evaluation = evaluate_captions(settings)
     assert evaluation.images == 4
-    assert "2 images with one of the two captions only, left out" in evaluation.doubts
+    assert "skipped 2 images captioned in only one of the two files" in evaluation.doubts
 
 
 def test_scores_of_each_image_are_written(tmp_path: Path, good: Path, references: Path) -> None:
@@ -133,7 +135,7 @@ def test_scores_of_each_image_are_written(tmp_path: Path, good: Path, references
     assert set(METRICS) < set(SCHEMA.names)
 
 
-def test_a_file_that_is_no_evaluation_is_told_of(tmp_path: Path) -> None:
+def test_file_that_is_not_an_evaluation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "captions.parquet"
     write_rows(path, [table_of([captioned_row()])], METADATA)
     with pytest.raises(InputError, match="not a file of `batchcap evaluate --per-image`"):
@@ -158,14 +160,14 @@ def test_without_references_captions_are_described(good: Path) -> None:
     result = invoke(good, "--training-captions", good.with_name("good.json"))
     assert result.exit_code == 0, result.output
     assert "captions    6 of 6 photos" in result.output
-    assert "seen        100.0 % stand in the training captions" in result.output
+    assert "seen        100.0 % occur in the training captions" in result.output
     assert "BLEU" not in result.output
 
 
 @pytest.mark.parametrize("tokens", TokenKind)
 def test_every_profile_scores(good: Path, references: Path, tokens: TokenKind) -> None:
-    told = json.loads(invoke(good, references, "--tokens", tokens, "--json").stdout)
-    assert told["signature"].startswith(f"tok={tokens}|")
+    printed = json.loads(invoke(good, references, "--tokens", tokens, "--json").stdout)
+    assert printed["signature"].startswith(f"tok={tokens}|")
 
 
 def test_captions_of_other_images_are_an_error(tmp_path: Path, references: Path) -> None:
@@ -174,33 +176,34 @@ def test_captions_of_other_images_are_an_error(tmp_path: Path, references: Path)
         evaluate_captions(EvaluateSettings(captions=path, references=references))
 
 
-def test_references_without_words_are_told_of(tmp_path: Path, good: Path) -> None:
+def test_references_without_words_are_warned_about(tmp_path: Path, good: Path) -> None:
     path = tmp_path / "references.jsonl"
     path.write_text('{"image_id": "dogs.jpg", "captions": ["。", "两只狗"]}\n')
     evaluation = evaluate_captions(EvaluateSettings(captions=good, references=path))
-    assert "1 reference without a word, left out" in evaluation.doubts
+    assert "skipped 1 reference without words" in evaluation.doubts
 
 
-def test_captions_in_another_script_are_warned_of(tmp_path: Path, references: Path) -> None:
+def test_captions_in_another_script_are_warned_about(tmp_path: Path, references: Path) -> None:
     simplified = results(tmp_path / "s.json", {"bike.jpg": "一个男人骑着车", "cat.jpg": "猫"})
     traditional = results(tmp_path / "t.json", {"bike.jpg": "一個男人騎着車", "cat.jpg": "貓"})
     settings = EvaluateSettings(captions=simplified, references=references, against=traditional)
-    (doubt,) = [doubt for doubt in evaluate_captions(settings).doubts if "script" in doubt]
-    assert "t.json: captions and references are in different scripts" in doubt
-    assert "100 % in captions are traditional, 0 % in references" in doubt
+    warnings = evaluate_captions(settings).doubts
+    (warning,) = [warning for warning in warnings if "script" in warning]
+    assert "t.json: captions and references are in different scripts" in warning
+    assert "100 % in captions and 0 % in references are traditional" in warning
 
 
 @pytest.mark.parametrize("flag", ["--against", "--per-image"])
-def test_what_needs_references_asks_for_them(good: Path, flag: str) -> None:
+def test_flags_that_need_references_ask_for_them(good: Path, flag: str) -> None:
     result = invoke(good, flag, "x.parquet")
     assert isinstance(result.exception, UsageError)
     assert f"{flag} needs REFERENCES" in str(result.exception)
 
 
-def test_without_the_metrics_it_says_how_to_get_them(
+def test_error_says_how_to_install_the_metrics(
     good: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signature asked for their version first, which was a failure without a word of advice."""
+    """The signature read their version first, and that failed without advice."""
 
     def no_such_package(name: str) -> str:
         raise PackageNotFoundError(name)

@@ -1,7 +1,6 @@
-"""Scores that pycocoevalcap and AI Challenger's own kit gave; how is told in scores.json.
+"""Scores from pycocoevalcap and AI Challenger's own kit; scores.json says how they were made.
 
-The kit's samples are looked for in the folder BATCHCAP_AI_CHALLENGER: its
-Evaluation/caption_eval/data.
+BATCHCAP_AI_CHALLENGER is the folder of the kit's samples, its Evaluation/caption_eval/data.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ def as_json(path: Path, value: Any) -> Path:
 @pytest.mark.parametrize(
     ("tokens", "name"), [(TokenKind.WORDS, "words"), (TokenKind.AI_CHALLENGER, "ai_challenger")]
 )
-def test_scores_are_what_the_original_programs_gave(
+def test_scores_equal_those_of_the_original_programs(
     tmp_path: Path, tokens: TokenKind, name: str
 ) -> None:
     captions = as_json(tmp_path / "results.json", SCORES["results"])
@@ -45,13 +44,13 @@ def test_scores_are_what_the_original_programs_gave(
 
 
 @pytest.mark.parametrize("name", SCORES["ai_challenger_samples"])
-def test_the_kit_s_own_samples_score_what_the_kit_gave(name: str) -> None:
+def test_scores_of_the_kits_samples_equal_the_kits(name: str) -> None:
     folder = Path(os.environ.get("BATCHCAP_AI_CHALLENGER", ""))
     if not (folder / name).is_file():
         pytest.skip("set BATCHCAP_AI_CHALLENGER to the folder of the kit's samples")
     sample = SCORES["ai_challenger_samples"][name]
     content = (folder / name).read_bytes().replace(b"\r\n", b"\n").rstrip(b"\n")
     if hashlib.sha256(content).hexdigest() != sample["sha256"]:
-        pytest.skip(f"{name} is another sample than the one that was scored")
+        pytest.skip(f"{name} is not the sample that was scored")
     found = scores(folder / name, folder / "id_to_words.json", TokenKind.AI_CHALLENGER)
     assert found == pytest.approx(sample["scores"], abs=1e-9)

@@ -1,4 +1,4 @@
-"""By the real Java program."""
+"""METEOR by the real Java program."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def scored() -> Scores:
 
 @pytest.mark.slow
 @needs_java
-def test_meteor_is_pycocoevalcaps_own_where_numbers_have_a_comma_too(
+def test_meteor_equals_pycocoevalcaps_even_with_decimal_commas(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pycocoevalcap's own driver hangs there."""
@@ -41,13 +41,13 @@ def test_meteor_is_pycocoevalcaps_own_where_numbers_have_a_comma_too(
 
 
 @needs_java
-def test_why_java_does_not_start_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_says_why_java_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xss1")
     with pytest.raises(BatchcapError, match="stack size specified is too small"):
         scored()
 
 
-def test_without_java_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_java_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match="needs Java"):
         scored()

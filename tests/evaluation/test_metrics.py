@@ -1,4 +1,4 @@
-"""Golden numbers: made by hand from the definitions, so that no scorer vouches for itself."""
+"""Scores worked out by hand from the definitions, so that no scorer vouches for itself."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_rouge_l_is_the_longest_common_subsequence_with_beta_1_2() -> None:
     assert scores["rouge_l"] == pytest.approx(100 * f, abs=1e-6)
 
 
-def test_cider_d_of_nothing_in_common_is_zero() -> None:
+def test_cider_d_without_common_words_is_zero() -> None:
     assert score_captions([DOGS[0], CATS[0]], [CATS, DOGS]).overall["cider_d"] < 60
     assert score_captions([["树"], ["鱼"]], [DOGS, CATS]).overall["cider_d"] == 0
 
@@ -58,7 +58,7 @@ def test_a_caption_without_words_scores_0() -> None:
 
 @given(IMAGES)
 @settings(deadline=None, max_examples=50)
-def test_scores_are_pycocoevalcap_s_own(images: list[tuple[list[str], list[list[str]]]]) -> None:
+def test_scores_equal_pycocoevalcaps(images: list[tuple[list[str], list[list[str]]]]) -> None:
     hypotheses, references = zip(*images, strict=True)
     found = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
     expected = {i: [" ".join(words) for words in texts] for i, texts in enumerate(references)}
@@ -80,8 +80,8 @@ def test_statistics_sum_to_the_scores(images: list[tuple[list[str], list[list[st
     assert summed.tolist() == pytest.approx(list(scores.overall.values()), abs=1e-9)
 
 
-def test_statistics_of_some_images_sum_to_what_these_would_score() -> None:
-    """Not CIDEr-D's, whose weights are those of all images."""
+def test_statistics_of_some_images_sum_to_their_scores() -> None:
+    """Except CIDEr-D, whose weights are those of all images."""
     hypotheses, references = [DOGS[0][:4], CATS[0][:3], ["鱼"]], [DOGS, CATS, DOGS]
     some = score_captions(hypotheses[:2], references[:2]).overall
     summed = overall_of(score_captions(hypotheses, references).statistics[:2].sum(axis=0))

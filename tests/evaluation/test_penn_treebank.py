@@ -1,4 +1,4 @@
-"""Against words that Stanford's tokenizer itself has given, and where Java is, against itself."""
+"""Words against recorded ones of Stanford's tokenizer and, with Java, against its own."""
 
 import shutil
 import subprocess
@@ -15,17 +15,17 @@ from batchcap.evaluation.penn_treebank import ptb_words
 WORDS = GOLDEN / "penn_treebank.tsv"
 CASES = [line.split("\t") for line in WORDS.read_text(encoding="utf-8").splitlines()]
 JAR = Path(next(iter(pycocoevalcap.__path__))) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
-# Of pycocoevalcap's PTBTokenizer.
+# From pycocoevalcap's PTBTokenizer.
 DROPPED = ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."]
 
 
-def test_words_are_those_of_the_real_tokenizer() -> None:
+def test_words_equal_those_of_the_real_tokenizer() -> None:
     wrong = [caption for caption, words in CASES if ptb_words(caption) != words.split()]
     assert not wrong
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the real tokenizer needs Java")
-def test_the_golden_words_are_made_by_the_real_tokenizer(tmp_path: Path) -> None:
+def test_golden_words_equal_those_of_the_real_tokenizer(tmp_path: Path) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("\n".join(caption for caption, _ in CASES), encoding="utf-8")
     program = ["java", "-cp", str(JAR), "edu.stanford.nlp.process.PTBTokenizer"]

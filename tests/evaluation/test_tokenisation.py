@@ -9,7 +9,7 @@ def cut(tokens: TokenKind, caption: str, words: tuple[str, ...] | None = None) -
     return profile_of(tokens).cut(GeneratedCaption("a", caption, words))
 
 
-def test_words_are_jieba_s_without_punctuation() -> None:
+def test_words_are_jiebas_without_punctuation() -> None:
     assert cut(TokenKind.WORDS, "一只狗，在草地上。") == ["一只", "狗", "在", "草地", "上"]
 
 
@@ -23,25 +23,25 @@ def test_words_are_jieba_s_without_punctuation() -> None:
         ("_ - ……！", []),
     ],
 )
-def test_characters_are_chinese_ones_each_and_others_together(
+def test_chinese_characters_are_separate_and_others_stay_together(
     caption: str, expected: list[str]
 ) -> None:
     assert characters(caption) == expected
     assert cut(TokenKind.CHAR, caption) == expected
 
 
-def test_pretokenized_words_are_the_model_s_or_stand_between_spaces() -> None:
+def test_pretokenized_words_are_the_models_or_separated_by_spaces() -> None:
     assert cut(TokenKind.PRETOKENIZED, "一只狗。", ("一只", "狗。")) == ["一只", "狗。"]
     assert cut(TokenKind.PRETOKENIZED, "一只 狗 。") == ["一只", "狗", "。"]
     assert profile_of(TokenKind.PRETOKENIZED).cut_reference("一只 狗 。") == ["一只", "狗", "。"]
 
 
 @pytest.mark.parametrize("tokens", TokenKind)
-def test_a_failed_photo_has_no_words(tokens: TokenKind) -> None:
+def test_failed_photo_has_no_words(tokens: TokenKind) -> None:
     assert profile_of(tokens).cut(GeneratedCaption("a", None)) == []
 
 
-def test_profiles_say_what_they_are() -> None:
+def test_profiles_describe_themselves() -> None:
     described = [profile_of(tokens).described for tokens in TokenKind]
     assert [first.removeprefix("tok=") for first, *_ in described] == list(TokenKind)
     assert "jieba=0.42.1" in profile_of(TokenKind.WORDS).described

@@ -27,13 +27,13 @@ def test_distinct_n_is_the_share_of_different_ngrams() -> None:
     assert traits.distinct_2 == pytest.approx(5 / 9)
 
 
-def test_unfinished_is_a_share_of_those_that_tell() -> None:
-    told = [caption("狗"), caption("狗", finished=False), caption("狗", finished=None)]
-    assert traits_of(told, WORDS, None).unfinished == 0.5
+def test_unfinished_is_a_share_of_captions_where_it_is_known() -> None:
+    captions = [caption("狗"), caption("狗", finished=False), caption("狗", finished=None)]
+    assert traits_of(captions, WORDS, None).unfinished == 0.5
     assert traits_of([caption("狗", finished=None)], WORDS, None).unfinished is None
 
 
-def test_seen_captions_stand_word_by_word_in_the_training_split(tmp_path) -> None:
+def test_seen_captions_occur_verbatim_in_the_training_split(tmp_path) -> None:
     training = tmp_path / "captions.jsonl"
     training.write_text(
         '{"image_id": "a", "caption": "一只狗。", "split": "train"}\n'
@@ -43,7 +43,7 @@ def test_seen_captions_stand_word_by_word_in_the_training_split(tmp_path) -> Non
     assert traits.seen == 0.5
 
 
-def test_no_caption_at_all_divides_by_nothing() -> None:
+def test_no_captions_cause_no_division_by_zero() -> None:
     traits = traits_of([caption(None)], WORDS, None)
     assert (traits.words, traits.distinct_1) == ((0, 0.0, 0), 0)
 
@@ -57,7 +57,7 @@ def test_confidence_that_ranks_as_scores_do_correlates_fully() -> None:
     assert found.cider_d[0] == pytest.approx(scores[:10].mean())
 
 
-def test_confidence_that_says_nothing_has_an_interval_around_0() -> None:
+def test_random_confidence_has_an_interval_around_0() -> None:
     rng = np.random.default_rng(0)
     found = calibrate(rng.random(300), rng.random(300), 500, 0)
     assert found.interval[0] < 0 < found.interval[1]

@@ -1,7 +1,7 @@
-"""Make the golden outputs of the version that is installed: `python make_outputs.py FOLDER`.
+"""Make the golden outputs of the installed version: `python make_outputs.py FOLDER`.
 
-Run it once at a release, and keep the folder as `outputs/schema-N`: every later version must go on
-from it. The photos are four of `tests/photos`, of a fixed modification time. The model is
+Run it once at a release, and keep the folder as `outputs/schema-N`: every later version must
+resume from it. The photos are four of `tests/photos`, with a fixed modification time. The model is
 `tests/helpers/small_model.py`'s, with random weights.
 """
 
@@ -33,7 +33,7 @@ MTIME_S = 1_700_000_000
 
 
 def copy_photos(folder: Path) -> Path:
-    """The photos of a golden output, all of one modification time."""
+    """Copy the photos of a golden output, all with one modification time."""
     for name in NAMES:
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def copy_photos(folder: Path) -> Path:
 
 @contextmanager
 def bucket(name: str) -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty bucket of a real S3 API, which `s3://` leads to while the block runs."""
+    """Serve an empty bucket by a real S3 API, for `s3://` URLs in the block."""
     with s3_server() as port, mock.patch.dict(os.environ, environment(port)):
         store = fsspec.filesystem("s3", use_listings_cache=False)
         store.mkdir(name)
@@ -66,14 +66,14 @@ def main(folder: Path) -> None:
                 model=model,
                 batch_size=2,
                 rows_per_part=2,
-                min_length=3,  # a model that knows nothing would end at once
+                min_length=3,  # an untrained model would end at once
                 shard=shard,
             )
             run_captioning(settings)
 
         run(folder / "captions.parquet")
         run(folder / "captions")
-        # What a first run leaves that is killed before it joins its parts
+        # As left by a first run that is killed before it joins its parts
         parts = folder / ".killed.parquet.parts"
         parts.mkdir()
         shutil.copyfile(folder / "captions" / PART, parts / PART)

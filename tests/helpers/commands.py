@@ -1,4 +1,4 @@
-"""`batchcap` in the process of the tests, where TensorFlow runs and models are loaded once."""
+"""Run `batchcap` in the tests' own process, where TensorFlow and models are loaded once."""
 
 import contextlib
 import copy
@@ -24,9 +24,9 @@ from batchcap.settings import DEFAULT_MODEL
 
 @contextlib.contextmanager
 def sharing_the_model() -> Iterator[None]:
-    """In the block, whoever loads the shipped model gets the same networks and compiled functions.
+    """Load the shipped model once in the block: all share its networks and compiled functions.
 
-    Runs in this process do not tell its C library to keep freed memory.
+    Runs in this process leave the C library's handling of freed memory alone.
     """
     import batchcap.captioning.caption
     import batchcap.captioning.local_engine
@@ -54,7 +54,7 @@ def sharing_the_model() -> Iterator[None]:
 
 
 def batchcap_here(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
-    """What `batchcap` with these arguments prints, and its exit code."""
+    """Run `batchcap` with these arguments; return its output and exit code."""
     given = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
     with (
         _log_and_signals_restored(),
@@ -75,7 +75,7 @@ def batchcap_here(*arguments: object, stdin: str | bytes = "") -> subprocess.Com
 
 @contextlib.contextmanager
 def _log_and_signals_restored() -> Iterator[None]:
-    """Undo what `main` sets for its whole process."""
+    """Restore the logging and signal handlers that `main` sets for its process."""
     loggers = [logging.getLogger(name) for name in ("", *logging.root.manager.loggerDict)]
     levels, handlers = [logger.level for logger in loggers], logging.root.handlers[:]
     signals = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,7 +1,7 @@
-"""Real processes of `batchcap run` that are killed, and what they leave.
+"""Real processes of `batchcap run` that are killed, and the files they leave.
 
-What `test_crashes.py` and `benchmarks/kill_often.py` shard. Needs `/proc`. Knows the layout of an
-output, and nothing of how it is written.
+Shared by `test_crashes.py` and `benchmarks/kill_often.py`. Needs `/proc`. Knows the layout of an
+output, but not how it is written.
 """
 
 import json
@@ -28,9 +28,9 @@ OF_THE_RUN = ("run_id", "created_at")  # the columns in which two runs differ
 TEMPORARY = ("*.tmp", "*.new", "*.old", "*.lock", ".lock")
 LONG_S = 120.0
 POLL_S = 0.001
-EARLY_S = 1.0  # before the program has its own handlers, a signal does what it does to any process
+EARLY_S = 1.0  # until the program sets its handlers, signals have their default effect
 
-# Of log-probabilities in batches of another size: a CPU may sum in another order.
+# Of log-probabilities: a CPU may sum batches of another size in another order.
 ROUNDING = 1e-4
 
 Photos = frozenset[tuple[str, str]]  # image_id and run_id of rows
@@ -38,7 +38,7 @@ Photos = frozenset[tuple[str, str]]  # image_id and run_id of rows
 
 @contextmanager
 def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """`batchcap run ...` in a session of its own; killed with all of it when the block ends."""
+    """Run `batchcap run ...` in its own session; kill it when the block ends."""
     command = [*BATCHCAP, "run", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     with subprocess.Popen(command, start_new_session=True, **options) as process:
@@ -51,14 +51,14 @@ def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str
 def run(
     *arguments: object, timeout_s: float = LONG_S, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`batchcap run ...` to its end."""
+    """Run `batchcap run ...` to its end."""
     with running(*arguments, **options) as process:
-        told, errors = process.communicate(timeout=timeout_s)
-        return subprocess.CompletedProcess(process.args, process.returncode, told, errors)
+        output, errors = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def wait_until(happens: Callable[[], object], timeout_s: float = LONG_S) -> bool:
-    """Whether it happens in time."""
+    """Return whether `happens()` is true in time."""
     deadline = time.monotonic() + timeout_s
     while not happens():
         if time.monotonic() > deadline:
@@ -68,7 +68,7 @@ def wait_until(happens: Callable[[], object], timeout_s: float = LONG_S) -> bool
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
+    """The live children of a process."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -77,7 +77,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
+    """Whether a process exists and is no zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def is_alive(pid: int) -> bool:
 
 
 def committed(output: Path) -> Photos:
-    """What is on disk for good; fails if an image is there twice or a file can't be read."""
+    """The committed rows; fails if an image has two or a file can't be read."""
     photos: list[tuple[str, str]] = []
     for path in Layout(output).row_files():
         table = pq.read_table(path, columns=["image_id", "run_id"])
@@ -97,7 +97,7 @@ def committed(output: Path) -> Photos:
 
 
 def check_readable(output: Path) -> int:
-    """Read all that stands under a final name as users would; returns how many rows that is."""
+    """Read all files with final names as users would; return the number of rows."""
     layout = Layout(output)
     names = [layout.summary] if layout.is_file else [layout.summary, layout.manifest]
     for name in names:
@@ -131,7 +131,7 @@ def rows_of(output: Path) -> pa.Table:
 
 
 def difference(rows: pa.Table, others: pa.Table) -> float:
-    """How far the floats of rows are from others' at most; all else has to be equal."""
+    """The largest difference of floats; all other values must be equal."""
     farthest = 0.0
     for name in rows.column_names:
         if name in OF_THE_RUN or rows[name].equals(others[name]):
@@ -154,16 +154,16 @@ def _flat(column: Any) -> list[Any]:
     return [column]
 
 
-# Each phase of a run, as a moment to kill it at: wait for the sign, then this long at most.
+# Phases in which to kill a run: wait for the phase to begin, then up to this many seconds.
 PHASES = {"starting": 5.0, "captioning": 0.1, "committing": 0.03, "joining": 0.03}
 
 
 @dataclass
 class Chain:
-    """One output, made by one command that is killed and given again until it ends by itself."""
+    """One output, made by a command that is killed and repeated until it ends by itself."""
 
     arguments: Sequence[object]  # INPUT, OUTPUT and flags
-    draws: random.Random
+    rng: random.Random
     kills: list[str] = field(default_factory=list)  # the phases that were hit
     slowest_s: float = 0.0  # from the signal to the end
     largest_part: int = 0  # rows
@@ -174,18 +174,18 @@ class Chain:
         return Path(str(self.arguments[1]))
 
     def go(self, phases: Sequence[str], number: signal.Signals) -> None:
-        """Kill one process in each of the phases, and then let one end.
+        """Kill one process in each of the phases, then let one end.
 
-        Stops earlier where a run has ended before its phase came.
+        Stops early if a run ends before its phase comes.
         """
         before: Photos = frozenset()
         for phase in [*phases, ""]:
             self.rows_before = len(before)
             with running(*self.arguments) as process:
-                if phase and self._comes(phase, process):
+                if phase and self._wait_for(phase, process):
                     self._end(process, number, phase)
                 _, errors = process.communicate(timeout=LONG_S)
-            # Python itself tells of a reader that was just being started when its parent died.
+            # Python prints a traceback if a reader's parent dies while the reader starts.
             assert number is signal.SIGKILL or "Traceback" not in errors, errors
             now = committed(self.output)
             assert before <= now, "committed rows are gone"
@@ -199,10 +199,10 @@ class Chain:
         assert process.returncode == 0, errors
         assert leftovers(self.output) == []
 
-    def _comes(self, phase: str, process: subprocess.Popen[str]) -> bool:
-        """Wait for a moment in the phase; whether the run was still there then."""
+    def _wait_for(self, phase: str, process: subprocess.Popen[str]) -> bool:
+        """Wait for a moment in the phase; return whether the run is still alive then."""
         wait_until(lambda: process.poll() is not None or self._has_begun(phase, process))
-        time.sleep(self.draws.uniform(0, PHASES[phase]))
+        time.sleep(self.rng.uniform(0, PHASES[phase]))
         return process.poll() is None
 
     def _has_begun(self, phase: str, process: subprocess.Popen[str]) -> bool:
@@ -218,7 +218,7 @@ class Chain:
 
     def _end(self, process: subprocess.Popen[str], number: signal.Signals, phase: str) -> None:
         children, began = children_of(process.pid), time.monotonic()
-        # Python has no handlers while it starts, nor any more while it ends, with all work done.
+        # Python has no handlers while it starts, nor while it exits with all work done.
         has_handlers = phase not in ("starting", "joining")
         process.send_signal(number)
         process.wait(timeout=LONG_S)

@@ -1,6 +1,6 @@
-"""A folder full of what no photo should be, made from seeds, and what is to be said of each file.
+"""A folder of hostile files, made from seeds, and the result expected of each.
 
-What a file system does not allow (names, device nodes) is left out of the folder and of the answer.
+Names and device nodes that the file system refuses are left out of both.
 """
 
 import io
@@ -21,7 +21,7 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "WEBP": "
 
 
 def make_hostile_tree(folder: Path) -> dict[str, str]:
-    """Fill a folder; returns the expected `error_type` by `image_id`, `ok` where there is none."""
+    """Fill a folder; return the expected `error_type` by `image_id`, `ok` if there is none."""
     expected: dict[str, str] = {}
     for section in SECTIONS:
         place = folder / section.__name__.strip("_")
@@ -47,13 +47,13 @@ def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
 
 
 def _escaped(name: str | bytes) -> str:
-    """The image id, written down apart from the code that is tested."""
+    """The image id, made without the code under test."""
     text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
     return text.replace("\\", "\\\\") if isinstance(name, str) else text
 
 
 def _write(place: bytes, name: bytes, data: bytes) -> bool:
-    """Whether the file system has such names, and tells this one from those that are there."""
+    """Write a file, unless the file system refuses its name or has an equal one."""
     path = place + b"/" + name
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -109,7 +109,7 @@ def _cut() -> Files:
 
 
 def _reserved() -> Files:
-    """Downloads that ended early in a file whose whole length had been reserved."""
+    """Preallocated downloads that ended early."""
     for name, reason in (("baseline", "truncated"), ("true", "corrupt"), ("palette", "corrupt")):
         data, extension = SAMPLES[name]
         for percent in (45, 60, 80, 97):
@@ -118,7 +118,7 @@ def _reserved() -> Files:
 
 
 def _flipped() -> Files:
-    """One wrong bit where a checksum tells: in a PNG's header, palette or pixels."""
+    """One wrong bit that a checksum reveals: in a PNG's header, palette or pixels."""
     for name in ("true", "palette", "grey"):
         data, extension = SAMPLES[name]
         start = data.index(b"IDAT") + 4
@@ -142,7 +142,7 @@ def _checksums() -> Files:
 
 
 def _broken() -> Files:
-    """Damage of the structure, not of the bytes."""
+    """Damaged structure."""
     jpeg, png, bmp, webp = (SAMPLES[name][0] for name in ("baseline", "true", "raw", "lossless"))
     yield "no-pixels.png", png[:33] + _chunk(b"IEND", b""), "corrupt"
     yield "no-header.png", png[:8] + png[33:], "corrupt"
@@ -358,7 +358,7 @@ def _bad_names() -> Files:
 
 
 def _good() -> Files:
-    """Photos that look as if they were none."""
+    """Valid photos that look invalid."""
     image = photo(4)
     jpeg, png, gif, bmp, webp = (encoded(image, name) for name in EXTENSIONS)
     yield "png-named.jpg", png, "ok"
@@ -400,7 +400,7 @@ SECTIONS: tuple[Callable[[], Files], ...] = (
 
 
 def _special_files(folder: Path) -> dict[str, str]:
-    """What is no regular file, leads to none, or may not be read."""
+    """Special files, links, and an unreadable file."""
     folder.mkdir()
     (folder / "dangling.jpg").symlink_to("nothing")
     (folder / "circle.jpg").symlink_to("circle.jpg")
@@ -429,7 +429,7 @@ def _special_files(folder: Path) -> dict[str, str]:
     nodes = {"pipe": stat.S_IFIFO, "socket": stat.S_IFSOCK}
     nodes |= {"zero-node": stat.S_IFCHR, "loop-node": stat.S_IFBLK}
     for name, kind in nodes.items():
-        with suppress(OSError):  # devices are root's alone
+        with suppress(OSError):  # only root can make devices
             device = os.makedev(1, 5) if kind == stat.S_IFCHR else os.makedev(7, 0)
             os.mknod(folder / f"{name}.jpg", kind | 0o600, device)
             expected[f"{name}.jpg"] = "not_a_file"
@@ -440,7 +440,7 @@ def _special_files(folder: Path) -> dict[str, str]:
 
 
 def _left_out(folder: Path) -> dict[str, str]:
-    """What must not be listed at all."""
+    """Files that must not be listed."""
     data = encoded(photo(9), "JPEG")
     (folder / ".thumbnails").mkdir(parents=True)
     (folder / ".thumbnails" / "a.jpg").write_bytes(data)

@@ -1,4 +1,4 @@
-"""What the tests of images share."""
+"""Helpers of the image tests."""
 
 import io
 import re

@@ -1,6 +1,6 @@
-"""As a program, `batchcap` whose captions are made of the bytes of text files, without a network.
+"""A program: `batchcap` whose captions contain the text of files, without a network.
 
-It starts in half a second, and all but the captions is the real program.
+It starts in half a second; all but the captions is the real program.
 """
 
 import sys
@@ -25,7 +25,7 @@ BATCHCAP = (sys.executable, __file__)
 
 
 class Worker:
-    """Takes the place of `CaptionWorker`; a batch is a photo."""
+    """Replaces `CaptionWorker`; a batch is a photo."""
 
     def __init__(self, *_settings: object) -> None:
         self.execution = SimpleNamespace(runtime="none", precision="float32")
@@ -33,7 +33,7 @@ class Worker:
         self.metadata = {"batchcap.runtime": "none", "batchcap.grid": "1x2"}
 
     def photos(self, refs: Iterable[ImageRef], *_others: Any) -> Iterator[list[Photo]]:
-        """Yield each photo; its caption tells its content."""
+        """Yield each photo; its caption contains its text."""
         for ref in refs:
             path = Path(ref.path)
             status, content = path.stat(), path.read_text()

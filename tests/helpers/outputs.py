@@ -1,4 +1,4 @@
-"""What the tests of writer share."""
+"""Helpers of the writer tests."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def stop_before_the_end(layout: Layout, *parts: list[Row]) -> None:
 
 
 def rows_of(layout: Layout) -> list[Row]:
-    """As batchcap reads them."""
+    """The rows as batchcap reads them."""
     return [row for table in newest_rows(layout.row_files()) for row in table.to_pylist()]
 
 
@@ -53,11 +53,11 @@ def names_in(folder: Path) -> set[str]:
 
 
 class Killed(BaseException):
-    """What no code catches: from here on the process does nothing more."""
+    """Caught by no code: from here on, the process is dead."""
 
 
 class Disk:
-    """Fails, or has the process killed, at the `countdown`-th change of names from now on."""
+    """Fails, or kills the process, at the `countdown`-th change of names from now on."""
 
     def __init__(self) -> None:
         self.countdown: int | None = None
@@ -70,7 +70,7 @@ class Disk:
             (os, "link"),
         ):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
-        patch.setattr(os, "fsync", self._counted(lambda _descriptor: None))  # quickly
+        patch.setattr(os, "fsync", self._counted(lambda _descriptor: None))  # for speed
         patch.setattr("shutil.rmtree", self._counted(shutil.rmtree))
         patch.setattr("shutil.copyfile", self._counted(shutil.copyfile))
 

@@ -1,4 +1,4 @@
-"""Loads photos from bytes, and says what is to come of them."""
+"""Load photos from bytes, and return their pixels or errors."""
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,6 @@ def pixels_of(data: bytes, **options: int | str) -> npt.NDArray[np.uint8]:
 
 
 def error_of(data: bytes, **options: int | str) -> str:
-    """The error type of a photo that is refused; `ok` where it is not."""
+    """The error type of a rejected photo; `ok` for any other."""
     pixels = load(data, **options).pixels
     return pixels.error_type.value if isinstance(pixels, Rejection) else "ok"

@@ -1,4 +1,4 @@
-"""Where things are: the checkout, its recipes, the sample photos, the data sets beside it."""
+"""Paths of the checkout, its jobs, the test photos and the data sets beside it."""
 
 import os
 from pathlib import Path
@@ -11,5 +11,5 @@ GOLDEN = TESTS / "golden"
 
 
 def data_set(variable: str, name: str) -> Path:
-    """Folder of a data set: as the environment variable says, or `shared/` beside the checkout."""
+    """Folder of a data set: from the environment variable, or in `shared/` beside the checkout."""
     return Path(os.environ.get(variable, ROOT.parent / "shared" / "data" / name))

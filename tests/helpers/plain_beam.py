@@ -1,4 +1,4 @@
-"""Beam search in plain Python: lists, one caption at a time, nothing kept between words."""
+"""Beam search in plain Python: lists, one caption at a time, no cache."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from batchcap.model.vocabulary import END_ID
 
 class Best(NamedTuple):
     tokens: list[int]
-    log_probs: list[float]  # END's comes last, where it was reached
+    log_probs: list[float]  # END's comes last, if it was reached
     finished: bool
 
 
@@ -23,13 +23,13 @@ def plain_beam_search(
     min_length: int = 0,
     no_repeat_ngram: int = 0,
 ) -> Best:
-    """`next_log_probs` gives `[captions, V]` for captions of one length."""
-    beams: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]
-    ended: list[tuple[float, list[int], list[float]]] = []
+    """Search; `next_log_probs` returns `[captions, V]` for captions of equal length."""
+    alive: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]
+    finished: list[tuple[float, list[int], list[float]]] = []
     for _ in range(max_length):
         extensions = []
-        table = next_log_probs([words for _, words, _ in beams])
-        for (score, words, log_probs), row in zip(beams, table, strict=True):
+        table = next_log_probs([words for _, words, _ in alive])
+        for (score, words, log_probs), row in zip(alive, table, strict=True):
             allowed = [
                 word
                 for word in np.argsort(-row, kind="stable").tolist()
@@ -41,14 +41,14 @@ def plain_beam_search(
         extensions.sort(key=lambda extension: -extension[0])
         for score, words, log_probs in extensions[:beam_size]:
             if words[-1] == END_ID:
-                ended.append((score / len(words) ** length_penalty, words[:-1], log_probs))
-        beams = [extension for extension in extensions if extension[1][-1] != END_ID][:beam_size]
-        if len(ended) >= beam_size or not beams:
+                finished.append((score / len(words) ** length_penalty, words[:-1], log_probs))
+        alive = [extension for extension in extensions if extension[1][-1] != END_ID][:beam_size]
+        if len(finished) >= beam_size or not alive:
             break
-    if ended:
-        _, words, log_probs = max(ended, key=lambda caption: caption[0])
+    if finished:
+        _, words, log_probs = max(finished, key=lambda caption: caption[0])
         return Best(words, log_probs, True)
-    _, words, log_probs = beams[0]
+    _, words, log_probs = alive[0]
     return Best(words, log_probs, False)
 
 
@@ -57,9 +57,9 @@ def is_barred(words: list[int], word: int, min_length: int, no_repeat_ngram: int
         return len(words) < min_length
     if not 0 < no_repeat_ngram <= len(words):
         return False
-    said = [*words, word]
+    extended = [*words, word]
     ngrams = [
-        tuple(said[start : start + no_repeat_ngram])
-        for start in range(len(said) - no_repeat_ngram + 1)
+        tuple(extended[start : start + no_repeat_ngram])
+        for start in range(len(extended) - no_repeat_ngram + 1)
     ]
     return ngrams[-1] in ngrams[:-1]

@@ -12,7 +12,7 @@ def text_of(job: str) -> str:
 
 
 def asked_by(arguments: list[str], asked_of_run: list[RunSettings]) -> RunSettings:
-    """What these arguments of `batchcap` ask of a run; `asked_of_run` is the fixture."""
+    """The run settings that these `batchcap` arguments give; `asked_of_run` is the fixture."""
     result = CliRunner().invoke(batchcap, arguments)
     assert result.exit_code == 0, result.output
     return asked_of_run[-1]

@@ -1,4 +1,4 @@
-"""What the tests of report share."""
+"""Helpers of the report tests."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from batchcap.evaluation.per_image import write_evaluation
 
 
 def make_photo(path: Path, colour: str = "red", size: tuple[int, int] = (320, 240)) -> str:
-    """Write a photo; returns its SHA-256."""
+    """Write a photo; return its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, "PNG")
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -24,13 +24,13 @@ def sum_of(content: object) -> str:
 
 
 def failed_row(image_id: object = 0, **columns: Any) -> Row:
-    """A row of a photo that has no caption: every column that is not named is null."""
+    """The row of a failed photo; columns that are not given are null."""
     filled = {"image_id": f"{image_id}", "status": "failed", "run_id": "r", "created_at": NOW}
     return dict.fromkeys(ARROW_SCHEMA.names) | filled | {"error_type": "corrupt"} | columns
 
 
 def captioned_row(image_id: object = 0, content: object = "photo", **columns: Any) -> Row:
-    """A row whose caption tells the content of its file."""
+    """A row whose caption contains the content of its file."""
     return (
         failed_row(image_id)
         | {

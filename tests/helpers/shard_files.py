@@ -1,4 +1,4 @@
-"""Archives of photos as their owners make them, and the photos listed from them."""
+"""Archives of photos like those of users, and the photos listed from them."""
 
 import io
 import tarfile
@@ -42,7 +42,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: Any = "w")
 
 
 def tar_of(*members: tuple[str, bytes | str] | tuple[str, bytes | str, dict[str, str]]) -> bytes:
-    """A tar of (name, content, pax headers): `/x` is a hard link to x, `>x` a soft one."""
+    """A tar of (name, content, pax headers): `/x` is a hard link to x, `>x` a symbolic one."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content, *headers in members:

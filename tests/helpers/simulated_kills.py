@@ -26,9 +26,9 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Death:
-    """The process dies before it changes a file for the time after `changes` others.
+    """The process dies after `changes` file changes, before the next one.
 
-    With `power_cut`, the machine dies too; the number seeds what is lost of what was not synced.
+    With `power_cut`, the machine dies too; the number is the RNG seed for the unsynced data lost.
     """
 
     changes: int
@@ -37,7 +37,7 @@ class Death:
 
 @dataclass(frozen=True)
 class NameChange:
-    """A name that was made, removed or moved, and what was there before."""
+    """A name that was made, removed or moved, and its file before."""
 
     path: Path
     source: Path | None = None  # the name that it had before
@@ -57,7 +57,7 @@ class NameChange:
             REAL["link"](self.kept, self.path)
 
     def moved(self, old: Path, new: Path) -> "NameChange":
-        """The same change, now that a folder has another name."""
+        """The same change, after a folder was renamed."""
 
         def at(path: Path | None) -> Path | None:
             return new / path.relative_to(old) if path and path.is_relative_to(old) else path
@@ -66,9 +66,9 @@ class NameChange:
 
 
 class Machine:
-    """A computer whose files lie in `root`, and of which it is known what has reached the disk.
+    """A computer whose files are in `root`, with a record of what has reached the disk.
 
-    `changes` counts what its last process has changed; `is_dead` says whether that was killed.
+    `changes` counts the file changes of its last process; `is_dead` is True if that was killed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -100,7 +100,7 @@ class Machine:
             self._cut_power(random.Random(death.power_cut))
 
     def change(self) -> None:
-        """Count a change that comes now.
+        """Count a change that is about to happen.
 
         Raises:
             Killed: the process has died before it.
@@ -110,10 +110,10 @@ class Machine:
             raise Killed
         self.changes += 1
 
-    def _cut_power(self, draws: random.Random) -> None:
+    def _cut_power(self, rng: random.Random) -> None:
         """Undo the last unsynced changes in each folder, and cut off the unsynced ends of files."""
         counts = Counter(change.path.parent for change in self._unsynced)
-        lost = {folder: draws.randint(0, number) for folder, number in counts.items()}
+        lost = {folder: rng.randint(0, number) for folder, number in counts.items()}
         for change in reversed(self._unsynced):
             if lost[change.path.parent]:
                 lost[change.path.parent] -= 1
@@ -122,19 +122,19 @@ class Machine:
             status = path.stat()
             synced = self._synced_sizes.get(status.st_ino, status.st_size)
             if path.is_file() and synced < status.st_size:
-                os.truncate(path, draws.randint(synced, status.st_size))
+                os.truncate(path, rng.randint(synced, status.st_size))
         self._unsynced.clear()
         self._synced_sizes.clear()
 
     def _place(self, path: Any, folder: int | None = None) -> Path:
-        """Where a path leads that may be relative to an opened folder."""
+        """Return a path that may be relative to an opened folder."""
         return Path("" if folder is None else path_of(folder), path)
 
     def _is_here(self, path: Any) -> bool:
         return isinstance(path, str | Path) and self._place(path).is_relative_to(self.root)
 
     def _keep(self, path: Path) -> Path | None:
-        """Another link to a file, so that a power cut can bring it back."""
+        """Make another link to a file, so that a power cut can restore it."""
         if not path.is_file():
             return None
         kept = self._kept / f"{next(self._numbers)}"
@@ -225,5 +225,5 @@ class _WrittenFile(io.FileIO):
 
 
 def path_of(descriptor: int) -> Path:
-    """Where an opened file or folder lies now."""
+    """The current path of an opened file or folder."""
     return Path(f"/proc/self/fd/{descriptor}").readlink()

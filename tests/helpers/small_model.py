@@ -1,6 +1,6 @@
 """A model small enough for tests: a CNN of three layers, and squares of plain colour to train on.
 
-As a program it is `batchcap` with that CNN among its backbones, where the newest epoch is the best.
+As a program, it is `batchcap` with that CNN as a backbone, and the newest epoch is the best.
 """
 
 import itertools
@@ -40,7 +40,7 @@ BATCHCAP = (sys.executable, __file__)
 
 
 def small_cnn(weights: str | None, shape: tuple[int, int, int]) -> keras.Model:
-    """A backbone that is traced in a moment: three convolutions, of 1/32 of the photo's side."""
+    """A backbone that traces quickly: three convolutions, down to 1/32 of the photo's side."""
     layers = [keras.Input(shape)]
     for number, stride in enumerate((8, 2, 2), 1):
         layers += [
@@ -75,11 +75,11 @@ def small_captioner(image_size: int) -> Captioner:
 def make_squares(folder: Path) -> Path:
     """64 training and 8 validation photos, captions as JSONL, and random backbone weights."""
     (folder / "images").mkdir()
-    noise = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     records = []
     for number in range(72):
         name, colour = list(COLOURS.items())[number % 4]
-        pixels = np.clip(np.array(colour) + noise.integers(-20, 20, (64, 64, 3)), 0, 255)
+        pixels = np.clip(np.array(colour) + rng.integers(-20, 20, (64, 64, 3)), 0, 255)
         image_id = f"{number:03}.png"
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / image_id)
         captions = [f"一个{name}的方块。", f"{name}的方块"]
@@ -93,7 +93,7 @@ def make_squares(folder: Path) -> Path:
 
 
 def settings_for(squares: Path, out: Path, **asked: Any) -> TrainSettings:
-    """A training that learns the colours in seconds, unless otherwise asked."""
+    """Settings that learn the colours in seconds, unless overridden by `asked`."""
     usual = {
         "annotations": (squares / "captions.jsonl",),
         "images": (squares / "images",),
@@ -140,7 +140,7 @@ def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[s
 def script_scores(
     patch: pytest.MonkeyPatch, scores: Iterable[float], losses: Iterable[float] = ()
 ) -> None:
-    """Let validation compute nothing, and give these CIDEr-D scores and losses, one a call."""
+    """Let validation return these CIDEr-D scores and losses, one per call, uncomputed."""
     others = dict.fromkeys(("val_accuracy", *METRICS), 0.0)
     ciders, all_losses = iter(scores), itertools.chain(losses, itertools.repeat(0.0))
     patch.setattr(
@@ -154,6 +154,6 @@ def script_scores(
 if __name__ == "__main__":
     from batchcap.cli import main
 
-    # A process that goes on after another counts on where that one was.
+    # The scores keep rising, also in a process that resumes another's training.
     script_scores(pytest.MonkeyPatch(), iter(time.time, None))
     main()

@@ -1,4 +1,4 @@
-"""Servers for tests: a real S3 API, a way to it that can jam, and HTTP that answers as told."""
+"""Servers for tests: a real S3 API, a proxy to it that jams, and a scripted web server."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ START_S = 60.0
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """The port of a server that is there while the block runs."""
+    """Run a server during the block; yield its port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -32,7 +32,7 @@ def s3_server() -> Iterator[int]:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What leads AWS's clients there, and nowhere else."""
+    """Variables that lead AWS's clients to this port only."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -45,9 +45,9 @@ def environment(port: int) -> dict[str, str]:
 
 @contextmanager
 def web_server(answers: Mapping[str, bytes]) -> Iterator[str]:
-    """The URL of a server that answers `HEAD /x` and `GET /x` with these bytes, head and body.
+    """Run a server that answers `HEAD /x` and `GET /x` with these bytes, head and body.
 
-    It closes the connection after each answer. What is not named is 404.
+    Yields its URL. It closes the connection after each answer. Other paths are 404.
     """
 
     class Answer(BaseHTTPRequestHandler):
@@ -72,13 +72,13 @@ def status(code: int) -> bytes:
 
 
 def answer(body: bytes, *headers: str) -> bytes:
-    """An answer of these headers, which need tell no length."""
+    """An answer with these headers, which may omit the length."""
     head = "\r\n".join(["HTTP/1.1 200 OK", "Connection: close", *headers])
     return head.encode() + b"\r\n\r\n" + body
 
 
 def _forget_servers() -> None:
-    """Have fsspec connect anew: it keeps connections by what it was told, but not the address."""
+    """Make fsspec connect anew: it reuses connections even if the address has changed."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -91,10 +91,10 @@ def _wait_for(port: int) -> None:
     raise TimeoutError("moto's server does not start")
 
 
-class JammedWay:
-    """A port that leads to another, until `mark` is sent: of that connection half goes through.
+class JammingProxy:
+    """A proxy to a port that jams at `mark`: it passes on half of that request's body.
 
-    `jammed` is set then. As its client dies, so does the connection to the server.
+    Then `jammed` is set. When the client dies, the connection to the server closes too.
     """
 
     def __init__(self, port: int, mark: bytes) -> None:

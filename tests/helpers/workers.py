@@ -1,4 +1,4 @@
-"""Workers around a captioner that tests have made, which read photos in their own process."""
+"""Workers around a captioner of a test; they read photos in their own process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def worker_of(
     attention: AttentionDetail = AttentionDetail.NONE,
     read: Callable[[Sequence[ImageRef]], list[LoadedImage]] | None = None,
 ) -> CaptionWorker:
-    """A worker that captions greedily; `read` takes the place of its reader pool."""
+    """A worker that captions greedily; `read` replaces its reader pool."""
     config = captioner.config
     worker = CaptionWorker(
         WorkerSettings(

@@ -1,4 +1,4 @@
-"""The recipe that makes weights for Keras of PyTorch's, on files made here."""
+"""The recipe that converts PyTorch weights to Keras, tested on generated files."""
 
 import importlib.util
 import pickle
@@ -30,14 +30,14 @@ def recipe() -> ModuleType:
 
 
 class Stored:
-    """Stands for a storage in a pickle, as PyTorch has it: by a persistent id."""
+    """Stands for a storage, which PyTorch pickles as a persistent id."""
 
     def __init__(self, kind: str, key: str) -> None:
         self.kind, self.key = kind, key
 
 
 class Global:
-    """Is pickled as the name of a function or class that need not exist here."""
+    """Is pickled as the name of a function or class, which need not exist here."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -93,13 +93,13 @@ def test_tensors_are_read_with_their_strides_and_types(recipe: ModuleType, tmp_p
     assert read["count"] == 12
 
 
-def test_a_file_that_wants_to_run_something_is_refused(recipe: ModuleType, tmp_path: Path) -> None:
+def test_file_that_would_run_code_is_refused(recipe: ModuleType, tmp_path: Path) -> None:
     write_pth(tmp_path / "w.pth", OrderedDict(a=Global("os system")), {})
-    with pytest.raises(pickle.UnpicklingError, match=r"os\.system has no place"):
+    with pytest.raises(pickle.UnpicklingError, match=r"os\.system does not belong"):
         recipe.read_tensors(tmp_path / "w.pth")
 
 
-def test_every_weight_of_the_network_is_taken_from_one_of_pytorch_s(recipe: ModuleType) -> None:
+def test_every_weight_comes_from_a_pytorch_tensor(recipe: ModuleType) -> None:
     backbone = build_efficientnet_lite("efficientnet-lite0", (64, 64, 3))
     asked: list[str] = []
 
@@ -121,7 +121,7 @@ def test_every_weight_of_the_network_is_taken_from_one_of_pytorch_s(recipe: Modu
 
 
 def photos_of(folder: Path, side: int) -> np.ndarray:
-    """As the original wants them."""
+    """Return the photos as inputs of the original network."""
     loaded = [load_image(path, LoadSettings(side)) for path in sorted(folder.rglob("*.jpg"))]
     return (np.stack([np.asarray(image.pixels) for image in loaded]).astype(np.float32) - 127) / 128
 
@@ -139,7 +139,7 @@ def original_of(recipe: ModuleType, name: str) -> tuple[keras.Model, dict[str, n
 def test_the_real_weights_know_a_cat_a_coffee_and_a_tripod(
     recipe: ModuleType, name: str, photos_folder: Path
 ) -> None:
-    """By the original's last convolution and classifier, of which captions make no use."""
+    """The original's last convolution and classifier, which captions do not use, name them."""
     backbone, tensors = original_of(recipe, name)
     features = backbone(photos_of(photos_folder, recipe.SIDES[name])).numpy()
     head = features @ tensors["_conv_head.weight"][:, :, 0, 0].T
@@ -153,7 +153,7 @@ def test_the_real_weights_know_a_cat_a_coffee_and_a_tripod(
 
 
 @pytest.mark.parametrize("name", WIDTH_AND_DEPTH)
-def test_every_block_gives_what_the_original_gives(
+def test_every_block_equals_the_original(
     recipe: ModuleType, name: str, photos_folder: Path
 ) -> None:
     torch = pytest.importorskip("torch", reason="the original runs on PyTorch, not installed here")

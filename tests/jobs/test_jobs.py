@@ -1,4 +1,4 @@
-"""The recipes in jobs/ for unattended runs, and the Dockerfile: each read by the tool it is for."""
+"""The recipes in jobs/ for unattended runs, and the Dockerfile, checked by their tools."""
 
 import os
 import re
@@ -35,7 +35,7 @@ needs_systemd = pytest.mark.skipif(
 
 
 def crontab() -> tuple[dict[str, str], list[str], str]:
-    """Its variables, the five time fields and the command of its only entry."""
+    """Return the variables of the crontab, and its entry's five time fields and command."""
     lines = [line for line in text_of("crontab").splitlines() if line and line[0] != "#"]
     variables = dict(line.split("=", 1) for line in lines[:-1])
     *times, command = lines[-1].split(maxsplit=5)
@@ -64,7 +64,7 @@ def commands() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("job", RECIPES)
-def test_a_recipe_opens_with_what_it_does_and_what_happens_then(job: str) -> None:
+def test_recipe_opens_with_its_purpose_and_behaviour(job: str) -> None:
     opening = re.match(r"(#.*\n)+", text_of(job))
     assert opening
     for word in ("Does", "Overlap", "Failure", "Shutdown"):
@@ -96,7 +96,7 @@ def test_the_command_of_a_recipe_is_accepted_with_all_of_nightly_toml(
 
 
 def test_the_metrics_are_written_beside_the_captions() -> None:
-    """The output folder is the only one that systemd and Kubernetes let the run write."""
+    """Systemd and Kubernetes let the run write only to the output folder."""
     settings = tomllib.loads(text_of("nightly.toml"))["run"]
     out = Path(commands()["crontab"][-1]).parent
     assert Path(settings["metrics-file"]).parent == out
@@ -113,14 +113,14 @@ def test_the_time_fields_of_the_crontab_are_valid() -> None:
             assert all(least <= int(number) <= most for number in re.findall(r"\d+", part)), name
 
 
-def test_the_command_of_the_crontab_is_shell_and_reaches_the_shell_whole() -> None:
+def test_command_of_the_crontab_is_valid_shell_without_percent_signs() -> None:
     command = crontab()[2]
     subprocess.run(["bash", "-n", "-c", command], check=True)
-    assert "%" not in command  # cron makes it a line break
+    assert "%" not in command  # cron turns it into a line break
 
 
 def run_by_cron(folder: Path, exit_code: int, log: Path) -> str:
-    """What cron would mail of a night whose batchcap says 30 lines and exits so."""
+    """Return cron's mail if batchcap prints 30 lines and exits with `exit_code`."""
     program = folder / "bin" / "batchcap"
     program.parent.mkdir(exist_ok=True)
     program.write_text(f'#!/bin/sh\necho "$@"\nseq -f "line %g" 30 >&2\nexit {exit_code}\n')
@@ -149,14 +149,14 @@ def test_cron_is_silent_when_all_is_well(tmp_path: Path, exit_code: int) -> None
 
 
 @pytest.mark.parametrize("exit_code", [1, 2, 3, 4, 137, 143])
-def test_cron_mails_the_end_of_the_log_when_not(tmp_path: Path, exit_code: int) -> None:
+def test_cron_mails_the_end_of_the_log_on_failure(tmp_path: Path, exit_code: int) -> None:
     log = tmp_path / "nightly.log"
     first, *others = run_by_cron(tmp_path, exit_code, log).splitlines()
     assert first == f"batchcap: exit code {exit_code}; the end of {log}:"
     assert others == [f"line {number}" for number in range(11, 31)]
 
 
-def test_cron_mails_when_there_is_no_place_for_the_log(tmp_path: Path) -> None:
+def test_cron_mails_if_the_log_cannot_be_written(tmp_path: Path) -> None:
     assert "missing/nightly.log" in run_by_cron(tmp_path, 0, tmp_path / "missing" / "nightly.log")
 
 
@@ -165,7 +165,7 @@ def test_cron_mails_when_there_is_no_place_for_the_log(tmp_path: Path) -> None:
 
 @pytest.fixture
 def units(tmp_path: Path) -> list[Path]:
-    """The units, with a program that exists: systemd-analyze looks for it."""
+    """Return the units with an existing program, which systemd-analyze checks."""
     written = [tmp_path / "batchcap.service", tmp_path / "batchcap.timer"]
     for unit in written:
         text = text_of(unit.name).replace("=/opt/batchcap/bin/batchcap ", f"={sys.executable} ")
@@ -174,7 +174,7 @@ def units(tmp_path: Path) -> list[Path]:
 
 
 def verified(units: list[Path]) -> str:
-    """What systemd objects to; it exits 0 with a key that it doesn't know."""
+    """Return systemd's objections; its exit code is 0 even for an unknown key."""
     verify = ["systemd-analyze", "verify", "--man=no", *map(str, units)]
     return subprocess.run(verify, capture_output=True, text=True, check=False).stderr
 
@@ -186,18 +186,18 @@ def test_systemd_accepts_the_units(units: list[Path]) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize(
-    ("line", "slip"),
+    ("line", "typo"),
     [("NoNewPrivileges=true", "NoNewPrivilege=true"), ("OnCalendar=*-*-* 02", "OnCalendar=*-* 25")],
 )
-def test_systemd_finds_a_slip_in_a_unit(units: list[Path], line: str, slip: str) -> None:
+def test_systemd_finds_a_typo_in_a_unit(units: list[Path], line: str, typo: str) -> None:
     for unit in units:
-        unit.write_text(unit.read_text(encoding="utf-8").replace(line, slip), encoding="utf-8")
+        unit.write_text(unit.read_text(encoding="utf-8").replace(line, typo), encoding="utf-8")
     assert verified(units) != ""
 
 
 @needs_systemd
 def test_systemd_finds_the_service_locked_down(units: list[Path]) -> None:
-    """Of 10, where 9.6 is a service without any of it."""
+    """The threshold is 2.0 of 10; a service without hardening has 9.6."""
     security = ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20"]
     result = subprocess.run([*security, units[0]], capture_output=True, text=True, check=False)
     if "unrecognized option" in result.stderr:
@@ -205,7 +205,7 @@ def test_systemd_finds_the_service_locked_down(units: list[Path]) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_the_service_s_stops_and_overlaps_are_no_failures() -> None:
+def test_stops_and_overlaps_of_the_service_are_not_failures() -> None:
     assert service()["Type"] == "oneshot"
     assert service()["SuccessExitStatus"].split() == ["5", "143"]
     assert (service()["KillMode"], service()["TimeoutStopSec"]) == ("mixed", "30")
@@ -220,7 +220,7 @@ def test_the_manifests_follow_kubernetes_schema(version: str) -> None:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_kubernetes_schema_finds_a_slip() -> None:
+def test_kubernetes_schema_finds_a_typo() -> None:
     cronjob = manifests()[1]
     cronjob["spec"]["concurencyPolicy"] = cronjob["spec"].pop("concurrencyPolicy")
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -231,8 +231,8 @@ def test_the_config_map_is_nightly_toml() -> None:
     assert manifests()[0]["data"] == {"nightly.toml": text_of("nightly.toml")}
 
 
-def test_what_the_pod_refers_to_exists() -> None:
-    """A schema sees no names."""
+def test_names_in_the_pod_exist() -> None:
+    """A schema does not check names."""
     config_map, _ = manifests()
     (container,) = pod()["containers"]
     volumes = {volume["name"]: volume for volume in pod()["volumes"]}
@@ -245,15 +245,15 @@ def test_what_the_pod_refers_to_exists() -> None:
     assert {str(Path(output).parent), "/tmp"} == writable
 
 
-def test_the_pod_is_the_dockerfile_s() -> None:
+def test_pod_fits_the_dockerfile() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert pod()["containers"][0]["image"] == f"batchcap:{__version__}"
     assert f"\nUSER {pod()['securityContext']['runAsUser']}\n" in dockerfile
     (cache,) = re.findall(r"XDG_CACHE_HOME=(\S+)", dockerfile)
-    assert cache.startswith("/tmp/")  # all that a read-only root leaves
+    assert cache.startswith("/tmp/")  # the only writable place beside the volumes
 
 
-def test_the_pod_can_do_nothing_that_it_need_not() -> None:
+def test_pod_has_minimal_privileges() -> None:
     (container,) = pod()["containers"]
     assert pod()["securityContext"]["runAsNonRoot"]
     assert container["securityContext"] == {
@@ -263,7 +263,7 @@ def test_the_pod_can_do_nothing_that_it_need_not() -> None:
     }
 
 
-def test_kubernetes_retries_what_a_retry_may_help() -> None:
+def test_kubernetes_retries_only_if_it_may_help() -> None:
     job = manifests()[1]["spec"]["jobTemplate"]["spec"]
     action_of = {
         code: rule["action"]
@@ -277,7 +277,7 @@ def test_kubernetes_retries_what_a_retry_may_help() -> None:
         if "onExitCodes" in rule
     }
     assert names == {pod()["containers"][0]["name"]}
-    assert pod()["restartPolicy"] == "Never"  # Kubernetes refuses a podFailurePolicy without
+    assert pod()["restartPolicy"] == "Never"  # required by podFailurePolicy
     assert pod()["terminationGracePeriodSeconds"] == 30
 
 

@@ -1,4 +1,4 @@
-"""The recipes in jobs/ for Ray: commands as batchcap reads them, pods as Kubernetes does."""
+"""The recipes in jobs/ for Ray: batchcap reads their commands, Kubernetes their pods."""
 
 import shlex
 import subprocess
@@ -35,7 +35,7 @@ def test_a_recipe_opens_with_three_lines_that_explain_it(recipe: str) -> None:
     assert "goes on from what is committed" in lines[2]
 
 
-def test_kuberay_s_driver_asks_for_as_many_workers_as_there_are(
+def test_kuberay_driver_requests_all_workers(
     asked_of_run: list[RunSettings],
 ) -> None:
     program, *arguments = shlex.split(ray_job()["entrypoint"])
@@ -48,7 +48,7 @@ def test_kuberay_s_driver_asks_for_as_many_workers_as_there_are(
 
 
 @pytest.mark.parametrize("pod", pods(), ids=["head", "worker"])
-def test_kuberay_s_pods_follow_kubernetes_schema(pod: dict[str, Any]) -> None:
+def test_kuberay_pods_follow_kubernetes_schema(pod: dict[str, Any]) -> None:
     whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **pod}
     kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
     (container,) = pod["spec"]["containers"]

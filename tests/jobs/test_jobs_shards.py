@@ -1,4 +1,4 @@
-"""The recipes in jobs/ that caption in shards, each read by the tool it is for, if that is here."""
+"""The recipes in jobs/ that caption in shards, checked by the tools they are for."""
 
 import os
 import re
@@ -44,11 +44,11 @@ def test_the_manifest_follows_kubernetes_schema(version: str) -> None:
     kubernetes_validate.validate(job(), version, strict=True)
 
 
-def test_kubernetes_schema_finds_a_slip() -> None:
-    slipped = job()
-    slipped["spec"]["completionmode"] = slipped["spec"].pop("completionMode")
+def test_kubernetes_schema_finds_a_typo() -> None:
+    wrong = job()
+    wrong["spec"]["completionmode"] = wrong["spec"].pop("completionMode")
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(slipped, kubernetes_validate.latest_version(), strict=True)
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_each_pod_has_a_shard_of_its_own(asked_of_run: list[RunSettings]) -> None:
@@ -61,8 +61,8 @@ def test_each_pod_has_a_shard_of_its_own(asked_of_run: list[RunSettings]) -> Non
         assert asked_by(arguments, asked_of_run).shard_numbers == (index, SHARDS)
 
 
-def test_the_pods_are_the_nightly_run_s() -> None:
-    """Its volumes, user and limits, which are checked there."""
+def test_pods_equal_those_of_the_nightly_run() -> None:
+    """Volumes, user and limits of the nightly pod are checked in `test_jobs.py`."""
     nightly = list(yaml.safe_load_all(text_of("cronjob.yaml")))[1]["spec"]["jobTemplate"]["spec"]
     nightly = nightly["template"]["spec"]
     assert pod()["securityContext"] == nightly["securityContext"]
@@ -76,22 +76,22 @@ def test_the_pods_are_the_nightly_run_s() -> None:
     assert mine["volumeMounts"] == mounts
 
 
-def test_kubernetes_retries_what_a_retry_may_help() -> None:
+def test_kubernetes_retries_only_if_it_may_help() -> None:
     action_of = {
         code: rule["action"]
         for rule in job()["spec"]["podFailurePolicy"]["rules"]
         for code in rule.get("onExitCodes", {"values": []})["values"]
     }
     assert action_of == {143: "Ignore", 2: "FailJob", 4: "FailJob", 3: "FailIndex"}
-    assert pod()["restartPolicy"] == "Never"  # Kubernetes refuses a podFailurePolicy without
-    assert job()["spec"]["backoffLimitPerIndex"] == 3  # which FailIndex asks for
+    assert pod()["restartPolicy"] == "Never"  # required by podFailurePolicy
+    assert job()["spec"]["backoffLimitPerIndex"] == 3  # required by FailIndex
 
 
 # Slurm
 
 
 def test_each_task_has_a_shard_of_its_own(tmp_path: Path, asked_of_run: list[RunSettings]) -> None:
-    """As Slurm runs it: a shell script with the task's number in its environment."""
+    """Run the script as Slurm does, with the task's number in its environment."""
     assert slurm_options()["array"] == f"0-{SHARDS - 1}"
     program = tmp_path / "batchcap"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -108,8 +108,8 @@ def test_each_task_has_a_shard_of_its_own(tmp_path: Path, asked_of_run: list[Run
         )
 
 
-def test_slurm_stops_a_task_as_batchcap_wants_it() -> None:
-    """SIGTERM to the script itself, which is batchcap by then, with more than its ten seconds."""
+def test_slurm_sends_sigterm_to_batchcap_in_time() -> None:
+    """The script, by then batchcap itself, gets SIGTERM well over ten seconds before the end."""
     target, number, seconds = re.split("[:@]", slurm_options()["signal"])
     assert (target, number) == ("B", "TERM")
     assert int(seconds) >= 30

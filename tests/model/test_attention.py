@@ -25,13 +25,13 @@ def one_hot(*cells: tuple[int, int]) -> npt.NDArray[np.float32]:
     return weights
 
 
-def test_one_cell():
+def test_weight_on_one_cell():
     (summary,) = summarise_attention(one_hot((2, 1))[None])
     expected = {"row": 2, "col": 1, "peak_row": 2, "peak_col": 1, "peak": 1, "entropy": 0}
     assert summary == expected
 
 
-def test_everywhere():
+def test_uniform_weights():
     (summary,) = summarise_attention(np.full((1, 3, 4), 1 / 12, np.float32))
     assert summary == pytest.approx(
         {
@@ -68,7 +68,7 @@ def test_caption_without_words_has_no_summaries():
     assert summarise_attention(np.zeros((0, 7, 7), np.float32)) == []
 
 
-def test_numbers_are_of_python_so_that_arrow_and_json_take_them():
+def test_summaries_hold_python_numbers_for_arrow_and_json():
     (summary,) = summarise_attention(one_hot((0, 0))[None])
     assert {name: type(number) for name, number in summary.items()} == {
         "row": float,

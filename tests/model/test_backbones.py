@@ -1,4 +1,4 @@
-"""Features against keras.applications called by hand; weights that fit and weights that do not."""
+"""Features against keras.applications called by hand; weights that fit or do not."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def mobilenet(**options: Any) -> keras.Model:
 
 @pytest.fixture(scope="module")
 def backbone() -> keras.Model:
-    """Random layers, of which each makes what it sees a little larger, not next to nothing."""
+    """Random layers that amplify their input a little, so that features are not nearly 0."""
     keras.utils.set_random_seed(1)
     backbone = build_backbone(CONFIG, None)
     for variable in backbone.variables:
@@ -51,7 +51,7 @@ def pixels() -> npt.NDArray[np.uint8]:
     return np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def test_features_are_those_of_keras_in_row_major_order(backbone, pixels):
+def test_features_equal_those_of_keras_in_row_major_order(backbone, pixels):
     by_hand = mobilenet()
     by_hand.set_weights(backbone.get_weights())
     grid = by_hand(pixels.astype(np.float32) / 127.5 - 1, training=False).numpy()
@@ -64,7 +64,7 @@ def test_features_are_those_of_keras_in_row_major_order(backbone, pixels):
     assert len(np.unique(features[0].round(2), axis=0)) == CELLS * CELLS
 
 
-def test_input_range_is_what_black_and_white_become(backbone, pixels):
+def test_input_range_sets_the_values_of_black_and_white(backbone, pixels):
     config = BackboneConfig("mobilenet", image_size=SIZE, input_range=(0.0, 1.0))
     expected = backbone(pixels.astype(np.float32) / 255, training=False).numpy()
     features = extract_features(backbone, config, pixels).numpy()
@@ -72,7 +72,7 @@ def test_input_range_is_what_black_and_white_become(backbone, pixels):
 
 
 def first_convolution_sees(name: str, input_range: tuple[float, float]) -> npt.NDArray[Any]:
-    """What real photos are at the first convolution of a backbone."""
+    """Return real photos as the backbone's first convolution sees them."""
     settings = LoadSettings(SIZE)
     photos = [load_image(path, settings).pixels for path in sorted(PHOTOS.glob("*.jpg"))]
     config = BackboneConfig(name, SIZE, input_range)
@@ -84,13 +84,13 @@ def first_convolution_sees(name: str, input_range: tuple[float, float]) -> npt.N
 
 @pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"small"}))
 def test_photos_have_a_spread_of_about_1_at_the_first_convolution(name):
-    """By one range for all, EfficientNet saw photos of nearly no contrast."""
+    """With one range for all backbones, EfficientNet saw photos almost without contrast."""
     seen = first_convolution_sees(name, choose_input_range(name, None))
     assert 0.4 < seen.std() < 3
     assert np.abs(seen.mean()) < seen.std()
 
 
-def test_an_unusual_input_range_is_warned_of(caplog):
+def test_unusual_input_range_is_warned_about(caplog):
     assert choose_input_range("efficientnet-b0", (0.0, 255.0)) == (0, 255)
     assert choose_input_range("efficientnet-lite0", (-1.0, 1.0)) == (-1, 1)
     assert not caplog.records
@@ -98,7 +98,9 @@ def test_an_unusual_input_range_is_warned_of(caplog):
     assert "weights of efficientnet-b0 expect pixels from 0 to 255" in caplog.text
 
 
-def test_efficientnet_b0_is_that_of_keras_and_its_weights_carry_all(pixels, tmp_path, monkeypatch):
+def test_efficientnet_b0_equals_that_of_keras_and_its_weights_are_complete(
+    pixels, tmp_path, monkeypatch
+):
     """Keras normalises in two layers that assigned weights don't reach."""
     options = {"include_top": False, "input_shape": (SIZE, SIZE, 3)}
     released = keras.applications.EfficientNetB0(weights=None, **options)
@@ -123,7 +125,7 @@ def test_efficientnet_b0_is_that_of_keras_and_its_weights_carry_all(pixels, tmp_
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"small"}))
-def test_features_follow_from_the_weights_alone(name, pixels):
+def test_features_depend_on_the_weights_alone(name, pixels):
     config = BackboneConfig(name, SIZE, choose_input_range(name, None))
     backbone, other = build_backbone(config, None), build_backbone(config, None)
     assert [weight.path for weight in backbone.weights] == [w.path for w in other.weights]
@@ -146,7 +148,7 @@ def test_backbone_is_frozen(backbone):
     assert backbone.trainable_variables == []
 
 
-def test_unknown_name_is_refused_with_the_known_ones():
+def test_unknown_name_is_refused_and_known_ones_are_listed():
     with pytest.raises(ModelError, match=r"'telescope' is unknown.*mobilenet"):
         build_backbone(BackboneConfig("telescope"), None)
 
@@ -157,7 +159,7 @@ def test_missing_weights_file_is_named(tmp_path):
         build_backbone(CONFIG, missing)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras says much of what it misses
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras warns about missing weights
 def test_weights_of_another_network_are_refused(tmp_path):
     narrower = tmp_path / "narrower.weights.h5"
     mobilenet(alpha=0.25).save_weights(narrower)
@@ -166,7 +168,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "notes.h5", "notes.weights.h5"])
-def test_file_that_holds_no_weights_is_refused(tmp_path: Path, name):
+def test_file_without_weights_is_refused(tmp_path: Path, name):
     notes = tmp_path / name
     notes.write_text("no weights")
     with pytest.raises(ModelError, match=str(notes)):
@@ -174,7 +176,7 @@ def test_file_that_holds_no_weights_is_refused(tmp_path: Path, name):
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_weights_with_a_number_that_is_none_are_refused(backbone, tmp_path, number):
+def test_weights_that_are_not_finite_are_refused(backbone, tmp_path, number):
     copy = keras.models.clone_model(backbone)
     copy.set_weights(backbone.get_weights())
     kernel = copy.weights[0].numpy()
@@ -185,7 +187,7 @@ def test_weights_with_a_number_that_is_none_are_refused(backbone, tmp_path, numb
         build_backbone(CONFIG, tmp_path / "w.weights.h5")
 
 
-def test_digest_is_of_the_weights(backbone):
+def test_equal_weights_have_equal_digests(backbone):
     copy = mobilenet()
     assert weights_digest(copy) != weights_digest(backbone)
     copy.set_weights(backbone.get_weights())

@@ -72,7 +72,7 @@ class Written(NamedTuple):
     """A caption without its attention."""
 
     tokens: list[int]
-    log_probs: list[float]  # END's comes last, where it was reached
+    log_probs: list[float]  # END's comes last, if it was reached
     finished: bool
 
 
@@ -87,9 +87,9 @@ def caption_photos(
     batch_size: int = BATCH,
     **settings: float,
 ) -> list[Written]:
-    """Captions of any number of photos; the last batch is padded.
+    """Caption any number of photos; the last batch is padded.
 
-    Features are extracted by `BATCH`, whatever the batch size: each size takes 150 MB for good.
+    Features are always extracted `BATCH` at a time: each batch size takes 150 MB for good.
     """
     asked = DecodeSettings(captioner.config.decoder.max_length, **settings)
     keys = keys or photo_keys(photos)
@@ -122,12 +122,12 @@ def greedy_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
 
 
 @pytest.fixture(scope="module")
-def drawn_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
+def sampled_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
     return caption_photos(captioner, photos, temperature=1.0)
 
 
 def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Written]:
-    """One photo alone, and no cache: the whole caption is read anew for each word.
+    """Return a captioner for one photo, without a cache: it rereads the caption for each word.
 
     The two calls of the network are compiled for speed; the loop is plain Python.
     """
@@ -154,7 +154,7 @@ def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Written]:
 
 
 def assert_same_captions(captions: list[Written], expected: list[Written]) -> None:
-    """Equal words and log-probabilities, up to a word that is as probable as another.
+    """Assert equal words and log-probabilities, up to a tie of two words.
 
     Which of the two is chosen depends on how a CPU rounds.
     """
@@ -175,15 +175,15 @@ def count_differing(captions: list[Written], others: list[Written]) -> int:
     return sum(a.tokens != b.tokens for a, b in zip(captions, others, strict=True))
 
 
-def assert_captioned_naively(captioner: Captioner, photos: Pixels) -> None:
+def assert_equal_to_naive_loop(captioner: Captioner, photos: Pixels) -> None:
     naive = naive_captioner(captioner)
     expected = [naive(photo) for photo in photos]
     assert len({tuple(caption.tokens) for caption in expected}) > len(photos) / 4
     assert_same_captions(caption_photos(captioner, photos), expected)
 
 
-def test_captions_of_photos_are_those_of_a_naive_loop(captioner, photo_crops):
-    assert_captioned_naively(captioner, photo_crops[:48])
+def test_captions_equal_those_of_a_naive_loop(captioner, photo_crops):
+    assert_equal_to_naive_loop(captioner, photo_crops[:48])
 
 
 def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixels:
@@ -194,8 +194,8 @@ def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixel
 
 
 @pytest.mark.slow
-def test_captions_of_flickr8k_are_those_of_a_naive_loop(captioner, flickr8k):
-    assert_captioned_naively(captioner, validation_photos(captioner, flickr8k, 200))
+def test_captions_of_flickr8k_equal_those_of_a_naive_loop(captioner, flickr8k):
+    assert_equal_to_naive_loop(captioner, validation_photos(captioner, flickr8k, 200))
 
 
 def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions):
@@ -203,9 +203,9 @@ def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_capt
     assert_same_captions(captions, greedy_captions)
 
 
-def test_draws_do_not_depend_on_the_batch_size(captioner, photos, drawn_captions):
+def test_samples_do_not_depend_on_the_batch_size(captioner, photos, sampled_captions):
     captions = caption_photos(captioner, photos, batch_size=3, temperature=1.0)
-    assert_same_captions(captions, drawn_captions)
+    assert_same_captions(captions, sampled_captions)
 
 
 def test_captions_do_not_depend_on_the_order(captioner, photos, greedy_captions):
@@ -213,30 +213,30 @@ def test_captions_do_not_depend_on_the_order(captioner, photos, greedy_captions)
     assert_same_captions(backwards[::-1], greedy_captions)
 
 
-def test_draws_do_not_depend_on_the_order(captioner, photos, drawn_captions):
+def test_samples_do_not_depend_on_the_order(captioner, photos, sampled_captions):
     keys = photo_keys(photos)[::-1]
     backwards = caption_photos(captioner, photos[::-1], keys, temperature=1.0)
-    assert_same_captions(backwards[::-1], drawn_captions)
+    assert_same_captions(backwards[::-1], sampled_captions)
 
 
-def test_another_seed_draws_other_captions(captioner, photos, drawn_captions):
+def test_another_seed_samples_other_captions(captioner, photos, sampled_captions):
     again = caption_photos(captioner, photos, temperature=1.0, seed=0)
-    assert_same_captions(again, drawn_captions)
+    assert_same_captions(again, sampled_captions)
     other = caption_photos(captioner, photos, temperature=1.0, seed=1)
-    assert count_differing(other, drawn_captions) > BATCH / 2
+    assert count_differing(other, sampled_captions) > BATCH / 2
 
 
-def test_seed_does_not_matter_where_nothing_is_drawn(captioner, photos, greedy_captions):
+def test_greedy_captions_do_not_depend_on_the_seed(captioner, photos, greedy_captions):
     assert_same_captions(caption_photos(captioner, photos, seed=1), greedy_captions)
 
 
-def test_copies_of_a_photo_under_other_keys_are_drawn_apart(captioner, photos):
+def test_copies_of_a_photo_with_other_keys_get_other_samples(captioner, photos):
     copies = np.repeat(photos[:1], BATCH, axis=0)
     captions = caption_photos(captioner, copies, temperature=1.0)
     assert len({tuple(caption.tokens) for caption in captions}) > BATCH / 4
 
 
-def test_captions_of_photos_are_those_of_their_features(captioner, photos, greedy_captions):
+def test_captions_of_photos_equal_those_of_their_features(captioner, photos, greedy_captions):
     settings = DecodeSettings(captioner.config.decoder.max_length)
     captions = captioner.caption(photos, settings, photo_keys(photos))
     assert_same_captions(written(captions), greedy_captions)
@@ -248,7 +248,7 @@ def beam_captions(captioner: Captioner, photo_crops: Pixels) -> list[Written]:
 
 
 def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> Any:
-    """Plain Python, one photo alone, every caption read anew for each word."""
+    """Return a beam search for one photo in plain Python: it rereads captions for each word."""
     decoder = captioner.decoder
 
     @tf.function(reduce_retracing=True)
@@ -270,20 +270,20 @@ def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> A
     return caption
 
 
-def assert_searched_plainly(captioner: Captioner, photos: Pixels) -> None:
+def assert_equal_to_plain_beam_search(captioner: Captioner, photos: Pixels) -> None:
     naive = naive_beam(captioner, 3, 1.0)
     captions = caption_photos(captioner, photos, beam_size=3, length_penalty=1.0)
     assert_same_captions(captions, [naive(photo) for photo in photos])
 
 
 @pytest.mark.slow
-def test_beam_search_of_photos_is_that_of_plain_python(captioner, photo_crops):
-    assert_searched_plainly(captioner, photo_crops[:8])
+def test_beam_search_equals_plain_python(captioner, photo_crops):
+    assert_equal_to_plain_beam_search(captioner, photo_crops[:8])
 
 
 @pytest.mark.slow
-def test_beam_search_of_100_photos_of_flickr8k_is_that_of_plain_python(captioner, flickr8k):
-    assert_searched_plainly(captioner, validation_photos(captioner, flickr8k, 100))
+def test_beam_search_of_flickr8k_equals_plain_python(captioner, flickr8k):
+    assert_equal_to_plain_beam_search(captioner, validation_photos(captioner, flickr8k, 100))
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_beam_captions_do_not_depend_on_the_batch_size(captioner, photo_crops, b
 
 
 @pytest.mark.slow
-def test_limited_draws_do_not_depend_on_the_batch_size(captioner, photos):
+def test_top_k_and_top_p_samples_do_not_depend_on_the_batch_size(captioner, photos):
     limits = {"top_k": 20, "top_p": 0.9}
     whole = caption_photos(captioner, photos, temperature=1.0, **limits)
     assert_same_captions(
@@ -309,7 +309,7 @@ def test_length_limit_cuts_greedy_captions_and_changes_no_word(captioner, photos
         assert short.tokens == whole.tokens[:3]
 
 
-def test_uniform_draws_are_of_key_and_seed_alone():
+def test_uniform_draws_depend_on_key_and_seed_alone():
     settings = DecodeSettings(max_length=9, temperature=1.0, seed=3)
     draws = uniform_draws(settings, ["a", "b", "a"])
     np.testing.assert_array_equal(draws[0], draws[2])
@@ -319,12 +319,12 @@ def test_uniform_draws_are_of_key_and_seed_alone():
     assert not np.isin(other_seed, draws).any()
 
 
-def test_shipped_vocabulary_speaks_chinese(captioner):
+def test_shipped_vocabulary_is_chinese(captioner):
     assert {"一个", "狗", "草地"} <= set(captioner.vocabulary.words)
 
 
 def tiny_cnn(weights: None, input_shape: tuple[int, int, int]) -> keras.Sequential:
-    """A backbone that is made in no time."""
+    """A backbone that is built in no time."""
     layer = keras.layers.Conv2D(3, 32, strides=32, name="conv")
     return keras.Sequential([keras.Input(input_shape), layer], name="tiny")
 
@@ -357,7 +357,7 @@ def weights_of(captioner: Captioner) -> dict[str, npt.NDArray[Any]]:
     return get_weights(captioner.backbone, captioner.decoder)
 
 
-def test_saved_model_is_loaded_as_it_was(tiny_captioner, model):
+def test_saved_model_is_loaded_as_stored(tiny_captioner, model):
     loaded = load_captioner(model)
     assert loaded.config == tiny_captioner.config
     assert loaded.vocabulary == tiny_captioner.vocabulary
@@ -374,7 +374,7 @@ def test_rounded_weights_are_loaded_unchanged(tiny_captioner, tmp_path):
         np.testing.assert_array_equal(loaded[name], weight)
 
 
-def test_shipped_model_saved_again_is_the_same(captioner, tmp_path):
+def test_shipped_model_is_the_same_when_saved_again(captioner, tmp_path):
     save_captioner(captioner, tmp_path)
     for name in MODEL_FILES:
         assert (tmp_path / name).read_bytes() == (DEFAULT_MODEL / name).read_bytes()
@@ -392,14 +392,14 @@ def test_fingerprint_changes_with_any_byte_that_changes_captions(model, name):
 
 
 @pytest.mark.parametrize("name", [METRICS_FILE, CARD_FILE])
-def test_fingerprint_leaves_out_what_changes_no_caption(model, name):
+def test_fingerprint_ignores_files_that_change_no_caption(model, name):
     original = fingerprint(model)
     (model / name).write_text("{}")
     assert fingerprint(model) == original
 
 
 def assert_refused(model: Path, name: str, *details: str) -> None:
-    """Loading says which file is wrong, and where."""
+    """Assert that loading names the invalid file and the details."""
     with pytest.raises(ModelError) as refusal:
         load_captioner(model)
     for part in (str(model), name, *details):
@@ -417,7 +417,7 @@ def test_missing_directory_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{\0}\0"])
-def test_config_that_is_no_json_object_is_refused(model, content):
+def test_config_that_is_not_a_json_object_is_refused(model, content):
     (model / CONFIG_FILE).write_bytes(content)
     assert_refused(model, CONFIG_FILE)
 
@@ -531,7 +531,7 @@ def write_nothing(path: Path) -> None:
 
 
 def write_float8(path: Path) -> None:
-    """A type that numpy does not have."""
+    """Numpy lacks this type."""
     tensor = {"dtype": "F8_E4M3", "shape": [7], "data_offsets": [0, 7]}
     header = json.dumps({"decoder/output/bias": tensor}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(7))
@@ -540,7 +540,7 @@ def write_float8(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [write_pickle, write_hdf5, cut_in_half, cut_last_byte, write_nothing, write_float8]
 )
-def test_weights_that_are_no_whole_safetensors_are_refused(model, damage):
+def test_damaged_or_foreign_weights_are_refused(model, damage):
     damage(model / WEIGHTS_FILE)
     assert_refused(model, WEIGHTS_FILE, "damaged")
 
@@ -611,7 +611,7 @@ def write_saved_model(path: Path, canary: Path) -> None:
         write_saved_model,
     ],
 )
-def test_hostile_model_is_refused_and_nothing_of_it_is_run(model, tmp_path, attack):
+def test_hostile_model_is_refused_and_runs_no_code(model, tmp_path, attack):
     canary = tmp_path / "canary"
     attack(model / WEIGHTS_FILE, canary)
     canary.unlink(missing_ok=True)
@@ -627,7 +627,7 @@ def test_hostile_model_is_refused_and_nothing_of_it_is_run(model, tmp_path, atta
 
 @pytest.fixture
 def change_weights(model: Path) -> Callable[..., None]:
-    """Replaces tensors of `model.safetensors`; None takes one away."""
+    """Replaces tensors of `model.safetensors`; None removes one."""
 
     def change(changes: dict[str, npt.NDArray[Any] | None]) -> None:
         weights = load_file(model / WEIGHTS_FILE) | changes
@@ -646,7 +646,7 @@ def test_missing_tensor_is_named(model, change_weights, name):
 @pytest.mark.parametrize("name", ["backbone/head/kernel", "decoder/layer_1/narrow/bias"])
 def test_unknown_tensor_is_named(model, change_weights, name):
     change_weights({name: np.zeros(3, np.float16)})
-    assert_refused(model, WEIGHTS_FILE, "the model does not", name)
+    assert_refused(model, WEIGHTS_FILE, "has the unknown tensor", name)
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 7), ()])
@@ -656,13 +656,13 @@ def test_tensor_of_wrong_shape_is_named(model, change_weights, shape):
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_tensor_with_a_number_that_is_none_is_named(model, change_weights, number):
+def test_tensor_that_is_not_finite_is_named(model, change_weights, number):
     bias = np.zeros(7, np.float16)
     bias[4] = number
     change_weights({"decoder/output/bias": bias})
     assert_refused(model, WEIGHTS_FILE, "decoder/output/bias", "not finite")
 
 
-def test_unharmed_model_is_not_refused(model, change_weights):
+def test_valid_model_is_accepted(model, change_weights):
     change_weights({"decoder/output/bias": np.zeros(7, np.float16)})
     load_captioner(model)

@@ -29,7 +29,7 @@ LETTERS = string.ascii_lowercase
 FIRST_LETTER = len(SPECIAL_WORDS)
 WORDS = FIRST_LETTER + len(LETTERS)
 LIMIT = 8
-BABBLE = "z"  # what a script says when it is over
+BABBLE = "z"  # follows the end of a script
 BANNED_LOGIT = -1e9
 HIGHEST_UNIFORM = np.float32(1 - 2**-24)
 
@@ -37,19 +37,19 @@ batches = st.lists(st.text(f"{LETTERS}.", max_size=LIMIT), min_size=2, max_size=
 
 
 def ids(script: str) -> list[int]:
-    """Ids of a script and the babble after it, LIMIT of them."""
+    """Return LIMIT ids: those of a script, then babble."""
     chars = script.ljust(LIMIT, BABBLE)
     return [END_ID if char == "." else FIRST_LETTER + LETTERS.index(char) for char in chars]
 
 
 def spell(_tokens: Any, _position: Any, rest: Any, _image: Any) -> tuple[Any, Any, Any]:
-    """A step function: says the first word of `rest`, and looks at that word's cell."""
+    """A step function that writes the first word of `rest` and attends to that word's cell."""
     logits = 10 * tf.one_hot(rest[:, :, 0], WORDS)
     return logits, tf.one_hot(rest[:, :, 0], WORDS), tf.roll(rest, -1, axis=2)
 
 
 def generation_of(step: Any, grid_cells: int, **how: Any) -> Generation:
-    """Greedy, of LIMIT words, with nothing barred, unless asked otherwise."""
+    """By default greedy, of LIMIT words, with nothing barred."""
     usual = {"max_length": LIMIT, "logit_filter": logit_filter(0, 0), "choose": greedy}
     return Generation(step=step, grid_cells=grid_cells, **(usual | how))
 
@@ -89,7 +89,7 @@ def log_softmax(logits: Any) -> npt.NDArray[np.float64]:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def test_first_word_is_asked_of_start_and_each_next_one_of_the_last():
+def test_first_step_reads_start_and_each_next_one_the_last_word():
     asked = []
 
     def listen(tokens: Any, position: Any, rest: Any, image: Any) -> tuple[Any, Any, Any]:
@@ -101,7 +101,7 @@ def test_first_word_is_asked_of_start_and_each_next_one_of_the_last():
     assert asked == [(0, [[START_ID]]), (1, [[o]]), (2, [[n]])]
 
 
-def test_rows_begin_with_the_ids_they_are_given():
+def test_rows_begin_with_their_start_ids():
     asked = []
 
     def listen(tokens: Any, position: Any, rest: Any, image: Any) -> tuple[Any, Any, Any]:
@@ -126,11 +126,11 @@ def test_finished_row_writes_nothing_more():
     assert (decoded.attention[0, 3:] == 0).all()
 
 
-def test_row_is_the_same_beside_other_rows():
+def test_row_does_not_depend_on_other_rows():
     assert_same_row(decode_scripts("cat.", "giraffe."), 0, decode_scripts("cat.", "a."), 0)
 
 
-def test_end_at_once_is_an_empty_finished_caption():
+def test_immediate_end_is_an_empty_finished_caption():
     decoded = decode_scripts(".", "a.")
     assert spelled(decoded) == ["", "a"]
     assert decoded.finished[0]
@@ -178,7 +178,7 @@ def test_loop_ends_with_the_last_row(batch, expected):
     assert steps.numpy() == expected
 
 
-def test_attention_is_of_words_and_not_of_end():
+def test_attention_covers_words_but_not_end():
     decoded = decode_scripts("cat.", "a.")
     expected = np.zeros((LIMIT, WORDS))
     expected[range(3), ids("cat")[:3]] = 1
@@ -186,7 +186,7 @@ def test_attention_is_of_words_and_not_of_end():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
-def test_log_probs_are_those_of_temperature_one(temperature):
+def test_log_probs_do_not_depend_on_the_temperature(temperature):
     rows = 40
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(rows, LIMIT, WORDS)).astype(np.float32)
@@ -205,15 +205,16 @@ def test_log_probs_are_those_of_temperature_one(temperature):
     expected = log_softmax(logits)
     for row in range(rows):
         words = decoded.tokens[row, : decoded.lengths[row]].numpy().tolist()
-        said = [*words, END_ID] if decoded.finished[row] else words
+        chosen = [*words, END_ID] if decoded.finished[row] else words
+        places = range(len(chosen))
         np.testing.assert_allclose(
-            decoded.log_probs[row, : len(said)], expected[row, range(len(said)), said], rtol=1e-4
+            decoded.log_probs[row, : len(chosen)], expected[row, places, chosen], rtol=1e-4
         )
 
 
 @settings(deadline=None)
 @given(batches)
-def test_batch_of_sentences_is_each_sentence_alone(batch):
+def test_batch_equals_its_sentences_alone(batch):
     together = decode_scripts(*batch)
     assert spelled(together) == [script.ljust(LIMIT, BABBLE).partition(".")[0] for script in batch]
     for row, script in enumerate(batch):
@@ -223,7 +224,7 @@ def test_batch_of_sentences_is_each_sentence_alone(batch):
 def draw(
     logits: Any, temperature: float, uniforms: Any, top_k: int | None = None, top_p: float = 1.0
 ) -> npt.NDArray[np.int32]:
-    """One word per uniform, each from the same logits."""
+    """Sample a word per uniform, all from the same logits."""
     column = np.asarray(uniforms, np.float32)[:, None]
     rows = np.broadcast_to(np.float32(logits), (len(column), len(logits)))
     return sampler(temperature, top_k, top_p)(tf.constant(rows), column[:, 0]).numpy()
@@ -316,14 +317,14 @@ def test_banned_words_are_never_drawn(banned, temperature, uniform):
     ("top_k", "top_p", "kept"), [(3, 1.0, 3), (None, 0.49, 15), (20, 0.49, 10)]
 )
 @pytest.mark.parametrize("compiled", [False, True])
-def test_of_equally_probable_words_those_with_the_lowest_ids_are_kept(compiled, top_k, top_p, kept):
+def test_ties_keep_the_lowest_ids(compiled, top_k, top_p, kept):
     choose = tf.function(sampler(1.0, top_k, top_p), jit_compile=compiled)
     drawn = choose(tf.zeros((len(GRID), WORDS)), tf.constant(GRID, tf.float32)).numpy()
     assert set(drawn) == set(range(kept))
 
 
 def boundaries(logits: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Any:
-    """The float32 numbers around those where one word follows another."""
+    """Return the float32 numbers around the boundaries between words."""
     probabilities = np.where(kept, np.exp(np.float64(logits) - logits.max()), 0)
     sums = np.cumsum(probabilities / probabilities.sum())[kept]
     steps = np.round(sums * 2**24)[:, None] + np.arange(-16, 17)
@@ -331,8 +332,8 @@ def boundaries(logits: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> 
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(20, 1.0), (None, 0.9)])
-def test_compiled_draws_are_of_kept_words_only(top_k, top_p):
-    """XLA's cumulative sum rises at words of probability 0 too: each run drew some of them."""
+def test_compiled_sampling_draws_kept_words_only(top_k, top_p):
+    """XLA's cumulative sum rises even at words of probability 0: each run drew some of them."""
     size, rows = 2108, 2048
     choose = tf.function(sampler(1.0, top_k, top_p), jit_compile=True)
     for seed in range(3):
@@ -352,7 +353,7 @@ def test_greedy_takes_the_most_probable_word():
     assert greedy(tf.constant([[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]), None).numpy().tolist() == [1, 0]
 
 
-def test_end_is_barred_before_the_fewest_words_and_its_log_probability_stays():
+def test_end_is_barred_before_min_length():
     bar = logit_filter(min_length=2, no_repeat_ngram=0)
     logits = 10 * tf.one_hot([END_ID], WORDS)
     tokens = tf.zeros((1, LIMIT), tf.int32)
@@ -372,7 +373,7 @@ def scripted_tables(rng: np.random.Generator, images: int) -> npt.NDArray[np.flo
 
 
 def read_table(tokens: Any, position: Any, cache: Any, tables: Any) -> tuple[Any, Any, Any]:
-    """A step function that also counts in its cache what was read: `[B, C, V]`."""
+    """A step function whose cache counts the words read: `[B, C, V]`."""
     logits = tf.gather(tables[:, position], tokens, batch_dims=1)
     cache = cache + tf.one_hot(tokens, FEW_WORDS)
     return logits, cache, cache
@@ -387,7 +388,7 @@ def next_in(table: npt.NDArray[np.float32]) -> Any:
     return next_log_probs
 
 
-def assert_holds_words_alone(decoded: Decoded, row: int) -> None:
+def assert_holds_words_then_padding(decoded: Decoded, row: int) -> None:
     words = decoded.tokens[row].numpy()
     length = int(decoded.lengths[row])
     assert (words[:length] > END_ID).all()
@@ -403,7 +404,7 @@ def assert_holds_words_alone(decoded: Decoded, row: int) -> None:
     min_length=st.integers(0, LIMIT),
     no_repeat_ngram=st.integers(0, 3),
 )
-def test_beam_search_is_that_of_plain_python(
+def test_beam_search_equals_plain_python(
     batch, seed, beam_size, length_penalty, min_length, no_repeat_ngram
 ):
     tables = scripted_tables(np.random.default_rng(seed), batch)
@@ -421,13 +422,13 @@ def test_beam_search_is_that_of_plain_python(
             next_in(table), beam_size, length_penalty, LIMIT, min_length, no_repeat_ngram
         )
         length = int(decoded.lengths[row])
-        assert_holds_words_alone(decoded, row)
+        assert_holds_words_then_padding(decoded, row)
         tokens = decoded.tokens[row, :length].numpy().tolist()
         assert (tokens, bool(decoded.finished[row])) == (best.tokens, best.finished)
         log_probs = decoded.log_probs[row, : len(best.log_probs)]
         np.testing.assert_allclose(log_probs, best.log_probs, atol=1e-4)
         assert not decoded.log_probs[row, len(best.log_probs) :].numpy().any()
-        # What each word saw is of its own caption: how often each word had been read before.
+        # A word's attention is its own caption's: how often each word had been read before.
         for place in range(length):
             read = np.bincount([START_ID, *tokens[:place]], minlength=FEW_WORDS)
             np.testing.assert_array_equal(decoded.attention[row, place], read)
@@ -454,19 +455,19 @@ def test_greedy_captions_repeat_no_ngram(seed, min_length, no_repeat_ngram):
 
 
 @pytest.mark.parametrize("choose", [greedy, sampler(1.0, None, 1.0), sampler(1.0, 2, 0.9)])
-def test_a_caption_ends_where_every_word_is_barred(choose):
-    """It went on with padding, though three words can't fill eight positions without repeating."""
+def test_caption_ends_where_every_word_is_barred(choose):
+    """Padding followed, since three words cannot fill eight positions without repeating."""
     tables = scripted_tables(np.random.default_rng(7), 20)
     decoded = decode_tables(tables, choose, logit_filter(min_length=LIMIT, no_repeat_ngram=1))
     assert decoded.lengths.numpy().tolist() == [FEW_WORDS - FIRST_LETTER] * 20
     assert decoded.finished.numpy().all()
     for row in range(20):
-        assert_holds_words_alone(decoded, row)
+        assert_holds_words_then_padding(decoded, row)
 
 
 @pytest.mark.parametrize("beam_size", [2, 5])
-def test_the_best_that_ended_is_returned_whatever_the_length_penalty(beam_size):
-    """Lengths to the power of 10 put every score below where the best one started."""
+def test_best_finished_caption_is_returned_with_any_length_penalty(beam_size):
+    """Lengths to the power of 10 put every score below the best one's initial value."""
     tables = np.full((1, LIMIT, FEW_WORDS, FEW_WORDS), BANNED_LOGIT, np.float32)
     tables[..., FIRST_LETTER:] = 0
     tables[..., END_ID] = 1
@@ -482,19 +483,19 @@ def test_the_best_that_ended_is_returned_whatever_the_length_penalty(beam_size):
     expected = plain_beam_search(next_in(tables[0]), beam_size, -10.0, LIMIT, 6)
     assert expected.finished
     assert bool(decoded.finished[0])
-    # END's comes last: the caption had ended.
+    # Includes END's, since the caption is finished.
     assert (decoded.log_probs[0].numpy() < 0).sum() == len(expected.log_probs)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(f"{LETTERS}.", max_size=LIMIT), min_size=16, max_size=16))
-def test_rows_that_leave_a_large_batch_are_whole(batch):
-    """Of 16 rows the last quarter goes on by itself."""
+def test_shrinking_a_large_batch_loses_no_words(batch):
+    """The last quarter of 16 rows continues alone."""
     together = decode_scripts(*batch)
     assert spelled(together) == [script.ljust(LIMIT, BABBLE).partition(".")[0] for script in batch]
 
 
-def test_steps_are_of_a_quarter_of_the_rows_once_no_more_are_open():
+def test_batch_shrinks_once_at_most_a_quarter_is_unfinished():
     rows = tf.Variable(0)
 
     def counted(tokens: Any, *arguments: Any) -> tuple[Any, Any, Any]:

@@ -16,7 +16,7 @@ SIZES = {
 }
 
 
-# Google's table has the weights of the whole, with the last convolution and the classifier.
+# From Google's table, with the last convolution and the classifier.
 PUBLISHED_MILLIONS = {
     "efficientnet-lite0": 4.652,
     "efficientnet-lite1": 5.417,
@@ -38,7 +38,7 @@ def multiply_adds(network: keras.Model) -> int:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_are_those_of_the_published_networks(name: str) -> None:
+def test_sizes_equal_those_of_the_published_networks(name: str) -> None:
     side, weights, millions = SIZES[name]
     network = build_efficientnet_lite(name, (side, side, 3))
     assert network.count_params() == weights
@@ -67,6 +67,6 @@ def test_weights_of_another_network_are_refused(tmp_path) -> None:
         build_backbone(BackboneConfig("efficientnet-lite2", 64, RANGE), path)
 
 
-def test_imagenet_weights_are_told_how_to_be_had() -> None:
+def test_error_says_how_to_get_imagenet_weights() -> None:
     with pytest.raises(ModelError, match=r"jobs/convert_efficientnet_lite\.py"):
         build_backbone(BackboneConfig("efficientnet-lite2", 64, RANGE), "imagenet")

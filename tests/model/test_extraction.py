@@ -1,4 +1,4 @@
-"""The backbone by its two runtimes: the same features, OpenVINO's graph kept and made anew."""
+"""The backbone with both runtimes: equal features; OpenVINO's graph is cached and rebuilt."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def small() -> Captioner:
 
 @pytest.fixture(scope="module")
 def noise() -> np.ndarray:
-    """Photos of its size."""
+    """Random photos of the small model's size."""
     return np.random.default_rng(1).integers(0, 256, (64, 64, 64, 3), np.uint8)
 
 
@@ -52,18 +52,18 @@ def assert_close(features: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(features, expected, atol=1e-3)
 
 
-def test_frozen_features_are_those_of_the_backbone(small, noise):
-    """Eleven photos, of which eight are taken at a time."""
+def test_frozen_features_equal_those_of_the_backbone(small, noise):
+    """Eleven photos are extracted as eight and three."""
     expected = extract_features(small.backbone, small.config.backbone, noise[:11])
     assert_close(np.asarray(small.extract(noise[:11])), np.asarray(expected))
 
 
-def test_openvinos_features_are_tensorflows(small, noise, cache_folder):
+def test_openvinos_features_equal_tensorflows(small, noise, cache_folder):
     assert_close(openvino_features(small, noise), np.asarray(small.extract(noise)))
 
 
 @pytest.mark.slow
-def test_openvinos_features_of_the_shipped_model_are_tensorflows(
+def test_openvinos_features_of_the_shipped_model_equal_tensorflows(
     captioner, photo_crops, cache_folder
 ):
     pixels = photo_crops[:16]
@@ -71,7 +71,7 @@ def test_openvinos_features_of_the_shipped_model_are_tensorflows(
     assert_close(openvino_features(captioner, pixels), np.asarray(expected))
 
 
-def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(small, noise, cache_folder):
+def test_exported_graph_is_cached_and_rebuilt_if_damaged(small, noise, cache_folder):
     pixels = noise[:2]
     first = openvino_features(small, pixels)
     (kept,) = (cache_folder / "batchcap" / "openvino").iterdir()
@@ -84,13 +84,11 @@ def test_the_exported_graph_is_kept_and_a_damaged_one_made_anew(small, noise, ca
         kept.write_bytes(damaged)
         np.testing.assert_array_equal(openvino_features(small, pixels), first)
         assert kept.read_bytes() != damaged
-        # Nodes are numbered on with each export, and some numbers are longer.
+        # Each export continues the numbering of nodes, so some numbers are longer.
         assert kept.stat().st_size == pytest.approx(exported.st_size, rel=0.05)
 
 
-def test_a_cache_that_can_t_be_written_is_said_and_hinders_nothing(
-    small, noise, cache_folder, caplog
-):
+def test_unwritable_cache_is_logged_and_changes_nothing(small, noise, cache_folder, caplog):
     (cache_folder / "batchcap").mkdir()
     (cache_folder / "batchcap" / "openvino").write_text("in the way")
     with caplog.at_level(logging.WARNING):
@@ -116,7 +114,7 @@ def test_several_threads_extract_at_once(small, noise, cache_folder):
     assert_close(np.concatenate([found[start] for start in range(0, 64, 16)]), expected)
 
 
-def test_what_is_slow_to_build_is_built_once_for_all_threads():
+def test_locked_cache_builds_once_for_all_threads():
     built = []
     get = locked_cache(lambda key: built.append(key) or key)
     threads = [threading.Thread(target=get, args=(7,)) for _ in range(8)]
@@ -127,14 +125,14 @@ def test_what_is_slow_to_build_is_built_once_for_all_threads():
     assert built == [7]
 
 
-def test_openvino_that_is_not_installed_is_a_usage_error(monkeypatch):
+def test_missing_openvino_is_a_usage_error(monkeypatch):
     monkeypatch.setattr(runtime_module, "find_spec", lambda _: None)
     assert choose_execution(Runtime.AUTO, Precision.AUTO).runtime is Runtime.TENSORFLOW
     with pytest.raises(UsageError, match=r"pip install 'batchcap\[openvino\]'"):
         choose_execution(Runtime.OPENVINO, Precision.AUTO)
 
 
-def test_auto_is_openvino_where_it_is_installed_and_there_is_no_gpu(monkeypatch):
+def test_auto_is_openvino_if_installed_and_without_a_gpu(monkeypatch):
     monkeypatch.setattr(runtime_module, "find_spec", lambda _: True)
     for device, expected in (("CPU", Runtime.OPENVINO), ("a GPU", Runtime.TENSORFLOW)):
         monkeypatch.setattr(runtime_module, "start_tensorflow", lambda device=device: device)
@@ -142,14 +140,14 @@ def test_auto_is_openvino_where_it_is_installed_and_there_is_no_gpu(monkeypatch)
         assert (execution.runtime, execution.precision) == (expected, Precision.FLOAT32)
 
 
-def test_a_precision_that_openvino_would_not_compute_in_is_refused(monkeypatch):
+def test_precision_that_openvino_lacks_is_refused(monkeypatch):
     openvino = pytest.importorskip("openvino", reason="pip install 'batchcap[openvino]'")
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
     with pytest.raises(UsageError, match="does not support bfloat16"):
         choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)
 
 
-def test_openvino_reports_nothing_of_its_use(cache_folder: Path) -> None:
+def test_openvino_sends_no_telemetry(cache_folder: Path) -> None:
     program = (
         "import sys\n"
         "from batchcap.model.runtime import import_openvino\n"

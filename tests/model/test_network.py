@@ -65,10 +65,10 @@ WEIGHT_NAMES_OF_ONE_LAYER = """
 
 @pytest.fixture(scope="module")
 def decoder() -> CaptionDecoder:
-    """Every weight is random, biases too, so that none can be left out unnoticed."""
-    decoder, draws = build_decoder(CONFIG), np.random.default_rng(1)
+    """Every weight is random, biases too, so that none can be omitted unnoticed."""
+    decoder, rng = build_decoder(CONFIG), np.random.default_rng(1)
     for variable in decoder.trainable_variables:
-        variable.assign(draws.normal(size=variable.shape))
+        variable.assign(rng.normal(size=variable.shape))
     return decoder
 
 
@@ -86,13 +86,15 @@ def whole_logits(decoder: CaptionDecoder, tokens: Any, features: Any) -> npt.NDA
 
 
 def stepped(decoder: CaptionDecoder, tokens: Any, features: Any) -> tuple[Any, Any]:
-    """Logits `[B, T, V]` and attention `[B, T, G]`, read word by word into a cache."""
+    """Return logits `[B, T, V]` and attention `[B, T, G]`, reading word by word into a cache."""
     image, cache = decoder.keys_values(features), decoder.empty_cache(len(tokens), 1, LONGEST)
     logits, attention = [], []
     for position in range(tokens.shape[1]):
-        of_word, looked, cache = decoder.step(tokens[:, [position]], position, cache, image)
-        logits.append(of_word[:, 0])
-        attention.append(looked[:, 0])
+        step_logits, step_attention, cache = decoder.step(
+            tokens[:, [position]], position, cache, image
+        )
+        logits.append(step_logits[:, 0])
+        attention.append(step_attention[:, 0])
     return np.stack(logits, axis=1), np.stack(attention, axis=1)
 
 
@@ -103,7 +105,7 @@ def test_steps_give_the_logits_of_whole_captions(decoder, features, length):
     np.testing.assert_allclose(logits, whole_logits(decoder, tokens, features), rtol=1e-4)
 
 
-def test_steps_of_several_captions_of_an_image_are_those_of_each(decoder, features):
+def test_steps_of_several_captions_of_an_image_equal_those_of_each(decoder, features):
     captions = 4
     tokens = random_tokens(IMAGES * captions, LONGEST).reshape(IMAGES, captions, LONGEST)
     image = decoder.keys_values(features)
@@ -111,9 +113,9 @@ def test_steps_of_several_captions_of_an_image_are_those_of_each(decoder, featur
     for position in range(LONGEST):
         logits, attention, cache = decoder.step(tokens[:, :, position], position, cache, image)
     for caption in range(captions):
-        alone, looked = stepped(decoder, tokens[:, caption], features)
-        np.testing.assert_allclose(logits[:, caption], alone[:, -1], rtol=1e-4)
-        np.testing.assert_allclose(attention[:, caption], looked[:, -1], rtol=1e-4)
+        logits_alone, attention_alone = stepped(decoder, tokens[:, caption], features)
+        np.testing.assert_allclose(logits[:, caption], logits_alone[:, -1], rtol=1e-4)
+        np.testing.assert_allclose(attention[:, caption], attention_alone[:, -1], rtol=1e-4)
 
 
 def test_captions_of_an_image_do_not_see_each_other(decoder, features):
@@ -127,7 +129,7 @@ def test_captions_of_an_image_do_not_see_each_other(decoder, features):
 
 
 @pytest.mark.parametrize("feature_norm", [True, False])
-def test_normalised_features_are_seen_alike_however_strong_their_cells_are(features, feature_norm):
+def test_feature_norm_removes_the_strength_of_cells(features, feature_norm):
     decoder = build_decoder(replace(CONFIG, feature_norm=feature_norm))
     stronger = features * np.linspace(10, 90, CELLS)[:, None]
     for seen, seen_stronger in zip(
@@ -163,7 +165,7 @@ def test_attention_of_a_step_adds_up_to_one(decoder, features):
 
 
 def test_attention_of_a_step_is_the_mean_over_layers_and_heads():
-    """All look everywhere, but the first head of the last layer, which sees one cell alone."""
+    """All heads attend evenly, except the last layer's first, which attends to one cell."""
     decoder = build_decoder(CONFIG)
     for layer in decoder.layers:
         layer.cross_attention.query.kernel.assign(np.zeros((CONFIG.units, 6)))
@@ -195,13 +197,13 @@ def test_untrained_decoder_predicts_word_frequencies(features):
     )
 
 
-def test_words_never_seen_start_as_rare_as_half_a_word():
+def test_words_that_never_occur_start_at_half_an_occurrence():
     frequencies = np.exp(log_frequencies(np.array([0, 0, 0, 3, 0, 1])))
     np.testing.assert_allclose(frequencies[3:], np.array([3, 0.5, 1]) / 4.5, rtol=1e-6)
 
 
 def test_weight_names_are_stable():
-    """They are the tensor names of `model.safetensors`: other names, and no model loads."""
+    """They name the tensors of `model.safetensors`: with other names, no model loads."""
     config = DecoderConfig(vocabulary_size=WORDS, grid_cells=CELLS, feature_size=4, layers=1)
     names = [variable.path for variable in build_decoder(config).trainable_variables]
     assert sorted(names) == sorted(WEIGHT_NAMES_OF_ONE_LAYER.split())

@@ -1,4 +1,4 @@
-"""Words, ids and files of words; jieba is the real one, its cache in a folder of the test's own."""
+"""Words, ids and vocabulary files, with the real jieba and a private cache."""
 
 import os
 import subprocess
@@ -133,7 +133,7 @@ def test_special_words_have_the_ids_of_the_constants():
     assert vocabulary().decode(ids) == ["[PAD]", "[UNK]", "[START]", "[END]"]
 
 
-def test_encoding_knows_its_words_and_adds_nothing():
+def test_encoding_marks_unknown_words_and_adds_nothing():
     assert vocabulary("狗", "猫").encode(["猫", "鸟", "狗"]) == [5, UNKNOWN_ID, 4]
 
 
@@ -156,21 +156,21 @@ HEAD = "[PAD]\n[UNK]\n[START]\n[END]\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r":1: \[PAD\] is expected, not ''"),
+        ("", r":1: expected \[PAD\], not ''"),
         ("[PAD]\n[UNK]\n", r":2: \[START\] is missing"),
-        ("[PAD]\n[START]\n[UNK]\n[END]\n", r":2: \[UNK\] is expected, not '\[START\]'"),
-        (HEAD + "狗\n猫\n狗\n", ":7: 狗 stands on line 5 already"),
+        ("[PAD]\n[START]\n[UNK]\n[END]\n", r":2: expected \[UNK\], not '\[START\]'"),
+        (HEAD + "狗\n猫\n狗\n", ":7: 狗 is already on line 5"),
         (HEAD + "狗\n\n猫\n", ":6: empty line"),
-        (HEAD + "一 只\n", ":5: '一 只' is no word"),
-        (HEAD + "狗\r\n", ":5: '狗.r' is no word"),
-        (HEAD + "狗\n\x1b[2J\n", r":6: '\\x1b\[2J' is no word"),
-        (HEAD + "狗\x9b31m\n", r":5: '狗\\x9b31m' is no word"),
-        (HEAD + "狗\u202e猫\n", r":5: '狗\\u202e猫' is no word"),
-        (HEAD + "\u200b\n", r":5: '\\u200b' is no word"),
-        (HEAD + "\ue000\n", r":5: '\\ue000' is no word"),
+        (HEAD + "一 只\n", ":5: '一 只' is not a word"),
+        (HEAD + "狗\r\n", ":5: '狗.r' is not a word"),
+        (HEAD + "狗\n\x1b[2J\n", r":6: '\\x1b\[2J' is not a word"),
+        (HEAD + "狗\x9b31m\n", r":5: '狗\\x9b31m' is not a word"),
+        (HEAD + "狗\u202e猫\n", r":5: '狗\\u202e猫' is not a word"),
+        (HEAD + "\u200b\n", r":5: '\\u200b' is not a word"),
+        (HEAD + "\ue000\n", r":5: '\\ue000' is not a word"),
     ],
 )
-def test_wrong_vocabulary_file_is_named_with_its_line(tmp_path, text, message):
+def test_invalid_vocabulary_file_is_named_with_its_line(tmp_path, text, message):
     path = tmp_path / "vocabulary.txt"
     path.write_bytes(text.encode())
     with pytest.raises(ModelError, match="vocabulary.txt" + message):
@@ -180,14 +180,12 @@ def test_wrong_vocabulary_file_is_named_with_its_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("head", "repeated", "message"),
     [
-        ("", "\x1b", r":1: \[PAD\] is expected, not '(\\x1b){9}\\x1;"),
+        ("", "\x1b", r":1: expected \[PAD\], not '(\\x1b){9}\\x1;"),
         (HEAD, "a", ":5: a word of 1,000,000 characters;"),
         (HEAD, "a\n", " has more than 1,000,000 lines;"),
     ],
 )
-def test_vocabulary_file_without_bounds_is_refused_in_a_short_line(
-    tmp_path, head, repeated, message
-):
+def test_huge_vocabulary_file_is_refused_with_a_short_message(tmp_path, head, repeated, message):
     path = tmp_path / "vocabulary.txt"
     path.write_text(head + repeated * MAX_WORDS)
     with pytest.raises(ModelError, match="vocabulary.txt" + message) as refused:
@@ -195,7 +193,7 @@ def test_vocabulary_file_without_bounds_is_refused_in_a_short_line(
     assert len(str(refused.value)) < len(str(path)) + 100
 
 
-def test_vocabulary_of_words_that_a_newer_unicode_has_is_loaded(tmp_path):
+def test_vocabulary_with_words_of_a_newer_unicode_is_loaded(tmp_path):
     words = vocabulary("狗\u0378", "\U000323b0", "a" * LONGEST_WORD)
     words.save(tmp_path / "vocabulary.txt")
     assert Vocabulary.load(tmp_path / "vocabulary.txt") == words
@@ -237,7 +235,7 @@ def test_mirror_swaps_left_and_right_and_leaves_the_rest():
 
 @pytest.mark.skipif(
     not (FLICKR8K / "captions.zh.txt").is_file(),
-    reason="Flickr8k-CN is not there; name its folder in BATCHCAP_FLICKR8K",
+    reason="set BATCHCAP_FLICKR8K to the folder of Flickr8k-CN",
 )
 def test_real_captions_are_cut_into_words_of_letters_and_digits():
     lines = (FLICKR8K / "captions.zh.txt").read_text(encoding="utf-8").splitlines()[:2000]

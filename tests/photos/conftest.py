@@ -1,4 +1,4 @@
-"""Fixtures of this room."""
+"""Fixtures of the photo tests."""
 
 import os
 
@@ -15,7 +15,7 @@ def load(tmp_path):
     ) -> LoadedImage:
         path = tmp_path / name
         path.write_bytes(data)
-        os.utime(path, (0, 0))  # an old file, whose time needs no tick to settle
+        os.utime(path, (0, 0))  # an old file, which is read without a pause
         return load_image(path, LoadSettings(size, **options))
 
     return load_bytes

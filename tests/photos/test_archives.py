@@ -21,13 +21,13 @@ def paths_of(source: object) -> list[str]:
 # names of archives
 
 
-def test_numbers_in_braces_stand_for_so_many_archives():
+def test_braces_expand_to_numbered_archives():
     assert paths_of("a-{008..011}.tar") == [f"a-{n:03}.tar" for n in range(8, 12)]
     assert paths_of("{0..1}/{1..2}.tar") == ["0/1.tar", "0/2.tar", "1/1.tar", "1/2.tar"]
     assert paths_of("s3://b/a-{9..10}.tar") == ["s3://b/a-10.tar", "s3://b/a-9.tar"]
 
 
-def test_globs_are_sorted_and_those_without_archives_are_wrong_usage(tmp_path):
+def test_globs_are_sorted_and_must_match(tmp_path):
     for name in "cab":
         (tmp_path / f"{name}.tar").touch()
     assert [Path(path).name for path in paths_of(f"{tmp_path}/*.tar")] == [
@@ -39,7 +39,7 @@ def test_globs_are_sorted_and_those_without_archives_are_wrong_usage(tmp_path):
         paths_of(f"{tmp_path}/*.parquet")
 
 
-def test_an_archive_with_braces_in_its_name_is_one(tmp_path):
+def test_an_existing_name_with_braces_is_not_expanded(tmp_path):
     (tmp_path / "a{0..9}.tar").touch()
     assert paths_of(f"{tmp_path}/a{{0..9}}.tar") == [f"{tmp_path}/a{{0..9}}.tar"]
 
@@ -47,7 +47,7 @@ def test_an_archive_with_braces_in_its_name_is_one(tmp_path):
 # Parquet
 
 
-def test_bytes_with_a_column_of_ids(tmp_path):
+def test_bytes_with_an_id_column(tmp_path):
     file = write_parquet(tmp_path / "x.parquet", image=[b"one", b"two"], key=[7, 8])
     refs, reports = listed(file, columns=Columns(image_id="key"))
     assert refs == [
@@ -57,7 +57,7 @@ def test_bytes_with_a_column_of_ids(tmp_path):
     assert reports == []
 
 
-def test_paths_are_those_of_a_list_in_the_file_s_folder(tmp_path):
+def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
     write_parquet(tmp_path / "x.parquet", photo=["b/1.jpg", "/x/2.jpg", "s3://b/3.jpg"])
     refs, _ = listed(tmp_path / "x.parquet", columns=Columns("photo"))
     assert refs == [
@@ -67,7 +67,7 @@ def test_paths_are_those_of_a_list_in_the_file_s_folder(tmp_path):
     ]
 
 
-def test_hugging_face_s_columns_have_bytes_or_a_path(tmp_path):
+def test_hugging_face_columns_have_bytes_or_a_path(tmp_path):
     photos = [{"bytes": b"one", "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}]
     write_parquet(tmp_path / "x.parquet", image=photos, label=[0, 1])
     refs, _ = listed(tmp_path / "x.parquet")
@@ -98,7 +98,7 @@ def test_a_row_without_a_photo_fails_under_its_name(tmp_path):
     assert failures(refs) == [ErrorType.MISSING] * 2
 
 
-def test_names_of_rows_start_below_the_folder_of_all_files(tmp_path, monkeypatch):
+def test_row_names_are_relative_to_the_common_folder(tmp_path, monkeypatch):
     for folder in "ab":
         (tmp_path / "data" / folder).mkdir(parents=True)
         write_parquet(tmp_path / "data" / folder / "x.parquet", image=[b"one"])
@@ -107,11 +107,11 @@ def test_names_of_rows_start_below_the_folder_of_all_files(tmp_path, monkeypatch
     for pattern in ("data/*/x.parquet", "./data/?/x.parquet", f"{tmp_path}/data/*/*.parquet"):
         assert ids(listed(pattern)[0]) == names
     assert ids(listed("data/b/x.parquet")[0]) == ["x.parquet:0000000"]
-    # As Ray's workers do.
+    # Ray's workers list one archive at a time.
     assert ids(ref for one in archives_in("data/*/x.parquet") for ref in list_images(one)) == names
 
 
-def test_names_of_rows_are_the_same_from_a_store(tmp_path):
+def test_row_names_are_the_same_in_a_store(tmp_path):
     file = write_parquet(tmp_path / "x.parquet", image=[b"one"])
     fsspec.filesystem("memory").pipe("/rows/0/x.parquet", file.read_bytes())
     for pattern in ("memory://rows/*/x.parquet", "memory://rows/{0..0}/x.parquet"):
@@ -132,7 +132,7 @@ def test_names_of_rows_are_the_same_from_a_store(tmp_path):
     ],
     ids=lambda image: str(image.type),
 )
-def test_bytes_come_in_columns_of_any_such_type(tmp_path, image):
+def test_bytes_may_be_of_any_binary_type(tmp_path, image):
     refs, reports = listed(write_parquet(tmp_path / "x.parquet", image=image))
     assert [(ref.image_id, ref.data) for ref in refs] == [("x.parquet:0000000", b"one")]
     assert reports == []
@@ -148,7 +148,7 @@ def test_bytes_come_in_columns_of_any_such_type(tmp_path, image):
     ],
     ids=lambda image: str(image.type),
 )
-def test_paths_come_in_columns_of_any_such_type(tmp_path, image):
+def test_paths_may_be_of_any_string_type(tmp_path, image):
     refs, _ = listed(write_parquet(tmp_path / "x.parquet", image=image))
     assert refs == [ImageRef("1.jpg", f"{tmp_path}/1.jpg")]
 
@@ -196,20 +196,20 @@ def test_other_archives_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         (Columns("photo"), "no column 'photo': name one of image, size with --image-column"),
         (Columns("image", "key"), "no column 'key': name one of image, size with --id-column"),
         (Columns("size"), "neither bytes nor paths"),
     ],
 )
-def test_columns_that_are_not_there_are_wrong_usage(tmp_path, columns, said):
+def test_missing_or_unsuitable_columns_are_usage_errors(tmp_path, columns, message):
     write_parquet(tmp_path / "x.parquet", image=[b"x"], size=[1])
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         listed(tmp_path / "x.parquet", columns=columns)
 
 
-def test_a_file_that_is_no_parquet_is_reported(tmp_path):
+def test_a_file_that_is_not_parquet_is_reported(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no Parquet")
     refs, reports = listed(tmp_path / "x.parquet")
     assert (refs, len(reports)) == ([], 1)

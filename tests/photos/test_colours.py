@@ -36,14 +36,14 @@ from batchcap.schema import ErrorType, Rejection
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `images` does
 
 
-def test_photo_above_pillows_own_warning_level_is_decoded_in_silence(tmp_path):
-    """Pillow warns from 89 million pixels; ours is the limit that counts."""
+def test_photo_above_pillows_own_warning_level_is_decoded_silently(tmp_path):
+    """Pillow warns above 89 million pixels, but only our own limit counts."""
     path = tmp_path / "wide.png"
     path.write_bytes(encoded(Image.new("1", (9_500, 9_500)), "PNG"))
     assert run_quietly(path) == "(9500, 9500)"
 
 
-def test_damaged_exif_is_ignored_in_silence(tmp_path):
+def test_damaged_exif_is_ignored_silently(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\0\0\x12\x01\x03"
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(texture(), "JPEG", exif=exif))
@@ -51,7 +51,7 @@ def test_damaged_exif_is_ignored_in_silence(tmp_path):
 
 
 def run_quietly(path: Path) -> str:
-    """What a fresh process, where no test framework resets the warnings, says of a photo."""
+    """Return the size that a fresh process, where pytest resets no warnings, prints of a photo."""
     code = (
         "import sys; from batchcap.photos.images import LoadSettings, load_image;"
         "loaded = load_image(sys.argv[1], LoadSettings(8)); print((loaded.width, loaded.height))"
@@ -93,7 +93,7 @@ def test_exif_orientation_is_applied(load, orientation, format_name):
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])
-def test_orientation_that_does_not_exist_is_ignored(load, orientation):
+def test_unknown_orientation_is_ignored(load, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert_pixels(load(encoded(Image.fromarray(QUADRANTS), "PNG", exif=exif)), QUADRANTS)
@@ -101,7 +101,7 @@ def test_orientation_that_does_not_exist_is_ignored(load, orientation):
 
 @settings(max_examples=60, deadline=None)
 @given(garbage=st.binary(max_size=80))
-def test_no_exif_makes_a_photo_fail(tmp_path_factory, garbage):
+def test_garbage_in_exif_fails_no_photo(tmp_path_factory, garbage):
     path = tmp_path_factory.getbasetemp() / "exif.jpg"
     path.write_bytes(encoded(texture(16, 16), "JPEG", exif=b"Exif\0\0II*\0" + garbage))
     assert isinstance(load_image(path, LoadSettings(8)).pixels, np.ndarray)
@@ -163,7 +163,7 @@ def test_transparent_colour_of_a_png_becomes_white(load, name):
 
 @pytest.mark.parametrize("interlaced", [False, True])
 def test_16_bit_colours_that_differ_in_low_bits_are_not_transparent(load, interlaced):
-    """Every colour with the same high bytes turned white."""
+    """With the high bytes alone, similar colours would turn white."""
     key, near = (0x101, 0x202, 0x303), (0x101, 0x202, 0x304)
     colour = struct.pack(">3H", *key)
     data = png(2, 2, 16, 2, deep_row(*key, *near), chunk(b"tRNS", colour))
@@ -176,7 +176,7 @@ def test_16_bit_colours_that_differ_in_low_bits_are_not_transparent(load, interl
     assert pair(load, data) == [[255, 255, 255], [1, 2, 3]]
 
 
-def test_16_bit_png_with_a_transparent_colour_may_end_early_on_request(load):
+def test_cut_16_bit_png_with_a_transparent_colour_is_accepted_on_request(load):
     noise = np.random.default_rng(0).integers(0, 2**16, (64, 64, 3), dtype=np.uint16)
     noise[0, 0] = (0x101, 0x202, 0x303)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in noise)
@@ -196,7 +196,7 @@ def gif_on_a_canvas(frame: Image.Image, side: int, **options: int) -> bytes:
 
 
 @pytest.mark.parametrize("options", [{}, {"transparency": 2}])
-def test_around_a_gif_frame_smaller_than_its_canvas_is_white(load, options):
+def test_canvas_around_a_smaller_gif_frame_is_white(load, options):
     """Pillow leaves the palette's first colour there, which is red here."""
     frame = Image.new("P", (4, 4), 1)
     frame.putpalette(RED + BLUE + GREEN)
@@ -206,7 +206,7 @@ def test_around_a_gif_frame_smaller_than_its_canvas_is_white(load, options):
 
 
 @pytest.mark.parametrize("flags", [0x02, 0x12], ids=["opaque", "alpha"])
-def test_around_a_webp_frame_smaller_than_its_canvas_is_white(load, flags):
+def test_canvas_around_a_smaller_webp_frame_is_white(load, flags):
     def part(name: bytes, body: bytes) -> bytes:
         return name + struct.pack("<I", len(body)) + body
 
@@ -298,9 +298,7 @@ def test_cmyk_jpeg_has_the_colours_of_its_inks(load, inks, rgb):
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_large_jpeg_is_decoded_small_and_keeps_its_size_and_look(
-    tmp_path, photos_folder, orientation
-):
+def test_large_jpeg_decoded_at_reduced_scale_looks_the_same(tmp_path, photos_folder, orientation):
     size = 1201, 903  # decoded at a half for 224 pixels
     photo = Image.open(photos_folder / "coffee.jpg").convert("RGB").resize(size)
     exif = Image.Exif()
@@ -314,7 +312,7 @@ def test_large_jpeg_is_decoded_small_and_keeps_its_size_and_look(
     assert difference.mean() < 1.5
 
 
-def test_jpeg_under_four_times_the_size_is_decoded_whole(tmp_path, photos_folder):
+def test_jpeg_under_four_times_the_size_is_decoded_at_full_scale(tmp_path, photos_folder):
     photo = Image.open(photos_folder / "coffee.jpg").convert("RGB").resize((895, 1200))
     photo.save(tmp_path / "a.jpg", quality=95)
     whole = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.Resampling.BILINEAR)

@@ -25,7 +25,7 @@ def test_lines_of_any_unicode_encoding_are_names(encoding: str, end: str) -> Non
     assert names(LINES.rstrip().replace("\n", end).encode(encoding)) == NAMES
 
 
-def test_names_between_nuls_may_hold_anything_else() -> None:
+def test_nul_separated_names_may_contain_anything_else() -> None:
     listed = ["./a.jpg", "line\nbreak.jpg", "end\r", " b.jpg "]
     assert names("\0".join(listed).encode() + b"\0") == listed
     assert names(b"line\nbreak.jpg\0b.jpg\0") == ["line\nbreak.jpg", "b.jpg"]
@@ -38,13 +38,13 @@ def test_names_that_are_not_utf8_keep_their_bytes() -> None:
     ]
 
 
-def test_a_long_list_is_cut_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_across_read_boundaries_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchcap.photos.file_lists.READ_BYTES", 5)
     for encoding in ("utf-8", "utf-16"):
         assert names(LINES.encode(encoding)) == NAMES
 
 
-def test_a_name_is_given_out_as_soon_as_a_pipe_has_it() -> None:
+def test_a_name_is_yielded_as_soon_as_a_pipe_has_it() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as read_end, os.fdopen(writing, "wb", buffering=0) as write_end:
         write_end.write(b"1.jpg\0" + b"2.jpg\0" + b"3")
@@ -67,5 +67,5 @@ def test_a_name_is_given_out_as_soon_as_a_pipe_has_it() -> None:
         (["a.jpg", "b.jpg", "'c.jpg'"], OTHER_FOLDER),
     ],
 )
-def test_what_most_names_have_is_the_likely_fault(listed: list[str], fault: str) -> None:
+def test_the_fault_of_most_names_is_the_likely_one(listed: list[str], fault: str) -> None:
     assert fault in likely_fault(listed)

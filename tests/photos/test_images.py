@@ -77,7 +77,7 @@ def test_threads_get_the_same_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_content_decides_and_not_the_extension(load, name):
+def test_content_rather_than_extension_decides_the_format(load, name):
     loaded = load(SAMPLES[name], size=16, name="photo.txt")
     reference = np.asarray(texture().resize((16, 16), Image.Resampling.BOX))
     assert (loaded.width, loaded.height) == (96, 64)
@@ -86,7 +86,7 @@ def test_content_decides_and_not_the_extension(load, name):
 
 
 @pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG"])
-def test_first_frame_of_an_animation_is_taken(load, format_name):
+def test_first_frame_of_an_animation_is_used(load, format_name):
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
     options = {"save_all": True, "append_images": frames[1:]}
     if format_name == "WEBP":
@@ -98,7 +98,7 @@ CLEAR = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
 
 
 @pytest.mark.parametrize("format_name", ANIMATIONS)
-def test_first_frame_with_something_on_it_is_taken_and_not_white(load, format_name):
+def test_first_visible_frame_is_used(load, format_name):
     half = CLEAR.copy()
     half.paste((*RED, 255), (0, 0, 8, 4))
     blue = Image.new("RGBA", (8, 8), (*BLUE, 255))
@@ -107,17 +107,17 @@ def test_first_frame_with_something_on_it_is_taken_and_not_white(load, format_na
 
 
 @pytest.mark.parametrize("format_name", ANIMATIONS)
-def test_animation_with_nothing_on_it_is_white(load, format_name):
+def test_invisible_animation_is_white(load, format_name):
     assert_pixels(load(animation(format_name, CLEAR, CLEAR)), np.full((2, 2, 3), 255))
     assert_pixels(load(encoded(CLEAR, format_name)), np.full((2, 2, 3), 255))
 
 
 def nearly_clear(number: int) -> Image.Image:
-    """A clear frame that differs from the others, which encoders would merge with it."""
+    """A clear frame that differs from the others, since encoders merge equal ones."""
     return Image.new("RGBA", (8, 8), (number, 0, 0, 0))
 
 
-def test_only_so_many_clear_frames_are_looked_at(load, monkeypatch):
+def test_search_for_a_visible_frame_is_limited(load, monkeypatch):
     frames = [nearly_clear(number) for number in range(5)]
     data = animation("AVIF", *frames, Image.new("RGBA", (8, 8), "red"))
     assert (load(data).pixels[..., 1] < 9).all()
@@ -138,8 +138,8 @@ def test_later_frame_above_the_limit_is_refused(load):
 TURNED_HEIC = (GOLDEN / "turned.heic").read_bytes()
 
 
-def test_heic_is_read_upright_and_bounded_and_its_exif_counts_nothing(load):
-    """It is stored upside down; EXIF says so too, and decoders turn it by another piece."""
+def test_heic_is_upright_whatever_its_exif_says(load):
+    """EXIF must not rotate it again: decoders do so by the file's own rotation property."""
     pytest.importorskip("pi_heif")
     for data in (TURNED_HEIC, TURNED_HEIC.replace(b"MM\0*\0\0\0\x08", b"MM\0*\xff\xff\xff\x08")):
         loaded = load(data, size=16, name="a.hif")
@@ -152,16 +152,14 @@ def test_heic_is_read_upright_and_bounded_and_its_exif_counts_nothing(load):
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1"])
-def test_heic_without_its_extra_is_refused_with_the_command_that_installs_it(
-    load, monkeypatch, brand
-):
+def test_heic_without_its_extra_is_refused_with_the_install_command(load, monkeypatch, brand):
     monkeypatch.delitem(images.OPENERS, "HEIC", raising=False)
     rejection = assert_rejected(load(b"\0\0\0\x10ftyp" + brand), ErrorType.UNSUPPORTED_FORMAT)
     assert "This is a HEIC file; " in rejection.message
     assert "pip install 'batchcap[heic]'" in rejection.message
 
 
-def test_avif_is_told_by_any_of_its_brands(load):
+def test_avif_is_recognised_by_any_of_its_brands(load):
     data = SAMPLES["AVIF"]
     assert data[8:12] == b"avif"
     assert b"avif" in data[16:40]

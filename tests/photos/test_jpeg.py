@@ -22,10 +22,10 @@ KINDS = {
     "flat": encoded(FLAT, "JPEG"),
     "flat progressive": encoded(FLAT, "JPEG", progressive=True),
 }
-# A film with all bytes in it: markers that do not exist, and end marks.
+# A film that contains all bytes, and so invalid markers and end marks.
 FILM = b"\0\0\0\x18ftypmp42" + np.random.default_rng(1).bytes(70_000)
 SAMSUNG = b"\0\0\1\n\x0e\0\0\0Image_UTC_Data1450000000000SEFHk\0\0\0\1\0\0\0\0\0\1\n#\0\0\0SEFT"
-BEHIND = {
+TRAILERS = {
     "nothing": b"",
     "half a mark": b"\xff",
     "reserved zeros": bytes(5000),
@@ -40,12 +40,12 @@ def decoded_whole(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("trailer", TRAILERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_jpeg_whose_end_mark_alone_is_missing_is_whole(kind, behind):
+def test_jpeg_that_lacks_only_its_end_mark_is_whole(kind, trailer):
     data = KINDS[kind]
     assert data.endswith(jpeg.END)
-    np.testing.assert_array_equal(pixels_of(data[:-2] + BEHIND[behind]), pixels_of(data))
+    np.testing.assert_array_equal(pixels_of(data[:-2] + TRAILERS[trailer]), pixels_of(data))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,13 +63,13 @@ def test_jpeg_that_lacks_pixels_is_truncated_wherever_it_is_cut(kind):
 @pytest.mark.parametrize(
     ("kind", "mark"), [("progressive", b"\xff\xda"), ("with restarts", b"\xff[\xd0-\xd7]")]
 )
-def test_jpeg_that_is_cut_before_its_next_scan_or_restart_is_truncated(kind, mark):
+def test_jpeg_cut_before_a_scan_or_restart_is_truncated(kind, mark):
     data = KINDS[kind]
     places = [match.start() for match in re.finditer(mark, data, re.DOTALL)][1:]
     assert len(places) > 5
     for place in places[-12:]:
-        for behind in (b"", bytes(300), SAMSUNG):
-            assert error_of(data[:place] + behind) == "truncated"
+        for trailer in (b"", bytes(300), SAMSUNG):
+            assert error_of(data[:place] + trailer) == "truncated"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,6 +89,6 @@ def test_jpeg_without_end_mark_is_not_decoded_above_the_limit():
     assert error_of(KINDS["baseline"][:-2], max_pixels=100) == "too_large"
 
 
-def test_mpo_is_its_first_picture():
+def test_mpo_yields_its_first_picture():
     mpo = encoded(PHOTO, "MPO", save_all=True, append_images=[FLAT])
     np.testing.assert_array_equal(pixels_of(mpo, name="a.mpo"), pixels_of(KINDS["baseline"]))

@@ -1,4 +1,4 @@
-"""Folders and lists as users have them, made by each test."""
+"""Listing of folders and lists like those of users."""
 
 import io
 import itertools
@@ -55,7 +55,7 @@ def test_folder_is_listed_in_code_point_order_of_its_ids(tmp_path):
         )
     )
 )
-def test_order_is_that_of_all_ids_however_folders_and_files_mix(names):
+def test_files_of_all_folders_are_sorted_by_id(names):
     with tempfile.TemporaryDirectory() as folder:
         root = make_tree(Path(folder), *names)
         assert ids(list_images(root)) == sorted(map(image_id_of, names))
@@ -68,7 +68,7 @@ def test_a_subfolder_is_read_when_its_turn_comes(tmp_path):
     assert ids(images) == ["b/1.jpg", "b/2.jpg"]
 
 
-def test_photos_on_stdin_are_taken_as_they_are_named(monkeypatch):
+def test_photos_on_stdin_are_listed_as_they_arrive(monkeypatch):
     read, write = os.pipe()
     with os.fdopen(read, "rb") as stdin:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=stdin))
@@ -79,8 +79,8 @@ def test_photos_on_stdin_are_taken_as_they_are_named(monkeypatch):
         assert list(images) == []
 
 
-def test_a_list_in_a_pipe_is_one_whatever_its_name(tmp_path):
-    """`<(find ...)` was neither a folder nor a .txt file; names there are below no /dev/fd."""
+def test_a_pipe_is_a_list_whatever_its_name(tmp_path):
+    """Names from `<(find ...)` are not relative to /dev/fd."""
     read, write = os.pipe()
     os.write(write, b"a.jpg\n")
     os.close(write)
@@ -91,7 +91,7 @@ def test_a_list_in_a_pipe_is_one_whatever_its_name(tmp_path):
     os.close(read)
 
 
-def test_what_is_no_regular_file_is_read_once(tmp_path):
+def test_only_regular_files_and_folders_can_be_listed_twice(tmp_path):
     os.mkfifo(tmp_path / "list.txt")
     (tmp_path / "file.txt").touch()
     with socket.socket(socket.AF_UNIX) as server:
@@ -102,8 +102,8 @@ def test_what_is_no_regular_file_is_read_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
-def test_an_archive_in_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
-    """Archives are read more than once; opening the pipe hung the run."""
+def test_an_archive_in_a_pipe_is_refused_without_waiting(tmp_path, name):
+    """Archives are read more than once, and opening a pipe would hang the run."""
     os.mkfifo(tmp_path / name)
     reports: list[tuple[str, str]] = []
     source = f"{tmp_path}/{name}"
@@ -111,29 +111,29 @@ def test_an_archive_in_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     assert reports == [(source, "an archive must be a regular file: save it as one")]
 
 
-def looked_at(source: object, pattern: str = "*.none") -> int:
-    """How often a listing that finds no photo gives a sign of progress."""
-    moves: list[int] = []
-    assert not list(listing.list_images(str(source), pattern, progress=lambda: moves.append(1)))
-    return len(moves)
+def progress_calls(source: object, pattern: str = "*.none") -> int:
+    """How often a listing that finds no photo calls `progress`."""
+    calls: list[int] = []
+    assert not list(listing.list_images(str(source), pattern, progress=lambda: calls.append(1)))
+    return len(calls)
 
 
-def test_listing_moves_at_each_entry_that_is_no_photo(tmp_path):
-    """Millions of other files were taken for a stall."""
+def test_listing_reports_progress_for_entries_that_are_not_photos(tmp_path):
+    """Millions of other files must not look like a stall."""
     names = [f"{number:03}.txt" for number in range(100)]
     make_tree(tmp_path / "folder", *names, *(f".{name}" for name in names))
-    assert looked_at(tmp_path / "folder") >= 200
+    assert progress_calls(tmp_path / "folder") >= 200
     make_tree(tmp_path / "folders", *(f"{name}/.keep" for name in names))
-    assert looked_at(tmp_path / "folders") >= 200
+    assert progress_calls(tmp_path / "folders") >= 200
     (tmp_path / "list.txt").write_text("\n".join(names))
-    assert looked_at(tmp_path / "list.txt") >= 100
+    assert progress_calls(tmp_path / "list.txt") >= 100
     tar = write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])
-    assert looked_at(tar) >= 100
+    assert progress_calls(tar) >= 100
     file = write_parquet(tmp_path / "x.parquet", image=names)
-    assert looked_at(file) >= 100
+    assert progress_calls(file) >= 100
 
 
-def test_listing_moves_at_each_folder_and_link_of_a_tar(tmp_path):
+def test_listing_reports_progress_for_folders_and_links_of_a_tar(tmp_path):
     """Links are read in a second pass, which skips all other members."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for number in range(100):
@@ -143,10 +143,10 @@ def test_listing_moves_at_each_folder_and_link_of_a_tar(tmp_path):
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "nowhere.jpg"
         tar.addfile(link)
-    assert looked_at(tmp_path / "x.tar") >= 100
-    moves: list[int] = []
-    list(listing.list_images(f"{tmp_path}/x.tar", progress=lambda: moves.append(1)))
-    assert len(moves) >= 2 * 101
+    assert progress_calls(tmp_path / "x.tar") >= 100
+    calls: list[int] = []
+    list(listing.list_images(f"{tmp_path}/x.tar", progress=lambda: calls.append(1)))
+    assert len(calls) >= 2 * 101
 
 
 def test_path_opens_the_photo_and_id_is_relative(tmp_path):
@@ -175,7 +175,7 @@ def test_path_opens_the_photo_and_id_is_relative(tmp_path):
         *("CR2", "cr3", "NEF", "dng", "arw", "orf", "RW2", "raf", "pef", "psd", "jp2", "ppm"),
     ],
 )
-def test_image_extensions_count_in_any_case(tmp_path, extension):
+def test_image_extensions_match_in_any_case(tmp_path, extension):
     assert ids(list_images(make_tree(tmp_path, f"a.{extension}"))) == [f"a.{extension}"]
 
 
@@ -192,13 +192,13 @@ def test_linked_files_are_followed_and_linked_folders_not_entered(tmp_path):
     assert ids(list_images(root)) == ["2.jpg", "a/1.jpg"]
 
 
-def test_dangling_links_and_pipes_are_listed_to_have_their_row(tmp_path):
+def test_dangling_links_and_pipes_are_listed(tmp_path):
     (tmp_path / "a.jpg").symlink_to("none")
     os.mkfifo(tmp_path / "b.jpg")
     assert ids(list_images(str(tmp_path))) == ["a.jpg", "b.jpg"]
 
 
-def test_same_name_in_two_folders_and_with_two_extensions_are_four_photos(tmp_path):
+def test_equal_names_in_other_folders_or_with_other_extensions_are_distinct(tmp_path):
     root = make_tree(tmp_path, "x/a.jpg", "y/a.jpg", "x/a.png", "a.jpg")
     assert len(set(ids(list_images(root)))) == 4
 
@@ -222,7 +222,7 @@ def test_pattern_decides_instead_of_the_extension(tmp_path, pattern, expected):
 
 
 def left(root: str, *patterns: str) -> list[str]:
-    """Photos of a source without what is excluded."""
+    """The photos of a source that are not excluded."""
     is_excluded = listing.excluder(root, patterns)
     return ids(list(listing.list_images(root, is_excluded=is_excluded)))
 
@@ -239,7 +239,7 @@ def left(root: str, *patterns: str) -> list[str]:
         (["**/1.jpg"], ["a/b.jpg", "b/2.jpg", "x.jpg"]),
     ],
 )
-def test_what_is_excluded_is_left_out_with_all_below(tmp_path, patterns, expected):
+def test_excluded_paths_are_left_out_with_all_below(tmp_path, patterns, expected):
     names = ["a/b.jpg", "a/c/1.jpg", "b/2.jpg", "x.jpg"]
     assert left(make_tree(tmp_path, *names), *patterns) == expected
     tar = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
@@ -250,7 +250,7 @@ def test_what_is_excluded_is_left_out_with_all_below(tmp_path, patterns, expecte
     assert left(str(file), *patterns) == expected
 
 
-def test_folders_that_are_excluded_are_not_entered(tmp_path, monkeypatch):
+def test_excluded_folders_are_not_entered(tmp_path, monkeypatch):
     root = make_tree(tmp_path, "a/1.jpg", "a/lost+found/2.jpg", "raw/3.jpg")
     entered = []
     scandir = os.scandir
@@ -259,7 +259,7 @@ def test_folders_that_are_excluded_are_not_entered(tmp_path, monkeypatch):
     assert entered == [f"{root}/", f"{root}/a/"]
 
 
-def test_folders_of_systems_are_left_out_unless_somebody_names_them(tmp_path):
+def test_system_folders_are_left_out_unless_named(tmp_path):
     names = ["lost+found/1.jpg", "a/@eaDir/2.jpg", "#recycle/3.jpg", "__MACOSX/4.jpg", "5.jpg"]
     names.append("$RECYCLE.BIN/6.jpg")
     root = make_tree(tmp_path, *names)
@@ -283,15 +283,15 @@ def test_file_urls_are_paths_as_input_in_lists_and_in_parquet(tmp_path):
     assert {ref.path for ref in list_images(f"file://{file}")} == {f"{folder}/1 2.jpg"}
 
 
-def test_link_that_leads_nowhere_is_listed_and_hides_no_other_photo(tmp_path):
+def test_broken_links_are_listed_and_hide_no_photo(tmp_path):
     root = make_tree(tmp_path, "1.jpg")
     for name, target in (("circle.jpg", "circle.jpg"), ("dangling.jpg", "nothing")):
         (Path(root) / name).symlink_to(Path(root) / target)
     assert ids(list_images(root)) == ["1.jpg", "circle.jpg", "dangling.jpg"]
 
 
-def test_folder_that_cannot_be_listed_is_warned_of_and_left_out(tmp_path, monkeypatch, caplog):
-    """The refusal is scripted, because root, who runs many tests, can list any folder."""
+def test_folder_that_cannot_be_listed_is_skipped_with_a_warning(tmp_path, monkeypatch, caplog):
+    """The refusal is scripted, because root can list any folder."""
     root = make_tree(tmp_path, "a/1.jpg", "b/2.jpg")
     scandir = os.scandir
 
@@ -308,8 +308,8 @@ def test_folder_that_cannot_be_listed_is_warned_of_and_left_out(tmp_path, monkey
     ]
 
 
-def test_name_of_a_folder_that_cannot_be_listed_moves_no_cursor(tmp_path, monkeypatch, caplog):
-    """The warning held the name as it is, and a terminal would have obeyed it."""
+def test_warning_about_a_folder_contains_no_escape_sequence(tmp_path, monkeypatch, caplog):
+    """A terminal would obey the raw name."""
     root = make_tree(tmp_path, "a\x1b[2J\n/1.jpg")
     scandir = os.scandir
 
@@ -358,7 +358,7 @@ def test_list_with_bom_crlf_and_names_that_are_not_utf8(tmp_path):
     assert ids(list_images(str(tmp_path / "list.TXT"))) == ["a b.jpg", r"\xff.jpg", "last.jpg"]
 
 
-def test_list_of_find_print0_and_in_utf16(tmp_path):
+def test_list_may_be_nul_separated_or_utf16(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"./a\nb.jpg\0./c.jpg\0")
     assert ids(list_images(str(tmp_path / "a.txt"))) == ["a\nb.jpg", "c.jpg"]
     (tmp_path / "b.txt").write_text("./猫.jpg\r\nc.jpg\r\n", encoding="utf-16")
@@ -370,7 +370,7 @@ def test_list_from_stdin_is_relative_to_the_current_folder(monkeypatch):
     assert list_images("-") == [ImageRef("a/1.jpg", "a/1.jpg"), ImageRef("/2.jpg", "/2.jpg")]
 
 
-def test_two_dots_in_a_list_go_up_from_where_a_link_leads(tmp_path):
+def test_two_dots_after_a_link_go_up_from_its_target(tmp_path):
     (tmp_path / "far" / "folder").mkdir(parents=True)
     (tmp_path / "far" / "1.jpg").write_bytes(b"far")
     (tmp_path / "1.jpg").write_bytes(b"near")
@@ -408,7 +408,7 @@ def test_image_id_gives_back_the_same_bytes(name):
 
 
 @given(st.text(alphabet="\\x89af猫/"))
-def test_a_text_that_is_no_image_id_has_a_path_all_the_same(text):
+def test_any_text_converts_to_a_path(text):
     assert os.fsencode(path_of_image_id(text)) is not None
 
 
@@ -421,7 +421,7 @@ def test_two_names_never_share_an_image_id(one, other):
 ODD_BYTES = b"\\\xff\x80\xc3\xa9\n\t\x7f*x"
 
 
-def test_each_of_five_hundred_odd_names_has_an_id_of_its_own(tmp_path):
+def test_five_hundred_odd_names_have_distinct_ids(tmp_path):
     """All bytes, all pairs of odd ones, hostile names, and one name in a hundred folders."""
     names = {bytes([byte]) for byte in range(1, 256)} - {b".", b"/"}
     names |= {bytes(pair) for pair in itertools.product(ODD_BYTES, repeat=2)}

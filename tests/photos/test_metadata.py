@@ -1,4 +1,4 @@
-"""No photo is refused for its metadata, however damaged: pixels decide."""
+"""Damaged metadata rejects no photo: pixels decide."""
 
 import struct
 import zlib
@@ -55,7 +55,7 @@ FILES = {
     "packed TIFF": encoded(PHOTO, "TIFF", compression="tiff_lzw", **OPTIONS),
     "AVIF": encoded(PHOTO, "AVIF", **OPTIONS),
 }
-# What the bodies of metadata begin with, and how many bytes of it are damaged.
+# The beginnings of metadata, and how many bytes of it are damaged.
 BODIES = {
     "JPEG": ((b"Exif\0\0", 100), (b"ICC_PROFILE", 300), (b"http://ns.adobe", 90), (b"comment", 60)),
     "WebP": ((b"EXIF", 100), (b"ICCP", 300), (b"XMP ", 100)),
@@ -107,7 +107,7 @@ def test_damaged_tag_of_a_tiff_changes_no_pixel(kind, tag, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_png_with_a_wrong_sum_or_body_in_a_chunk_of_metadata_is_whole():
+def test_png_with_a_wrong_metadata_checksum_or_body_is_whole():
     data = FILES["PNG"]
     whole = pixels_of(data)
     places = [chunk for chunk in png_chunks(data) if chunk[0] not in (b"IHDR", b"IDAT", b"IEND")]
@@ -122,18 +122,18 @@ def test_png_with_a_wrong_sum_or_body_in_a_chunk_of_metadata_is_whole():
 
 
 @pytest.mark.parametrize("name", [b"pHYs", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"zTXt", b"iTXt"])
-def test_png_with_an_empty_chunk_of_metadata_is_whole(name):
+def test_png_with_an_empty_metadata_chunk_is_whole(name):
     np.testing.assert_array_equal(pixels_of(png_with((name, b""))), pixels_of(FILES["PNG"]))
 
 
 @pytest.mark.parametrize("name", [b"IHDR", b"PLTE", b"tRNS", b"IDAT"])
-def test_png_with_a_wrong_sum_where_pixels_are_at_stake_is_corrupt(name):
+def test_png_with_a_wrong_checksum_of_pixels_is_corrupt(name):
     data = encoded(PHOTO.quantize(64), "PNG", transparency=0)
     ((_, _, end),) = (chunk for chunk in png_chunks(data) if chunk[0] == name)
     assert error_of(damaged(data, end, end + 4, 0)) == "corrupt"
 
 
-def test_png_with_a_damaged_text_is_turned_by_its_exif():
+def test_png_with_a_damaged_text_is_still_rotated_by_exif():
     data = png_with(orientation=6)
     start = data.index(b"tEXt")
     turned = load(damaged(data, start + 6, start + 20, 0))
@@ -141,7 +141,7 @@ def test_png_with_a_damaged_text_is_turned_by_its_exif():
     np.testing.assert_array_equal(turned.pixels, pixels_of(data))
 
 
-def test_png_that_ends_behind_its_pixels_is_whole():
+def test_png_that_ends_after_its_pixels_is_whole():
     data = encoded(PHOTO, "PNG")
     text = struct.pack(">I", 900) + b"tEXt" + b"a\0b" * 100
     (pixels_end,) = (end for name, _, end in png_chunks(data) if name == b"IDAT")
@@ -164,7 +164,7 @@ def test_wrong_length_of_a_jpegs_metadata_changes_no_pixel(marker, difference):
     np.testing.assert_array_equal(pixels_of(broken), pixels_of(data))
 
 
-def test_preview_behind_a_wrong_length_is_not_captioned_for_the_photo():
+def test_preview_after_a_wrong_length_is_not_taken_for_the_photo():
     preview = encoded(Image.new("RGB", (16, 16)), "JPEG")
     data = encoded(PHOTO, "JPEG", exif=b"Exif\0\0" + bytes(40) + preview)
     place = data.index(b"\xff\xe1") + 2
@@ -172,7 +172,7 @@ def test_preview_behind_a_wrong_length_is_not_captioned_for_the_photo():
 
 
 @pytest.mark.parametrize("difference", [-5000, -8, 1, 100, 1 << 20])
-def test_webp_of_a_wrong_length_is_whole_and_upright(difference):
+def test_webp_with_a_wrong_length_is_whole_and_upright(difference):
     data = encoded(PHOTO, "WEBP", exif=exif(6), xmp=XMP)
     length = max(int.from_bytes(data[4:8], "little") + difference, 0)
     broken = load(data[:4] + struct.pack("<I", length) + data[8:])
@@ -190,7 +190,7 @@ def test_wrong_length_of_a_webps_metadata_changes_no_pixel(name, difference):
     np.testing.assert_array_equal(pixels_of(broken), pixels_of(data))
 
 
-def test_webp_that_ends_behind_its_pixels_is_whole():
+def test_webp_that_ends_after_its_pixels_is_whole():
     data = FILES["WebP"]
     for cut in (1, 50, len(data) - data.index(b"EXIF")):
         np.testing.assert_array_equal(pixels_of(data[:-cut]), pixels_of(data))

@@ -1,4 +1,4 @@
-"""Readers are real processes here, and die real deaths."""
+"""The reader pool, with real processes that really die."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ PIXELS = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
 
 def load(photo: ImageRef) -> LoadedImage:
-    """Does to its process what the file's name says."""
+    """Kill, hang or delay this process, as the file's name says."""
     path = Path(photo.path)
     name = path.name
     if name.startswith("once"):
@@ -87,7 +87,7 @@ def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def test_a_photo_comes_as_it_was_loaded():
+def test_a_photo_is_returned_as_loaded():
     with readers(load, 1, 60) as read:
         image = one(read, "a.jpg")
         assert one(read, "b\udcff.jpg").sha256 == "b\udcff.jpg"
@@ -96,7 +96,7 @@ def test_a_photo_comes_as_it_was_loaded():
 
 
 def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
-    """Modules that a reader needs were looked for in the working directory first."""
+    """By default, Python looks for modules in the working directory first."""
     monkeypatch.chdir(tmp_path)
     for module in ("array", "pickle", "struct", "types"):
         (tmp_path / f"{module}.py").write_text("open('executed', 'w'); raise ImportError")
@@ -105,7 +105,7 @@ def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
+def test_only_files_that_kill_readers_are_rejected(caplog):
     names = [f"{kind}{n}" for n in range(3) for kind in ("good", "fine", "kill", "well")]
     names += ["exit", "raise"]
     groups = [refs(*names[start : start + 5]) for start in range(0, len(names), 5)]
@@ -115,11 +115,11 @@ def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
     assert names_of_rejected(images) == {"kill0", "kill1", "kill2", "exit", "raise"}
     assert images["kill0"].pixels == Rejection(
         ErrorType.QUARANTINED,
-        "The second process to read this file was killed by SIGKILL, too; "
-        "look at it, or remove it.",
+        "Two reader processes failed on this file (the second was killed by SIGKILL); "
+        "check or remove it.",
     )
-    assert "ended with exit code 7, too;" in images["exit"].pixels.message
-    assert "ended with exit code 1, too;" in images["raise"].pixels.message
+    assert "(the second ended with exit code 7);" in images["exit"].pixels.message
+    assert "(the second ended with exit code 1);" in images["raise"].pixels.message
     assert [image.sha256 for name, image in images.items() if name[0] in "gfw"] == [
         name for name in names if name[0] in "gfw"
     ]
@@ -127,44 +127,44 @@ def test_files_that_kill_their_readers_are_given_up_and_others_are_not(caplog):
 
 
 @pytest.mark.parametrize(("name", "timeout_s"), [("once-kill", 60), ("once-hang", 1)])
-def test_a_file_is_tried_again(tmp_path, name, timeout_s):
+def test_a_file_is_retried(tmp_path, name, timeout_s):
     with readers(load, 1, timeout_s) as read:
         assert one(read, str(tmp_path / name)).sha256 == name
 
 
-def test_the_time_to_start_a_process_is_not_the_files():
-    """On a busy machine with a short --stall-timeout good photos were given up."""
+def test_start_up_time_does_not_count_towards_the_timeout():
+    """Otherwise, a busy machine with a short --stall-timeout would reject good photos."""
     with readers(LoadThatIsSlowToStart(), 1, 1) as read:
         assert one(read, "good").sha256 == "good"
 
 
-def test_a_reader_that_takes_no_bytes_is_replaced():
-    """Sending to it had no timeout: the run stalled, and no file was given up."""
+def test_a_reader_that_takes_no_data_is_replaced():
+    """Without a timeout for sending, the run would stall."""
     with readers(load, 1, 1) as read:
         os.kill(one(read, "pid").file_size, signal.SIGSTOP)
         (image,) = read([ImageRef("", "good", data=bytes(1 << 24))])
     assert image.sha256 == "good"
 
 
-def test_each_answer_and_each_death_is_progress():
-    """Slow photos, each within its time, or given up one after the other, were taken for a stall.
+def test_each_answer_and_each_death_counts_as_progress():
+    """Slow photos, or several rejected in a row, must not look like a stall.
 
-    As many come in one request, it times out; then each is read alone.
+    The request of five photos times out; then each is read alone.
     """
-    moves: list[int] = []
-    read = Readers(load, 1, 3 * SLOW_S, lambda: moves.append(1))
+    calls: list[int] = []
+    read = Readers(load, 1, 3 * SLOW_S, lambda: calls.append(1))
     try:
         images = read(refs(*(f"slow{number}" for number in range(5))))
         assert not any(isinstance(image.pixels, Rejection) for image in images)
-        assert len(moves) == 1 + 5
-        moves.clear()
+        assert len(calls) == 1 + 5
+        calls.clear()
         assert isinstance(one(read, "kill").pixels, Rejection)
-        assert len(moves) == 2
+        assert len(calls) == 2
     finally:
         read.stop()
 
 
-def test_a_file_that_hangs_its_readers_is_given_up_in_time():
+def test_a_file_that_hangs_readers_is_rejected_in_time():
     started = time.monotonic()
     with readers(load, 1, 1) as read:
         image = one(read, "hang")
@@ -177,9 +177,9 @@ def test_a_file_that_hangs_its_readers_is_given_up_in_time():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_to_a_reader_do_nothing(number, caplog):
-    """Terminals and service managers send them to all processes; when to end is the run's to say.
+    """Terminals and service managers signal all processes, but the run decides when to end.
 
-    Those that came while a reader was starting killed it.
+    A reader that is just starting ignores signals, too.
     """
     with readers(load, 1, 60) as read:
         (reader,) = multiprocessing.active_children()
@@ -192,7 +192,7 @@ def test_signals_to_a_reader_do_nothing(number, caplog):
     assert not caplog.messages
 
 
-def test_signals_that_come_meanwhile_reach_this_process():
+def test_signals_still_reach_this_process():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with readers(load, 2, 60):
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
@@ -206,10 +206,9 @@ def test_no_process_is_left():
     wait_until_gone(pids)
 
 
-def test_readers_end_whatever_they_are_at():
-    """A reader that hung was not ended with the others. It ignored what Python sends to processes
-    at its exit, for which it waits: a run that was to stop at once did not end at all. Nor did
-    threads whose turn to read came after the end.
+def test_readers_end_whatever_they_are_doing():
+    """A hanging reader ignores the signal that Python sends to its children at exit, and Python
+    would wait for it for ever. Threads that still wait for a reader must end, too.
     """
     results = []
 
@@ -230,7 +229,7 @@ def test_readers_end_whatever_they_are_at():
     for thread in threads:
         thread.join(timeout=10)
     assert time.monotonic() - started < 10
-    assert [str(result) for result in results] == ["the readers of photos have been stopped"] * 3
+    assert [str(result) for result in results] == ["the reader pool has been stopped"] * 3
     wait_until_gone(pids)
     assert multiprocessing.active_children() == []
 
@@ -247,7 +246,7 @@ if __name__ == "__main__":
 
 
 def test_readers_of_a_suspended_run_are_not_replaced(tmp_path):
-    """When it was resumed, the time of the photo in flight had run out."""
+    """The suspension does not count towards the photo's timeout."""
     script = tmp_path / "script.py"
     script.write_text(SUSPENDED)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -263,8 +262,8 @@ def test_readers_of_a_suspended_run_are_not_replaced(tmp_path):
         os.killpg(run.pid, signal.SIGSTOP)
         time.sleep(12 * SLOW_S)
         os.killpg(run.pid, signal.SIGCONT)
-        told, errors = run.communicate(timeout=60)
-    assert (run.returncode, told, errors) == (0, "slow\n", "")
+        output, errors = run.communicate(timeout=60)
+    assert (run.returncode, output, errors) == (0, "slow\n", "")
 
 
 RUN = """
@@ -284,7 +283,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("names", [[], ["hang", "hang"]], ids=["idle", "busy"])
 def test_readers_end_when_their_run_is_killed(tmp_path, names):
-    """One that hung over a file stayed, for good if need be."""
+    """Even readers that hang on a file."""
     script = tmp_path / "script.py"
     script.write_text(RUN)
     pipe, path = subprocess.PIPE, os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -299,7 +298,7 @@ def test_readers_end_when_their_run_is_killed(tmp_path, names):
     wait_until_gone(pids)
 
 
-def test_readers_are_the_first_to_go_where_memory_runs_out():
+def test_readers_are_killed_first_if_memory_runs_out():
     with readers(load, 1, 60) as read:
         pid = one(read, "pid").file_size
         assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
@@ -310,7 +309,7 @@ def test_a_load_function_may_be_a_partial():
         assert one(read, "a.jpg").sha256 == "a.jpg"
 
 
-def test_a_file_that_is_given_up_is_known_again_by_its_size_and_time(tmp_path):
+def test_a_quarantined_file_keeps_its_size_and_time(tmp_path):
     path = tmp_path / "kill"
     path.write_bytes(b"12345")
     with readers(load, 1, 60) as read:
@@ -318,8 +317,8 @@ def test_a_file_that_is_given_up_is_known_again_by_its_size_and_time(tmp_path):
     assert (image.file_size, image.mtime_ns) == (5, path.stat().st_mtime_ns)
 
 
-def test_a_file_at_a_url_that_is_given_up_is_known_again_too():
-    """It killed two readers in every run."""
+def test_a_quarantined_url_keeps_its_size_and_time():
+    """Otherwise, it would kill two readers in every run."""
     headers = "Content-Length: 5", "Last-Modified: Fri, 17 May 2024 12:30:00 GMT"
     with web_server({"/kill.jpg": answer(b"12345", *headers)}) as server:
         with readers(load, 1, 60) as read:

@@ -1,4 +1,4 @@
-"""Tars as lists of photos: ids, order, links, and what is wrong with them."""
+"""Tars as lists of photos: ids, order, links, damage."""
 
 import bz2
 import gzip
@@ -59,7 +59,7 @@ def test_reads_all_tars_in_a_file_whatever_its_name_says(tmp_path, name, packer)
         tar_of() + ONE + tar_of() + TWO + bytes(100),
     ],
 )
-def test_zeros_are_no_damage(tmp_path, data):
+def test_zeros_between_tars_are_not_damage(tmp_path, data):
     refs, reports = listed(put(tmp_path / "x.tar", data))
     assert (ids(refs), reports) == (["1.jpg", "2.jpg"], [])
 
@@ -75,7 +75,7 @@ def test_zeros_are_no_damage(tmp_path, data):
     ],
 )
 @pytest.mark.parametrize("packer", [bytes, gzip.compress])
-def test_reports_what_is_no_whole_tar_after_the_first(tmp_path, packer, rest):
+def test_reports_damage_after_the_first_tar(tmp_path, packer, rest):
     file = put(tmp_path / "x.tar", packer(ONE + rest))
     refs, reports = listed(file)
     assert ids(refs)[:1] == ["1.jpg"]
@@ -83,12 +83,12 @@ def test_reports_what_is_no_whole_tar_after_the_first(tmp_path, packer, rest):
 
 
 @pytest.mark.parametrize("packer", [gzip.compress, bz2.compress, lzma.compress])
-def test_reports_what_follows_compressed_data(tmp_path, packer):
+def test_reports_garbage_after_compressed_data(tmp_path, packer):
     refs, reports = listed(put(tmp_path / "x.tar", packer(ONE) + bytes(range(1, 256)) * 1000))
     assert (ids(refs), len(reports)) == (["1.jpg"], 1)
 
 
-def test_says_of_zstd_what_to_do(tmp_path):
+def test_zstd_is_reported_with_advice(tmp_path):
     _, ((_, reason),) = listed(put(tmp_path / "x.tar", b"\x28\xb5\x2f\xfd" + bytes(1000)))
     assert reason == "it is compressed with zstd: decompress it"
 
@@ -110,7 +110,7 @@ def test_global_headers_end_with_their_tar(tmp_path):
         ("1e999999999", None),
     ],
 )
-def test_a_time_that_no_column_holds_costs_only_the_time(tmp_path, seconds, nanoseconds):
+def test_a_time_out_of_range_is_dropped(tmp_path, seconds, nanoseconds):
     data = tar_of(("1.jpg", b"one", {"mtime": seconds}), ("2.jpg", b"two"))
     refs, reports = listed(put(tmp_path / "x.tar", data))
     assert [ref.mtime_ns for ref in refs] == [nanoseconds, MTIME * 10**9]
@@ -118,14 +118,14 @@ def test_a_time_that_no_column_holds_costs_only_the_time(tmp_path, seconds, nano
 
 
 @pytest.mark.parametrize("size", ["-5", "-512", "-5120", "99999999999999999999"])
-def test_a_size_that_makes_no_sense_is_reported(tmp_path, size):
+def test_an_impossible_size_is_reported(tmp_path, size):
     data = tar_of(("1.jpg", b"one"), ("2.jpg", b"two", {"size": size}), ("3.jpg", b"three"))
     refs, reports = listed(put(tmp_path / "x.tar", data))
     assert (ids(refs), len(reports)) == (["1.jpg"], 1)
     assert "size of a member makes no sense" in reports[0][1]
 
 
-def test_a_header_that_fills_memory_is_not_read(tmp_path):
+def test_a_huge_header_is_not_read(tmp_path):
     data = tar_of(("1.jpg", b"one", {"comment": "x" * tars.MAX_HEADER_BYTES}))
     refs, reports = listed(put(tmp_path / "x.tar", ONE + data))
     assert (ids(refs), len(reports)) == (["1.jpg"], 1)
@@ -160,7 +160,7 @@ LINKS = tar_of(
 
 
 @pytest.mark.parametrize("packer", [bytes, gzip.compress])
-def test_links_have_the_bytes_of_the_members_that_they_lead_to(tmp_path, packer):
+def test_links_have_the_bytes_of_their_targets(tmp_path, packer):
     refs, reports = listed(put(tmp_path / "x.tar", packer(LINKS)))
     assert {ref.image_id: ref.data for ref in refs} == {
         **dict.fromkeys(("1.jpg", "early.jpg", "hard.jpg", "chain.jpg"), b"one"),
@@ -171,7 +171,7 @@ def test_links_have_the_bytes_of_the_members_that_they_lead_to(tmp_path, packer)
     assert reports == []
 
 
-def test_links_to_no_member_are_no_files(tmp_path):
+def test_links_that_lead_to_no_member_are_not_files(tmp_path):
     (tmp_path / "outside.jpg").write_bytes(b"outside")
     data = tar_of(
         ("absolute.jpg", f">{tmp_path}/outside.jpg"),
@@ -211,7 +211,7 @@ def test_links_before_damage_are_followed_and_the_damage_is_reported_once(tmp_pa
     assert (ids(refs), len(reports)) == (["1.jpg", "2.jpg"], 1)
 
 
-def test_no_more_links_are_kept_than_memory_holds(tmp_path, monkeypatch):
+def test_number_of_links_in_memory_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_LINKS", 2)
     data = tar_of(("1.jpg", b"one"), *((f"{n}.jpg", ">1.jpg") for n in range(2, 5)))
     refs, _ = listed(put(tmp_path / "x.tar", data))
@@ -226,19 +226,19 @@ def test_no_more_links_are_kept_than_memory_holds(tmp_path, monkeypatch):
 # names, devices, damage
 
 
-def test_names_that_are_not_utf8_or_very_long_are_ids_all_the_same(tmp_path):
+def test_long_and_non_utf8_names_are_ids(tmp_path):
     raw, long = b"\xff.jpg".decode("utf-8", "surrogateescape"), f"{'照' * 100}/{'片' * 100}.jpg"
     tar = write_tar(tmp_path / "x.tar", [(raw, b"x"), (long, b"x")])
     assert ids(listed(tar)[0]) == [r"\xff.jpg", long]
 
 
-def test_archives_follow_each_other(tmp_path):
+def test_archives_are_listed_in_order(tmp_path):
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", b"x")])
     assert ids(listed(f"{tmp_path}/{{0..2}}.tar")[0]) == ["0.jpg", "1.jpg", "2.jpg"]
 
 
-def test_devices_are_no_photos_and_no_name_opens_a_file(tmp_path):
+def test_devices_are_not_photos_and_names_open_no_file(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         device = tarfile.TarInfo("0.jpg")
         device.type = tarfile.CHRTYPE
@@ -304,7 +304,7 @@ def cut(tar: Path, size: int) -> Path:
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Members of 1,000 bytes: each takes 512 for its header and two blocks of as many."""
+    """Three members of 1,000 bytes: each takes a header and two blocks, of 512 bytes each."""
     return write_tar(tmp_path / "x.tar", [(f"{n}.jpg", bytes([n]) * 1000) for n in range(3)])
 
 
@@ -320,13 +320,13 @@ def three(tmp_path: Path) -> Path:
         (0, 0),
     ],
 )
-def test_a_cut_tar_is_listed_as_far_as_it_goes_and_reported(three, size, left):
+def test_a_cut_tar_is_listed_up_to_the_cut_and_reported(three, size, left):
     refs, reports = listed(cut(three, size))
     assert [ref.data for ref in refs] == [bytes([n]) * 1000 for n in range(left)]
     assert [path for path, _ in reports] == [str(three)]
 
 
-def test_a_damaged_header_is_no_end(three):
+def test_a_damaged_header_is_reported(three):
     data = bytearray(three.read_bytes())
     data[1536 + 10] ^= 1
     three.write_bytes(data)
@@ -334,7 +334,7 @@ def test_a_damaged_header_is_no_end(three):
     assert (ids(refs), len(reports)) == (["0.jpg"], 1)
 
 
-def test_a_tar_that_is_missing_or_none_is_reported_and_the_others_are_read(tmp_path):
+def test_missing_and_invalid_tars_are_reported_and_the_others_read(tmp_path):
     write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
     (tmp_path / "1.tar").write_bytes(b"no tar" * 1000)
     write_tar(tmp_path / "3.tar", [("3.jpg", b"x")])

@@ -25,7 +25,7 @@ GREY, RGB, INVERTED, SENSOR = 1, 2, 0, 32803
 
 
 def tiff(tags: dict[int, int | tuple[int, ...]], pixels: bytes, order="<", big=False) -> bytes:
-    """A TIFF of one directory: `pixels` stand at byte 16, where offsets are to point."""
+    """A TIFF of one directory: `pixels` are at byte 16, where offsets should point."""
     kind = 16 if big else 4
     letters, entry_letters, value_size = ("Q", "HHQ", 8) if big else ("I", "HHI", 4)
     head = {"<": b"II", ">": b"MM"}[order]
@@ -72,7 +72,7 @@ GREY_KINDS = {
     "big-endian floats": grey(samples("f", 0, 85, 170, 255, order=">"), 32, order=">", tags=FLOATS),
     "floats below 0": grey(samples("f", -3000, -2000, -1000, 0), 32, tags=FLOATS),
     "floats too large to subtract": grey(samples("f", -3e38, -1e38, 1e38, 3e38), 32, tags=FLOATS),
-    "a float that is none": grey(samples("f", float("nan"), 1 / 3, 2 / 3, 1), 32, tags=FLOATS),
+    "NaN among floats": grey(samples("f", float("nan"), 1 / 3, 2 / 3, 1), 32, tags=FLOATS),
 }
 
 
@@ -82,14 +82,14 @@ def test_grey_of_any_depth_keeps_its_shades(kind):
     np.testing.assert_array_equal(pixels_of(GREY_KINDS[kind], size=2), expected)
 
 
-def test_black_and_white_floats_and_integers_stay_dark_where_all_are_dark():
+def test_dark_floats_and_integers_stay_dark():
     assert (pixels_of(grey(samples("f", 0, 0, 0, 0.2), 32, tags=FLOATS), size=2) <= 51).all()
     assert (pixels_of(grey(samples("i", 0, 1, 2, 3), 32, tags=SIGNED), size=2) <= 3).all()
 
 
 @pytest.mark.parametrize("letter", "fih")
 def test_big_endian_samples_are_right_in_a_compressed_tiff(letter):
-    """Pillow takes what libtiff has put into the machine's order for big-endian still."""
+    """Pillow reads them as big-endian, but libtiff converts them to the machine's order."""
     values = np.array([[0, 85], [170, 255]], f">{'f4' if letter == 'f' else letter}")
     packed = b"".join(
         bytes((len(row) - 1,)) + row for row in (values[0].tobytes(), values[1].tobytes())
@@ -135,7 +135,7 @@ def test_colours_are_those_that_were_saved(kind):
     np.testing.assert_array_equal(pixels_of(data, size=2, name="a.TIF"), QUADRANTS)
 
 
-def test_jpeg_in_a_tiff_looks_as_before():
+def test_jpeg_in_a_tiff_looks_the_same():
     data = encoded(PHOTO, "TIFF", compression="jpeg", quality=95)
     assert np.abs(pixels_of(data).astype(int) - pixels_of(encoded(PHOTO, "PNG"))).mean() < 3
 
@@ -169,7 +169,7 @@ def test_transparent_tiff_is_composited_on_white(mode):
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_tiff_is_turned_upright(orientation, compression):
+def test_tiff_is_rotated_upright(orientation, compression):
     tags = Image.Exif()
     tags[0x0112] = orientation
     square = photo(7, 64, 64).crop((0, 0, 64, 40))
@@ -180,7 +180,7 @@ def test_tiff_is_turned_upright(orientation, compression):
 
 
 def without_strips(data: bytes, kept: int) -> bytes:
-    """A TIFF all strips of which, but the first ones, would stand behind its end."""
+    """A TIFF whose strips after the first `kept` are beyond its end."""
     image: Any = Image.open(io.BytesIO(data))
     places = image.tag_v2[OFFSETS]
     moved = [*places[:kept], *(place + len(data) for place in places[kept:])]
@@ -202,7 +202,7 @@ def test_cut_tiff_is_truncated_and_accepted_on_request(compression):
     assert error_of(data[: len(data) // 2]) == "truncated"
 
 
-def test_tiff_that_ends_before_its_pixels_is_refused_all_the_same():
+def test_tiff_that_ends_before_its_pixels_is_always_refused():
     cut = without_strips(encoded(PHOTO, "TIFF", tiffinfo={278: 8}), 0)
     assert error_of(cut, accept_truncated=True) == "truncated"
 
@@ -217,13 +217,13 @@ def test_size_of_a_tiff_and_of_its_tiles_is_limited():
     assert error_of(COLOUR_KINDS["RGB"], max_pixels=4) == "ok"
 
 
-def test_tiff_of_nothing_but_strips_is_refused():
+def test_tiff_of_too_many_strips_is_refused():
     offsets = {OFFSETS: (16,) * 200_001, BYTE_COUNTS: (1,) * 200_001}
     assert error_of(grey(bytes(4), 8, tags=offsets)) == "too_large"
 
 
 @pytest.mark.parametrize("tags", [{COMPRESSION: 34_712}, {FORMAT: 6}, {BITS: 64, FORMAT: 3}])
-def test_kind_of_tiff_that_is_not_read_is_called_so_and_not_damaged(tags):
+def test_unsupported_tiff_is_not_called_damaged(tags):
     assert error_of(grey(bytes(32), 8, tags=tags)) == "unsupported_format"
 
 
@@ -235,7 +235,7 @@ def test_damaged_pixels_of_a_tiff_are_corrupt_and_nothing_is_printed(capfd):
 
 
 SMALL = bytes((0, 85, 170, 255))
-# A directory at byte 4 of the pixels: of a sensor's picture.
+# The directory of a sensor's picture, at byte 4 of the pixels.
 SENSOR_DIRECTORY = struct.pack("<HHHIII", 1, PHOTOMETRIC, 4, 1, SENSOR, 0)
 RAWS = {
     "a.CR2": b"II*\0\x10\0\0\0CR\2\0" + bytes(40),
@@ -261,11 +261,11 @@ def test_camera_raw_file_is_refused_and_its_preview_not_captioned(name):
     assert image.pixels.message.startswith("This is a camera raw file;")
 
 
-def test_picture_with_smaller_ones_of_itself_is_no_raw():
+def test_picture_with_thumbnails_is_not_camera_raw():
     pages = struct.pack("<HHHIII", 1, PHOTOMETRIC, 4, 1, GREY, 0)
     assert error_of(grey(SMALL + pages, 8, tags={SUB_DIRECTORIES: 20})) == "ok"
     assert error_of(grey(SMALL, 8, tags={SUBFILE: 1})) == "ok"
 
 
-def test_jpeg_by_the_name_of_a_raw_file_is_read():
+def test_jpeg_named_like_a_raw_file_is_read():
     assert error_of(encoded(PHOTO, "JPEG"), name="a.nef") == "ok"

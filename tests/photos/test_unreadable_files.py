@@ -63,7 +63,7 @@ def test_link_loop_is_unreadable(tmp_path):
     assert_rejected(load_image(tmp_path / "a.jpg", LoadSettings(2)), ErrorType.UNREADABLE)
 
 
-def test_folder_pipe_socket_and_device_are_no_files(tmp_path):
+def test_folder_pipe_socket_and_device_are_not_files(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
@@ -84,7 +84,7 @@ def test_file_without_permission_is_unreadable(tmp_path):
 
 
 def test_file_that_may_not_be_read_still_has_its_size_and_time(tmp_path, monkeypatch):
-    """The refusal is scripted, because root, who runs many tests, may read any file."""
+    """The refusal is scripted, because root may read any file."""
     path = tmp_path / "secret.jpg"
     path.write_bytes(SAMPLES["JPEG"])
 
@@ -98,9 +98,9 @@ def test_file_that_may_not_be_read_still_has_its_size_and_time(tmp_path, monkeyp
     assert loaded.mtime_ns == path.stat().st_mtime_ns
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no such file here")
-def test_error_of_the_disk_is_unreadable(tmp_path):
-    """Nothing stands at address 0, so the kernel answers with the EIO of a broken disk."""
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no /proc/self/mem")
+def test_file_on_a_broken_disk_is_unreadable(tmp_path):
+    """Address 0 is unmapped, so reading it fails with the EIO of a broken disk."""
     (tmp_path / "a.jpg").symlink_to("/proc/self/mem")
     loaded = load_image(tmp_path / "a.jpg", LoadSettings(2))
     assert "put/output error" in assert_rejected(loaded, ErrorType.UNREADABLE).message
@@ -108,7 +108,7 @@ def test_error_of_the_disk_is_unreadable(tmp_path):
 
 
 class Writer:
-    """Stands in for the pause that a fresh file is given, and writes to it in that time."""
+    """Replaces `time`: writes to a fresh file during the pause before it is read."""
 
     def __init__(self, path: Path, *contents: bytes) -> None:
         self.path, self.contents = path, list(contents)
@@ -144,7 +144,7 @@ def test_file_that_changes_twice_is_rejected_and_not_described(tmp_path, monkeyp
     assert loaded == LoadedImage(rejection)
 
 
-def test_file_that_is_deleted_when_it_is_to_be_read_again_is_missing(tmp_path, monkeypatch):
+def test_file_deleted_before_its_second_read_is_missing(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"aa")
     writer = Writer(path)
@@ -160,9 +160,9 @@ FLICKERING = [
 
 
 def load_while(write: Callable[[Path, bytes], None], path: Path) -> list[LoadedImage]:
-    """What is loaded, again and again, while a thread writes one photo after the other.
+    """Load a file repeatedly while a thread writes one photo after the other.
 
-    Nothing that was loaded may be described as anything that never stood in the file.
+    Each size, time and hash must be those of a version of the file.
     """
     stop, written = threading.Event(), set()
 

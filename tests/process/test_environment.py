@@ -1,4 +1,4 @@
-"""What a machine, a user or a folder holds does not reach the libraries."""
+"""No setting of a machine, a user or a folder reaches the libraries."""
 
 import logging
 import os
@@ -100,7 +100,7 @@ def test_a_full_cache_directory_is_replaced(
 def test_a_cache_directory_that_others_can_write_is_not_used(
     temporary: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Some libraries run what they find in their caches."""
+    """Some libraries execute the files in their caches."""
     shared = tmp_path / "cache" / "batchcap"
     shared.mkdir(parents=True)
     shared.chmod(0o777)

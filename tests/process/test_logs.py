@@ -1,4 +1,4 @@
-"""One line an event, as text or as JSON."""
+"""One line per event, as text or as JSON."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
         logger.setLevel(level)
 
 
-def say_things() -> None:
+def log_samples() -> None:
     log_event(OURS, "committed", "20 rows committed", logging.DEBUG, rows=20)
     log_event(OURS, "run_started", "captioning 照片", run_id="r", device="cpu")
     OURS.warning("the folder %s cannot be listed", "a\nb")
@@ -35,7 +35,7 @@ def say_things() -> None:
 
 def test_json_has_one_object_a_line(stderr):
     configure_logging(LogFormat.JSON, verbose=False)
-    say_things()
+    log_samples()
     assert re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}", "T", stderr()) == (
         '{"time": "T+00:00", "level": "info", "event": "run_started", "run_id": "r", '
         '"device": "cpu", "message": "captioning 照片"}\n'
@@ -55,18 +55,18 @@ def test_text_is_the_message(stderr):
 
 
 @pytest.mark.parametrize("log_format", list(LogFormat))
-def test_verbose_tells_more_of_us_and_not_of_noisy_libraries(stderr, log_format):
+def test_verbose_logs_details_but_not_of_noisy_libraries(stderr, log_format):
     configure_logging(log_format, verbose=True)
-    say_things()
+    log_samples()
     logging.getLogger("other").debug("details")
-    told = stderr()
-    assert "20 rows committed" in told
-    assert "details" in told
-    assert "chatter" not in told
+    text = stderr()
+    assert "20 rows committed" in text
+    assert "details" in text
+    assert "chatter" not in text
 
 
 def test_json_has_tracebacks_and_any_field(stderr):
-    """A path among the fields was a second traceback in place of the event."""
+    """A field that is no JSON value, such as a path, must not fail."""
     configure_logging(LogFormat.JSON, verbose=False)
     try:
         raise ZeroDivisionError("naught")
@@ -79,7 +79,7 @@ def test_json_has_tracebacks_and_any_field(stderr):
     assert event["path"] == str(OURS.__class__)
 
 
-def test_names_that_are_no_text_are_logged_all_the_same():
+def test_names_that_are_not_unicode_are_logged():
     program = """
 import logging
 from batchcap.process.logs import configure_logging
@@ -110,7 +110,7 @@ def test_nothing_that_a_terminal_obeys_is_logged(stderr, log_format):
         assert text == "一\u3000只\n狗?[2J???31m?????\n?[2J???31m?????\n"
 
 
-def test_a_record_is_one_line_whatever_is_in_it():
+def test_a_record_is_one_line_whatever_it_contains():
     record = logging.LogRecord("a", logging.INFO, "", 0, "%s", ("\r\n\x85\u2028\x00",), None)
     line = JsonLines().format(record)
     assert "\n" not in line

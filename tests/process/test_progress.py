@@ -48,7 +48,7 @@ def test_a_log_of_long_work_gets_a_line_every_half_minute(
     assert caplog.messages == ["captioning: 30 of 80 images, 0.8 images/s, 67 s left"]
 
 
-def test_work_done_before_does_not_count_as_speed(
+def test_earlier_work_does_not_count_towards_the_rate(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = iter([0.0, 31.0])
@@ -66,7 +66,7 @@ def test_work_done_before_does_not_count_as_speed(
         (10, 62, "captioning: 62 of 10 images, 2.0 images/s, 0 s left"),  # the input has grown
     ],
 )
-def test_news_without_work_and_work_beyond_the_total_are_told_too(
+def test_no_work_and_work_beyond_the_total_are_logged(
     total: int,
     done: int,
     line: str,

@@ -1,4 +1,4 @@
-"""Signals, sent by this process to itself and by others to real ones."""
+"""Signals, sent to this process and to real programs."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def send_to_softly_stopping(*numbers: int, then: float = 0) -> signals.StopReque
     return stop
 
 
-requests: list[signals.StopRequest] = []  # since one that is stopped returns none
+requests: list[signals.StopRequest] = []  # since a stopped block returns none
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -58,14 +58,14 @@ def test_a_first_signal_is_a_request(number):
     assert not stop.insisted
 
 
-def test_a_second_signal_raises_what_the_first_one_was():
+def test_a_second_signal_raises_stopped_with_the_first():
     with pytest.raises(Stopped) as stopped:
         send_to_softly_stopping(signal.SIGTERM, signal.SIGINT)
     assert stopped.value.signal is signal.SIGTERM
     assert requests[-1].insisted
 
 
-def test_time_that_runs_out_raises(monkeypatch):
+def test_the_time_limit_raises_stopped(monkeypatch):
     monkeypatch.setattr(signals, "GRACE_S", 0.2)
     started = time.monotonic()
     with pytest.raises(Stopped) as stopped:
@@ -75,8 +75,8 @@ def test_time_that_runs_out_raises(monkeypatch):
     assert not requests[-1].insisted
 
 
-def test_time_does_not_run_out_while_a_run_commits(monkeypatch):
-    """The alarm, which repeats, cut off the commit that the first one was meant to allow."""
+def test_the_time_limit_does_not_cut_off_a_commit(monkeypatch):
+    """The alarm repeats, and would cut off the commit."""
     monkeypatch.setattr(signals, "GRACE_S", 0.1)
     committed: list[str] = []
 
@@ -108,18 +108,18 @@ def test_a_second_signal_stops_a_commit_too():
     assert requests[-1].insisted
 
 
-def test_time_does_not_run_out_after_the_block(monkeypatch):
+def test_the_time_limit_ends_with_the_block(monkeypatch):
     monkeypatch.setattr(signals, "GRACE_S", 0.2)
     send_to_softly_stopping(signal.SIGTERM)
     time.sleep(0.4)
 
 
-def test_an_alarm_without_a_request_is_none():
-    """Whatever sent it, the run ended as if a signal 14 had asked for it."""
+def test_an_alarm_without_a_request_is_ignored():
+    """Otherwise, it would end the run as signal 14."""
     assert not send_to_softly_stopping(signal.SIGALRM)()
 
 
-def test_handlers_are_those_of_before_afterwards():
+def test_handlers_are_restored():
     stop_on_signals()
     numbers = (*SIGNALS, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
@@ -130,7 +130,7 @@ def test_handlers_are_those_of_before_afterwards():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop_on_signals()
     send(signal.SIGHUP)

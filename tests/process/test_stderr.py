@@ -1,4 +1,4 @@
-"""What a library prints while it starts is shown only if the start fails."""
+"""A library's output during its start is shown only if the start fails."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_a_start_that_succeeds_is_silent(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == "after\n"
 
 
-def test_a_start_that_fails_shows_what_was_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_fails_shows_its_output(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ImportError):
         start(b"no such driver\n", ImportError())
     assert (
@@ -38,13 +38,13 @@ def test_a_start_that_is_stopped_is_silent(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == ""
 
 
-def test_a_tensorflow_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_import_of_tensorflow_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(BatchcapError, match="cannot import TensorFlow"):
         start_tensorflow()
 
 
-def test_a_death_of_tensorflow_at_its_start_shows_the_reason() -> None:
+def test_a_crash_of_tensorflow_at_its_start_shows_the_reason() -> None:
     program = "from batchcap.model.runtime import start_tensorflow; start_tensorflow()"
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,4 +1,4 @@
-"""Texts of strangers, made safe for a terminal."""
+"""Untrusted text, made safe for a terminal."""
 
 import json
 import unicodedata
@@ -22,14 +22,14 @@ def only_prints(text: str) -> bool:
 
 
 @given(ANY_TEXT)
-def test_a_text_is_one_line_that_a_terminal_only_prints(text: str) -> None:
+def test_printable_text_is_one_line_that_a_terminal_only_prints(text: str) -> None:
     assert only_prints(printable(text))
     assert len(printable(text)) == len(text)
     assert len(excerpt(text)) <= 100
 
 
 @given(ANY_TEXT)
-def test_a_text_of_lines_keeps_them(text: str) -> None:
+def test_printable_lines_keep_their_number(text: str) -> None:
     lines = printable_lines(text).split("\n")
     assert all(map(only_prints, lines))
     assert len(lines) == text.count("\n") + 1

@@ -1,4 +1,4 @@
-"""Fixtures of this room."""
+"""Fixtures of the report tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> dict[str, bytes]:
-    """Photos by name, which lie in the folder `photos` too."""
+    """Photos by name, also written to the folder `photos`."""
     for name, colour in PHOTOS.items():
         make_photo(tmp_path / "photos" / name, colour)
     return {name: (tmp_path / "photos" / name).read_bytes() for name in PHOTOS}

@@ -22,7 +22,7 @@ CHROMIUM = next(
 
 
 def hostile(text: str) -> str:
-    """What would run, or break the page, if it were anything but a text."""
+    """A text that would run code or break the page if it were not escaped."""
     return (
         f"{text}</script><script>window.harm=1</script><img src=x onerror=harm=1>'\"`"
         "<!--{{7*7}}${window.harm=1}&lt;\u2028\u2029\u202e\u0000]]>\\"
@@ -36,7 +36,7 @@ def confident(image_id: str, probability: float, **columns: Any) -> Row:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM:
-        pytest.skip("install Chromium to see what the page does")
+        pytest.skip("install Chromium to test the page")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
@@ -45,7 +45,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def look_at(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens a page; at the end, only the file was asked for, and nothing was complained of."""
+    """Open pages; at the end, assert that they requested only their file and logged nothing."""
     complaints: list[str] = []
     opened: list[Page] = []
 
@@ -57,12 +57,12 @@ def look_at(browser: Browser) -> Iterator[Callable[..., Page]]:
         )
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked_for(request.url, path))
+        page.on("request", lambda request: check_request(request.url, path))
         page.goto(path.as_uri())
         opened.append(page)
         return page
 
-    def asked_for(url: str, path: Path) -> None:
+    def check_request(url: str, path: Path) -> None:
         if url != path.as_uri() and not url.startswith("data:"):
             complaints.append(url)
 
@@ -108,14 +108,14 @@ def test_scores_and_references_are_on_the_card(
     assert page.locator(".references li").inner_text() == "人写的a"
 
 
-def test_orders_by_score_are_there_with_scores_only(
+def test_orders_by_score_need_scores(
     write: Callable[..., Path], look_at: Callable[..., Page]
 ) -> None:
     page = look_at(write([captioned_row("a")]))
     assert not page.locator("#order option", has_text="CIDEr").count()
 
 
-def test_cards_are_found_by_name_caption_and_error_and_their_number_is_announced(
+def test_cards_are_found_by_text_and_status_and_their_number_is_announced(
     write: Callable[..., Path], look_at: Callable[..., Page]
 ) -> None:
     failed = failed_row("c.jpg", error_type="truncated", error_message="The file ends early.")
@@ -208,7 +208,7 @@ def test_the_overlay_covers_the_photo_exactly(looked: Path, look_at: Callable[..
     assert image == veil
 
 
-def test_arrow_keys_go_from_word_to_word_and_escape_ends_it(
+def test_arrow_keys_move_between_words_and_escape_clears(
     looked: Path, look_at: Callable[..., Page]
 ) -> None:
     page = look_at(looked)
@@ -220,7 +220,7 @@ def test_arrow_keys_go_from_word_to_word_and_escape_ends_it(
     page.keyboard.press("ArrowRight")
     assert shown.inner_text() == "船"
     assert shown.get_attribute("aria-pressed") == "true"
-    page.keyboard.press("ArrowRight")  # there is no next one
+    page.keyboard.press("ArrowRight")  # the last word
     assert shown.inner_text() == "船"
     page.keyboard.press("ArrowLeft")
     assert shown.inner_text() == "一只"
@@ -232,7 +232,7 @@ def test_arrow_keys_go_from_word_to_word_and_escape_ends_it(
     assert overlay(page) == ["peak", "centre"]
 
 
-def test_a_tap_shows_and_a_tap_elsewhere_ends_it(
+def test_tap_on_a_word_shows_attention_and_a_tap_elsewhere_clears_it(
     looked: Path, look_at: Callable[..., Page]
 ) -> None:
     page = look_at(looked, has_touch=True, is_mobile=True, viewport={"width": 390, "height": 800})
@@ -242,17 +242,15 @@ def test_a_tap_shows_and_a_tap_elsewhere_ends_it(
     assert overlay(page) == []
 
 
-def test_a_word_tells_its_probability_without_colour_and_pointer(
-    looked: Path, look_at: Callable[..., Page]
-) -> None:
+def test_word_has_its_probability_as_text(looked: Path, look_at: Callable[..., Page]) -> None:
     first = look_at(looked).locator(".card .word").first
-    told = "probability 61 %; looked most at row 3, column 3 (25 %)"
-    assert first.get_attribute("title") == told
-    assert first.get_attribute("aria-label") == f"一只: {told}"
+    text = "probability 61 %; looked most at row 3, column 3 (25 %)"
+    assert first.get_attribute("title") == text
+    assert first.get_attribute("aria-label") == f"一只: {text}"
     assert first.evaluate("word => word.closest('[lang]').lang") == "zh-Hans"
 
 
-def test_improbable_words_differ_in_their_line_too(
+def test_levels_of_probability_differ_in_underline(
     write: Callable[..., Path], look_at: Callable[..., Page]
 ) -> None:
     page = look_at(
@@ -273,14 +271,14 @@ def test_improbable_words_differ_in_their_line_too(
     assert len(set(lines)) == 4
 
 
-def test_cards_and_photos_are_made_as_they_come_near(
+def test_cards_and_photos_are_made_as_they_come_near_the_view(
     tmp_path: Path, write: Callable[..., Path], look_at: Callable[..., Page]
 ) -> None:
     sha256 = make_photo(tmp_path / "a.png")
-    link = [f"{n:03}.png" for n in range(400)]
-    for name in link:
+    links = [f"{n:03}.png" for n in range(400)]
+    for name in links:
         (tmp_path / name).symlink_to("a.png")
-    rows = [captioned_row(name, sha256=sha256) for name in link]
+    rows = [captioned_row(name, sha256=sha256) for name in links]
     page = look_at(write(rows, images=tmp_path), viewport={"width": 390, "height": 700})
     photos = page.locator(".photo img")
     expect(photos.first).to_have_attribute("src", re.compile("^data:"))
@@ -317,7 +315,7 @@ CONTRASTS = """(selectors) => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_have_contrast_by_day_and_by_night(
+def test_texts_have_contrast_in_light_and_dark_mode(
     looked: Path, look_at: Callable[..., Page], scheme: str
 ) -> None:
     page = look_at(looked, color_scheme=scheme)
@@ -333,7 +331,7 @@ def test_texts_have_contrast_by_day_and_by_night(
 
 @pytest.fixture
 def attacked(tmp_path: Path, write: Callable[..., Path]) -> Path:
-    """A page of names, captions, messages, references, metadata that would all do harm."""
+    """A page with hostile names, captions, messages, references and metadata."""
     name = "<img src=x onerror=harm=1>.jpg"
     sha256 = make_photo(tmp_path / "photos" / name)
     long = "长" * 5000 + "x" * 5000
@@ -355,7 +353,7 @@ def attacked(tmp_path: Path, write: Callable[..., Path]) -> Path:
     return write(rows, metadata, **asked)
 
 
-def test_hostile_texts_are_shown_as_they_are_and_nothing_runs(
+def test_hostile_texts_are_shown_verbatim_and_run_nothing(
     attacked: Path, look_at: Callable[..., Page]
 ) -> None:
     page = look_at(attacked)
@@ -374,7 +372,7 @@ def test_hostile_texts_are_shown_as_they_are_and_nothing_runs(
     assert announced(page) == "6 of 7 photos"
 
 
-def test_texts_that_turn_the_direction_turn_only_themselves(
+def test_direction_marks_affect_only_their_own_text(
     attacked: Path, look_at: Callable[..., Page]
 ) -> None:
     page = look_at(attacked)
@@ -402,7 +400,7 @@ def test_nothing_is_wider_than_the_window(
 def test_without_scripts_the_page_says_so(write: Callable[..., Path], browser: Browser) -> None:
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto(write([captioned_row(0), failed_row(1)]).as_uri())
-    assert "scripts are switched off here" in page.locator("main").inner_text()
+    assert "scripts are switched off" in page.locator("main").inner_text()
     assert page.locator("#controls").is_hidden()
     assert "corrupt" in page.locator("main").inner_text()
     page.context.close()

@@ -1,4 +1,4 @@
-"""What the page holds, whatever rows say."""
+"""The page's content, for any rows."""
 
 import base64
 import hashlib
@@ -55,47 +55,47 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_json_in_the_page_means_the_same_and_ends_no_element(value: Any) -> None:
+def test_json_in_the_page_is_unchanged_and_ends_no_element(value: Any) -> None:
     text = json_for_html(value)
     assert json.loads(text) == value
     assert not set(text) & set("<>&\u2028\u2029")
 
 
-def drawn(groups: list[int], most: int, seed: int) -> list[str]:
+def sampled(groups: list[int], most: int, seed: int) -> list[str]:
     ids = iter(range(sum(groups)))
     tables = [table_of([captioned_row(next(ids)) for _ in range(size)]) for size in groups]
     return [shown.card["id"] for shown in digest_rows(iter(tables), most, seed, {}).shown]
 
 
-def test_a_sample_is_the_same_however_rows_are_grouped_and_another_by_another_seed() -> None:
-    sample = drawn([50], most=20, seed=1)
+def test_sample_depends_on_the_seed_but_not_on_row_groups() -> None:
+    sample = sampled([50], most=20, seed=1)
     assert len(set(sample)) == 20
     assert sample == sorted(sample, key=int)
-    assert drawn([7, 0, 30, 13], most=20, seed=1) == sample
-    assert drawn([50], most=20, seed=2) != sample
+    assert sampled([7, 0, 30, 13], most=20, seed=1) == sample
+    assert sampled([50], most=20, seed=2) != sample
 
 
-def test_all_rows_are_shown_where_there_are_no_more_than_asked_for() -> None:
-    assert drawn([3, 2], most=5, seed=0) == [*"01234"]
+def test_all_rows_are_shown_up_to_the_sample_size() -> None:
+    assert sampled([3, 2], most=5, seed=0) == [*"01234"]
 
 
-def test_each_row_is_as_likely_to_be_drawn_as_any_other() -> None:
+def test_each_row_is_equally_likely_to_be_sampled() -> None:
     counts = dict.fromkeys([*"0123456789"], 0)
     for seed in range(300):
-        for image_id in drawn([4, 6], most=5, seed=seed):
+        for image_id in sampled([4, 6], most=5, seed=seed):
             counts[image_id] += 1
     assert min(counts.values()) > 150 - 45  # five standard deviations
     assert max(counts.values()) < 150 + 45
 
 
-def test_counts_and_histogram_are_of_all_rows_though_a_sample_is_shown(
+def test_counts_and_histogram_cover_all_rows_if_a_sample_is_shown(
     write: Callable[..., Path],
 ) -> None:
     rows = [captioned_row(n) for n in range(30)] + [failed_row(n) for n in range(30, 35)]
     page = write(rows, sample=3)
     text = page.read_text(encoding="utf-8")
     assert len(data_of(page)["cards"]) == 3
-    assert "A sample: 3 of 35 photos, drawn at random with seed 0." in text
+    assert "A sample: 3 of 35 photos, chosen at random with seed 0." in text
     assert "<dt>photos</dt><dd>35</dd>" in text
     assert "<dt>failed</dt><dd>5</dd>" in text
     assert "75 to 80 %: 30." in text
@@ -126,7 +126,9 @@ def test_photos_are_found_by_their_id(
     assert card["size"] == [200, 150]
 
 
-def test_photos_of_a_list_lie_below_its_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_paths_in_a_list_are_relative_to_its_folder(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
     sums = [make_photo(tmp_path / name) for name in ("lists/a.png", "b.png")]
     (tmp_path / "lists" / "list.txt").write_text("a.png\n../b.png\n")
     ids = ["a.png", "../b.png", str(tmp_path / "b.png")]
@@ -146,7 +148,7 @@ def rows_of(photos: dict[str, bytes]) -> list[Row]:
 
 
 def assert_shows(page: Path, photos: Iterable[str]) -> None:
-    """Each card of these has its photo, in its colour."""
+    """Assert that each of these cards has its photo, in its colour."""
     cards = cards_of(page)
     for name, colour in zip(photos, PHOTOS.values(), strict=False):
         with Image.open(io.BytesIO(base64.b64decode(cards[name]["photo"]))) as shown:
@@ -155,7 +157,7 @@ def assert_shows(page: Path, photos: Iterable[str]) -> None:
 
 
 def tars_of(folder: Path, photos: dict[str, bytes], *names: str) -> None:
-    """The photos, in turn, in as many tars, each with a film that nobody captioned."""
+    """Write the photos, in turn, to these tars, each with a film that has no caption."""
     for number, name in enumerate(names):
         members = list(photos.items())[number :: len(names)]
         write_tar(folder / name, [*members, (f"film-{number}.mp4", b"film")])
@@ -172,7 +174,7 @@ def test_photos_are_found_in_tars(
     assert_shows(write(rows_of(photos), images=tmp_path / source), photos)
 
 
-def test_photos_are_found_in_parquet_files_by_the_columns_that_are_named(
+def test_photos_are_found_in_parquet_files_by_the_named_columns(
     tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
 ) -> None:
     table = pa.table({"bytes": list(photos.values()), "key": ["x", "y", "z"]})
@@ -187,14 +189,14 @@ def test_photos_are_found_in_parquet_files_by_the_columns_that_are_named(
         write(rows_of(by_row), images=tmp_path / "p-0.parquet")
 
 
-def test_of_two_photos_with_one_id_the_first_is_shown(
+def test_first_of_two_photos_with_one_id_is_shown(
     tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
 ) -> None:
     write_tar(tmp_path / "0.tar", [("a.png", photos["a.png"])])
     write_tar(tmp_path / "1.tar", [("a.png", photos["d.png"]), ("b/c.png", photos["b/c.png"])])
     page = write(rows_of(photos), images=tmp_path / "*.tar")
     assert_shows(page, ["a.png", "b/c.png"])
-    assert cards_of(page)["d.png"]["problem"] == "The photo is not there any more."
+    assert cards_of(page)["d.png"]["problem"] == "The photo was not found."
 
 
 def test_photos_in_an_archive_that_has_changed_are_not_shown(
@@ -206,10 +208,10 @@ def test_photos_in_an_archive_that_has_changed_are_not_shown(
     assert cards["a.png"]["problem"] == "The photo has changed since it was captioned."
 
 
-def test_photos_of_any_run_are_those_of_its_own_input(
+def test_report_finds_the_photos_of_any_input_of_run(
     tmp_path: Path, photos: dict[str, bytes]
 ) -> None:
-    """What `run` was given is what `report` is given."""
+    """`report --images` takes whatever `run` takes."""
     tars_of(tmp_path, photos, "x-0.tar", "x-1.tar")
     (tmp_path / "list.txt").write_text("photos/a.png\nphotos/d.png\n")
     for number, source in enumerate(("photos", "list.txt", "x-{0..1}.tar")):
@@ -256,10 +258,10 @@ def test_photos_are_found_behind_urls(
             assert_shows(page, ids)
 
 
-def test_an_id_that_is_a_url_is_asked_for_in_lists_only(
+def test_url_ids_are_requested_for_lists_only(
     tmp_path: Path, write: Callable[..., Path], photos: dict[str, bytes]
 ) -> None:
-    """Captions of a stranger make the report ask no server."""
+    """A stranger's captions must not make the report contact a server."""
     asked: list[str] = []
 
     class Asked(BaseHTTPRequestHandler):
@@ -284,37 +286,35 @@ def test_an_id_that_is_a_url_is_asked_for_in_lists_only(
 @pytest.mark.parametrize(
     "source", ["nowhere", "nowhere.txt", "nowhere.tar", "x-{0..9}.tar", "no*.tar", "x.zip"]
 )
-def test_an_input_that_is_not_there_is_a_wrong_use(
+def test_missing_or_unsupported_input_is_refused(
     tmp_path: Path, write: Callable[..., Path], source: str
 ) -> None:
     with pytest.raises((UsageError, InputError), match=r"check the path|unsupported archive"):
         write([captioned_row(0)], images=tmp_path / source)
 
 
-def test_a_photo_that_is_missing_changed_or_none_is_not_shown_and_the_card_says_why(
-    tmp_path: Path, write: Callable[..., Path]
-) -> None:
+def test_card_says_why_a_photo_is_not_shown(tmp_path: Path, write: Callable[..., Path]) -> None:
     make_photo(tmp_path / "changed.png")
     (tmp_path / "text.png").write_text("secret")
     secret = hashlib.sha256(b"secret").hexdigest()
     rows = [captioned_row("missing.png"), captioned_row("changed.png")]
     cards = cards_of(write([*rows, captioned_row("text.png", sha256=secret)], images=tmp_path))
     assert not any("photo" in card for card in cards.values())
-    assert cards["missing.png"]["problem"] == "The photo is not there any more."
+    assert cards["missing.png"]["problem"] == "The photo was not found."
     assert cards["changed.png"]["problem"] == "The photo has changed since it was captioned."
-    assert "no image format known" in cards["text.png"]["problem"]
+    assert "not an image format" in cards["text.png"]["problem"]
 
 
-def test_what_is_printed_names_the_page_the_photos_and_how_to_show_them(tmp_path: Path) -> None:
+def test_message_names_the_page_and_how_to_show_photos(tmp_path: Path) -> None:
     captions = tmp_path / "captions.parquet"
     write_rows(captions, [table_of([captioned_row(0), captioned_row(1)])], METADATA)
     asked = {"captions": captions, "out": tmp_path / "page.html"}
-    line = r".*page\.html: 2 of 2 photos, 0\.0 MiB; --images INPUT would show the photos too"
+    line = r".*page\.html: 2 of 2 photos, 0\.0 MiB; add --images INPUT to show the photos"
     assert re.fullmatch(line, write_report(ReportSettings(**asked)))
     assert write_report(ReportSettings(**asked, images=str(tmp_path))).endswith("MiB; 2 missing")
 
 
-def test_the_page_may_not_replace_what_it_is_made_of(
+def test_page_cannot_replace_the_files_it_is_made_from(
     tmp_path: Path, write: Callable[..., Path]
 ) -> None:
     page = write([captioned_row(0)])
@@ -324,7 +324,7 @@ def test_the_page_may_not_replace_what_it_is_made_of(
         write([])
 
 
-def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_page_replaces_plain_files_only(tmp_path: Path, write: Callable[..., Path]) -> None:
     page = write([captioned_row(0)])
     page.rename(tmp_path / "other.html")
     page.symlink_to("other.html")
@@ -338,14 +338,14 @@ def test_the_page_replaces_plain_files_only(tmp_path: Path, write: Callable[...,
         write([])
 
 
-def test_a_page_is_no_file_of_a_run_s_folder(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_page_inside_the_directory_of_a_run_is_refused(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
     with pytest.raises(UsageError, match="the directory of a run"):
         write([], captions=tmp_path)
 
 
-def test_a_page_that_cannot_be_made_leaves_the_old_one(
-    tmp_path: Path, write: Callable[..., Path]
-) -> None:
+def test_failed_report_leaves_the_old_page(tmp_path: Path, write: Callable[..., Path]) -> None:
     page = write([captioned_row(0)])
     before = page.read_bytes()
     (tmp_path / "captions.parquet").write_bytes(b"PAR1damaged")
@@ -355,7 +355,7 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(
     assert {path.name for path in tmp_path.iterdir()} == {"captions.parquet", "page.html"}
 
 
-def test_a_report_starts_no_tensorflow(tmp_path: Path) -> None:
+def test_report_imports_no_tensorflow(tmp_path: Path) -> None:
     write_rows(tmp_path / "c.parquet", [table_of([captioned_row(0)])], METADATA)
     code = (
         "import sys; from batchcap.cli import batchcap; "
@@ -373,7 +373,7 @@ def test_no_path_of_the_machine_is_in_the_page(tmp_path: Path, write: Callable[.
     assert str(tmp_path) not in page.read_text(encoding="utf-8")
 
 
-def test_the_policy_names_the_style_and_the_script_that_are_there(
+def test_content_security_policy_names_the_pages_style_and_script(
     write: Callable[..., Path],
 ) -> None:
     text = write([captioned_row(0)]).read_text(encoding="utf-8")
@@ -397,18 +397,16 @@ def test_only_the_first_failures_of_a_reason_are_named(write: Callable[..., Path
     assert "and 5 more" in text
 
 
-def test_what_made_the_captions_is_told() -> None:
+def test_page_says_how_captions_were_made() -> None:
     decode = '{"max_length": 20, "beam_size": 5, "length_penalty": 1.0}'
-    told = made_with({**METADATA, "batchcap.model": "ab" * 32, "batchcap.decode": decode})
-    assert told["Model"] == "ab" * 6
-    assert told["Words"] == "beam of 5, at most 20 words, length penalty 1.0"
+    facts = made_with({**METADATA, "batchcap.model": "ab" * 32, "batchcap.decode": decode})
+    assert facts["Model"] == "ab" * 6
+    assert facts["Words"] == "beam of 5, at most 20 words, length penalty 1.0"
     assert made_with({"batchcap.decode": "[]"}) == {"Words": "[]"}
     assert made_with({}) == {}
 
 
-def test_the_last_run_is_told_where_its_summary_lies_beside(
-    tmp_path: Path, write: Callable[..., Path]
-) -> None:
+def test_last_run_is_shown_from_its_summary(tmp_path: Path, write: Callable[..., Path]) -> None:
     summary = {
         "outcome": "done",
         "images_per_second": 12.34,
@@ -421,14 +419,12 @@ def test_the_last_run_is_told_where_its_summary_lies_beside(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"stage_seconds": 3, "outcome": "\\ud800"}'])
-def test_a_damaged_summary_is_left_out(
-    tmp_path: Path, write: Callable[..., Path], text: str
-) -> None:
+def test_damaged_summary_is_ignored(tmp_path: Path, write: Callable[..., Path], text: str) -> None:
     (tmp_path / "captions.summary.json").write_text(text)
     assert cards_of(write([captioned_row(0)]))
 
 
-def test_an_old_summary_says_what_it_can() -> None:
+def test_old_summary_is_shown_in_part() -> None:
     assert last_run({"seconds": None, "started_at": "2026-01-02T03:04:05+00:00"}) == {
         "Started": "2026-01-02 03:04:05 UTC"
     }
@@ -442,13 +438,11 @@ def test_bars_are_as_high_as_their_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "grid"),
+    ("text", "grid"),
     [("4x6", (4, 6)), ("7x7", (7, 7)), ("", (7, 7)), ("0x3", (7, 7)), ("9" * 5000 + "x3", (7, 7))],
 )
-def test_the_grid_is_the_file_s_or_that_of_the_shipped_model(
-    told: str, grid: tuple[int, int]
-) -> None:
-    assert grid_of({"batchcap.grid": told}) == grid
+def test_grid_is_the_files_or_the_shipped_models(text: str, grid: tuple[int, int]) -> None:
+    assert grid_of({"batchcap.grid": text}) == grid
 
 
 def test_attention_is_kept_relative_to_the_strongest_cell(write: Callable[..., Path]) -> None:
@@ -456,7 +450,7 @@ def test_attention_is_kept_relative_to_the_strongest_cell(write: Callable[..., P
     row = captioned_row("a", attention_map=maps)
     card = cards_of(write([row], {**METADATA, "batchcap.grid": "2x3"}))["a"]
     assert [*base64.b64decode(card["maps"])] == [51] * 5 + [255] + [0] * 6
-    assert card["looks"] == []  # whose strongest cell is in the third row
+    assert card["looks"] == []  # its strongest cell is in the third row, outside the grid
 
 
 @pytest.mark.parametrize(
@@ -470,14 +464,14 @@ def test_attention_is_kept_relative_to_the_strongest_cell(write: Callable[..., P
         {"caption": "", "tokens": [], "token_logprobs": [], "attention": [], "attention_map": []},
     ],
 )
-def test_rows_that_do_not_fit_make_a_card_all_the_same(
+def test_inconsistent_rows_still_make_a_card(
     write: Callable[..., Path], columns: dict[str, Any]
 ) -> None:
     card = cards_of(write([captioned_row("a", **columns)]))["a"]
     assert card["looks"] == [] or "attention" not in columns
 
 
-def test_scores_and_references_stand_with_the_captions_that_they_are_of(
+def test_scores_and_references_are_shown_with_their_own_captions(
     tmp_path: Path, write: Callable[..., Path]
 ) -> None:
     captions = ["一只photo", "另一句"]

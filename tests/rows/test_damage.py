@@ -1,4 +1,4 @@
-"""Damaged parts are moved aside and redone; a lack of memory is no damage."""
+"""Damaged parts are set aside and redone; a lack of memory is not damage."""
 
 import errno
 import json
@@ -45,8 +45,8 @@ SHORT_OF = [
 
 
 @pytest.mark.parametrize("shortage", SHORT_OF, ids=lambda error: type(error).__name__)
-def test_lack_of_memory_or_threads_is_no_damage(layout, monkeypatch, tmp_path, shortage):
-    """A good output was set aside, and everything captioned again."""
+def test_lack_of_memory_or_threads_is_not_damage(layout, monkeypatch, tmp_path, shortage):
+    """A good output was set aside, and all its photos were captioned again."""
     run(layout, [captioned_row(1)])
     before = names_in(tmp_path)
 
@@ -80,7 +80,7 @@ except OutputError as error:
 
 
 @pytest.mark.parametrize("free_mib", [4, 32, 120])
-def test_a_process_with_little_memory_touches_no_output(file, free_mib, tmp_path):
+def test_lack_of_memory_leaves_the_output_untouched(file, free_mib, tmp_path):
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     tables = [
@@ -95,7 +95,7 @@ def test_a_process_with_little_memory_touches_no_output(file, free_mib, tmp_path
     assert not [*tmp_path.glob(".*damaged")]
 
 
-def test_a_size_that_no_machine_has_is_damage(folder, monkeypatch):
+def test_impossible_size_is_damage(folder, monkeypatch):
     run(folder, [captioned_row(1)])
 
     def fail(*_arguments: object, **_options: object) -> None:
@@ -108,7 +108,7 @@ def test_a_size_that_no_machine_has_is_damage(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["caf\udce9.parquet", "caf\udce9"])
 def test_paths_need_not_be_utf_8(tmp_path, name):
-    """Everything was captioned, and then nothing committed."""
+    """All photos were captioned, but none was committed."""
     layout = Layout(tmp_path / "fol\udce9der" / name)
     layout.output.parent.mkdir()
     run(layout, [captioned_row(1)])
@@ -118,7 +118,7 @@ def test_paths_need_not_be_utf_8(tmp_path, name):
     assert read_rate(layout.summary) is None
 
 
-def test_rows_of_images_that_are_gone_are_dropped(layout):
+def test_prune_drops_rows_of_vanished_images(layout):
     run(layout, [captioned_row(1), captioned_row(2)], [captioned_row(3)])
     with opened(layout) as captions:
         captions.append([captioned_row(4)])
@@ -129,12 +129,12 @@ def test_rows_of_images_that_are_gone_are_dropped(layout):
     assert sorted(ids_of(layout)) == ["1", "3", "4"]
     with opened(layout) as captions:
         assert captions.index.vanished == 3
-        assert captions.prune({"1", "3"}.__contains__) == 1  # excluded ones stay
+        assert captions.prune({"1", "3"}.__contains__) == 1  # rows of excluded images are kept
         captions.finish()
     assert sorted(ids_of(layout)) == ["1", "3"]
 
 
-def test_manifest_tells_what_is_there(folder):
+def test_manifest_lists_parts_and_rows(folder):
     stop_before_the_end(folder, [captioned_row(1), failed_row(2)], [captioned_row(3)])
     manifest = folder.manifest
     assert json.loads(manifest.read_text()) == {
@@ -160,10 +160,8 @@ def test_manifest_tells_what_is_there(folder):
 
 
 @pytest.mark.parametrize("on_existing", [RESUME, OVERWRITE])
-def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatch, on_existing):
-    """A run that was killed before its first commit left one that said `complete`, with rows and
-    parts that were gone.
-    """
+def test_manifest_is_incomplete_during_a_run(folder, monkeypatch, on_existing):
+    """A run killed before its first commit left a `complete` manifest of removed rows and parts."""
     run(folder, [captioned_row(1, "old")])
     fail_at(monkeypatch, lambda path: path.name == "part-000002.parquet" or path.stem[-1] == "1")
     with suppress(OutputError):
@@ -172,7 +170,7 @@ def test_manifest_is_not_complete_while_anything_is_under_way(folder, monkeypatc
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool]) -> None:
-    """Have the disk refuse the renames that would put a file in place."""
+    """Make the disk refuse these renames."""
     replace = Path.replace
 
     def refuse(self: Path, target: Path) -> Path:
@@ -183,7 +181,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[Path], bool])
     monkeypatch.setattr(Path, "replace", refuse)
 
 
-def test_damaged_parts_are_set_aside_and_their_images_done_again(folder, caplog):
+def test_damaged_parts_are_set_aside_and_redone(folder, caplog):
     run(folder, [captioned_row(1)], [captioned_row(2)])
     part = folder.output / "part-000001.parquet"
     damaged = part.read_bytes()[:-20]
@@ -201,7 +199,7 @@ def test_damaged_parts_are_set_aside_and_their_images_done_again(folder, caplog)
     assert message.endswith(f"kept as {aside}; captioning its photos again")
 
 
-def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
+def test_damaged_file_is_set_aside_and_redone(file, tmp_path):
     run(file, [captioned_row(1)])
     file.output.write_bytes(file.output.read_bytes()[:-20])
     run(file, [captioned_row(1)])
@@ -209,17 +207,17 @@ def test_a_damaged_file_is_set_aside_and_done_again(file, tmp_path):
     assert len(names_in(tmp_path)) == 2
 
 
-def test_a_damaged_manifest_or_mark_misleads_no_run(folder, tmp_path):
-    """They are made of the parts, and never read instead of these."""
+def test_damaged_manifest_or_mark_misleads_no_run(folder, tmp_path):
+    """They are derived from the parts, and never read instead of them."""
     run(folder, [captioned_row(1)], [captioned_row(2)])
-    draws = random.Random(1)
-    rows, told = rows_of(folder), folder.manifest.read_bytes()
+    rng = random.Random(1)
+    rows, manifest = rows_of(folder), folder.manifest.read_bytes()
     for number in range(DAMAGES):
-        damaged = bytearray(told)
+        damaged = bytearray(manifest)
         if number % 2:
-            damaged[draws.randrange(len(told))] ^= 1 << draws.randrange(8)
+            damaged[rng.randrange(len(manifest))] ^= 1 << rng.randrange(8)
         else:
-            del damaged[draws.randrange(len(told)) :]
+            del damaged[rng.randrange(len(manifest)) :]
         folder.manifest.write_bytes(damaged)
         if number % 3 == 0:
             for mark in folder.marks():
@@ -229,16 +227,16 @@ def test_a_damaged_manifest_or_mark_misleads_no_run(folder, tmp_path):
             captions.finish()
         assert rows_of(folder) == rows
         assert is_whole(folder, [RowFile(path, 1) for path in folder.row_files()])
-        assert number % 3 or folder.manifest.read_bytes() == told
+        assert number % 3 or folder.manifest.read_bytes() == manifest
 
 
-def test_damage_that_comes_during_a_run_ends_it_with_the_way_out(folder):
+def test_damage_during_a_run_ends_it_with_advice(folder):
     run(folder, [captioned_row(1)])
     with opened(folder) as captions:
         (folder.output / "part-000001.parquet").write_bytes(b"PAR1")
         captions.append([captioned_row(1, "new")])
         captions.commit()
-        with pytest.raises(OutputError, match="run again, which redoes the rows"):
+        with pytest.raises(OutputError, match="run again to redo the rows"):
             captions.drop_superseded()
     run(folder, [captioned_row(1, "new")])
     assert rows_of(folder) == [captioned_row(1, "new")]

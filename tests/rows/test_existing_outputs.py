@@ -30,61 +30,61 @@ from batchcap.settings import OnExisting
 
 
 @pytest.mark.parametrize(
-    ("key", "asked", "told"),
+    ("key", "value", "message"),
     [
-        ("batchcap.model", "def", "another model (abc) than what is asked for (def)"),
+        ("batchcap.model", "def", "another model (abc) than this run's (def)"),
         ("batchcap.precision", "float16", "another precision (float32)"),
         ("batchcap.attention", "full", "another attention (summary)"),
-        ("batchcap.schema", "3", "another schema (2) than what is asked for (3)"),
+        ("batchcap.schema", "3", "another schema (2) than this run's (3)"),
         (
             "batchcap.decode",
             '{"max_length": 9, "beam_size": 1}',
-            "another decoding (max_length 20) than what is asked for (max_length 9)",
+            "another decoding (max_length 20) than this run's (max_length 9)",
         ),
         (
             "batchcap.decode",
             '{"max_length": 20}',
-            "another decoding (beam_size 1) than what is asked for (beam_size None)",
+            "another decoding (beam_size 1) than this run's (beam_size None)",
         ),
     ],
 )
-def test_rows_of_another_kind_are_named_and_left(layout, key, asked, told):
+def test_rows_of_other_settings_are_refused_and_kept(layout, key, value, message):
     run(layout, [captioned_row(1)])
-    with pytest.raises(OtherOutputError) as refusal, opened(layout, **{key: asked}):
+    with pytest.raises(OtherOutputError) as refusal, opened(layout, **{key: value}):
         pass
     assert refusal.value.exit_code == 4
     assert str(layout.output) in str(refusal.value)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
     assert ids_of(layout) == ["1"]
-    run(layout, [captioned_row(2)])  # the lock is free again
+    run(layout, [captioned_row(2)])  # the lock was released
 
 
-def test_another_version_may_go_on(layout):
+def test_another_version_may_resume(layout):
     run(layout, [captioned_row(1)])
     with opened(layout, **{"batchcap.version": "9"}) as captions:
         assert len(captions.index) == 1
 
 
-def test_an_output_that_exists_can_be_refused(layout):
+def test_existing_output_can_be_refused(layout):
     run(layout, [captioned_row(1)], on_existing=ERROR)
     with pytest.raises(OutputError, match="exists"), opened(layout, ERROR):
         pass
     assert ids_of(layout) == ["1"]
 
 
-def test_an_output_can_be_replaced_even_one_of_another_kind(layout):
+def test_overwrite_replaces_rows_even_of_another_model(layout):
     stop_before_the_end(layout, [captioned_row(1)], [captioned_row(2)])
     with opened(layout, OVERWRITE, **{"batchcap.model": "def"}) as captions:
         assert len(captions.index) == 0
-        assert ids_of(layout) == ["1", "2"]  # until there is something better
+        assert ids_of(layout) == ["1", "2"]  # until new rows are committed
         captions.append([captioned_row(3)])
         captions.finish()
     assert ids_of(layout) == ["3"]
     assert pq.read_schema(layout.row_files()[0]).metadata[b"batchcap.model"] == b"def"
 
 
-def test_an_output_can_be_replaced_by_nothing(layout):
-    """A file kept its old rows where there was nothing to caption; a folder did not."""
+def test_overwrite_with_no_rows_removes_old_rows(layout):
+    """With nothing to caption, a file kept its old rows, but a folder did not."""
     run(layout, [captioned_row(1)])
     run(layout, on_existing=OVERWRITE)
     assert rows_of(layout) == []
@@ -99,14 +99,14 @@ def test_other_peoples_folders_are_left_alone(folder):
 
 
 @pytest.mark.parametrize("on_existing", list(OnExisting))
-def test_a_folder_is_no_parquet_file(file, on_existing):
+def test_directory_named_like_a_file_is_refused(file, on_existing):
     file.output.mkdir()
     with pytest.raises(OutputError, match="is a directory"):
         run(file, [captioned_row(1)], on_existing=on_existing)
 
 
-def test_other_files_that_are_named_like_parts_are_no_parts(folder):
-    """A copy of a part, as file managers name it, ended runs in a ValueError."""
+def test_files_named_almost_like_parts_are_not_parts(folder):
+    """A copy of a part, as named by file managers, ended runs with a ValueError."""
     run(folder, [captioned_row(1)])
     copy = folder.output / "part-000001 (copy).parquet"
     copy.write_bytes((folder.output / "part-000001.parquet").read_bytes())
@@ -116,7 +116,7 @@ def test_other_files_that_are_named_like_parts_are_no_parts(folder):
     assert copy.exists()
 
 
-def test_leftovers_of_killed_runs_go_and_other_files_stay(file, tmp_path):
+def test_leftovers_of_killed_runs_are_removed_and_other_files_kept(file, tmp_path):
     ours = [".out.parquet.0123abcd.tmp", ".out.summary.json.0123abcd.tmp"]
     others = [
         ".out.parquet.old.parquet.0123abcd.tmp",
@@ -134,7 +134,7 @@ def test_leftovers_of_killed_runs_go_and_other_files_stay(file, tmp_path):
     assert names_in(tmp_path) == {"out.parquet", *others}
 
 
-def test_leftovers_of_a_folder_go_including_those_of_earlier_versions(folder, tmp_path):
+def test_leftovers_of_a_folder_are_removed_even_with_old_names(folder, tmp_path):
     run(folder, [captioned_row(1)])
     before = names_in(folder.output), names_in(tmp_path)
     for name in ("part-000002.parquet", "_manifest.json", "_summary.json"):
@@ -153,7 +153,7 @@ def test_leftovers_of_an_output_with_glob_characters_in_its_name(tmp_path):
 
 
 def as_earlier_versions_left_it(folder: Layout) -> dict[str, bytes]:
-    """Make a data set with all files in its folder; return those that are not parts."""
+    """Make a data set with all files in its folder; return the files that are not parts."""
     folder.output.parent.mkdir(exist_ok=True)
     run(folder, [captioned_row(1)])
     for mark in folder.marks():
@@ -200,11 +200,11 @@ def test_old_files_move_out_of_a_folder_even_after_a_failure_at_any_step(killed,
                 return
     finally:
         disk.close()
-    pytest.fail("there is no end to the changes")
+    pytest.fail("the changes never end")
 
 
-def test_all_files_are_in_a_folder_that_is_a_mount_point(folder):
-    """No file can be renamed into it from outside."""
+def test_all_files_stay_inside_a_mount_point(folder):
+    """Renames cannot cross its border."""
     folder.output.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder.output)]
     try:
@@ -226,7 +226,7 @@ def test_all_files_are_in_a_folder_that_is_a_mount_point(folder):
 
 
 def test_follows_a_symlinked_output(layout, tmp_path):
-    """All files are beside the link's target, also those that runs through the link write."""
+    """All files are beside the link's target, even if the run was given the link."""
     (tmp_path / "far").mkdir()
     layout.output.symlink_to(f"far/{layout.output.name}")  # dangling
     target = Layout(tmp_path / "far" / layout.output.name)
@@ -296,12 +296,12 @@ def test_refuses_an_output_that_cannot_be_replaced_before_any_work(file):
     assert file.output.is_fifo()
 
 
-def test_only_one_may_write(layout):
+def test_second_writer_is_refused(layout):
     with opened(layout), pytest.raises(LockedError), opened(layout):
         pass
 
 
-def test_captions_are_found_by_the_bytes_of_the_photo(layout):
+def test_captions_are_found_by_sha256(layout):
     cut = captioned_row("cut", "cut", error_type="truncated")
     run(layout, [captioned_row(1, "dog"), cut], [failed_row(2, sha256=sum_of("cat"))])
     with opened(layout) as captions:
@@ -334,7 +334,7 @@ def test_captions_are_found_in_each_row_group_of_a_rewritten_file(folder):
 
 
 def test_captions_of_a_file_that_was_damaged_meanwhile_are_not_reused(folder):
-    """It ended the run, though the model could caption the photo."""
+    """The damage ended the run, although the model could caption the photo."""
     run(folder, [captioned_row(1, "dog")])
     with opened(folder) as captions:
         part = folder.output / "part-000001.parquet"

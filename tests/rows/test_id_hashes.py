@@ -1,4 +1,4 @@
-"""Sets and shards of ids against what Python's sets would say."""
+"""Sets and shards of ids, compared with Python's sets."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def int64(numbers: list[int]) -> np.ndarray:
 
 
 def test_hashes_are_the_same_on_every_machine_and_in_every_version():
-    """Shards of runs that are under way, and their resumption, depend on it."""
+    """Unfinished runs, and their shards, depend on it."""
     hashes = hashes_of(["a/1.jpg", "照片.webp", ""]).tolist()
     assert hashes == [50258119939534515, -7424024040096525311, -1970711489451281740]
 
 
 @given(st.lists(NUMBERS, max_size=8))
-def test_a_set_knows_what_is_new_and_of_equal_ones_the_first(batches):
+def test_set_reports_the_first_of_equal_ids_as_new(batches):
     ids, met = IdSet(), set()
     for batch in batches:
         expected = []
@@ -41,14 +41,14 @@ def test_a_set_of_many_ids_has_few_runs():
 
 
 @given(st.sets(st.integers(-5, 5)), NUMBERS)
-def test_positions_are_where_hashes_stand(there, wanted):
-    ordered = sorted(there)
-    expected = [ordered.index(number) if number in there else -1 for number in wanted]
+def test_positions_are_those_of_the_hashes(known, wanted):
+    ordered = sorted(known)
+    expected = [ordered.index(number) if number in known else -1 for number in wanted]
     assert positions(int64(ordered), int64(wanted)).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_each_id_is_in_one_shard_and_shards_are_alike(count):
+def test_each_id_is_in_one_shard_and_shards_have_similar_sizes(count):
     hashes = hashes_of([f"{number}.jpg" for number in range(10_000)])
     shards = [in_shard(hashes, index, count) for index in range(count)]
     assert np.sum(shards, axis=0).tolist() == [1] * 10_000

@@ -1,4 +1,4 @@
-"""The index against what a plain dict would say."""
+"""The index, compared with a plain dict."""
 
 import tempfile
 from pathlib import Path
@@ -81,19 +81,19 @@ def test_images_are_found_and_compared(images, stranger, size, time):
 
 @settings(deadline=None)
 @given(IMAGES, st.sets(IDS))
-def test_what_was_not_seen_has_vanished(images, seen):
+def test_images_not_seen_have_vanished(images, seen):
     index, model = layout_of(images)
     for image_id in seen & model.keys():
         index.mark_seen(index.find(image_id))
     assert index.vanished == len(model.keys() - seen)
-    for file in range(6):  # two more than there are: those that a run adds
+    for file in range(6):  # two more than exist: a run adds files
         here = {image_id for image_id, expected in model.items() if expected.file == file}
         assert index.vanished_of(file).tolist() == sorted(hashes_of(here - seen).tolist())
 
 
 @settings(deadline=None)
 @given(IMAGES)
-def test_captioned_rows_are_found_by_the_bytes_of_their_photos(images):
+def test_captioned_rows_are_found_by_sha256(images):
     index, model = layout_of(images)
     for content in range(4):
         places = [
@@ -105,7 +105,7 @@ def test_captioned_rows_are_found_by_the_bytes_of_their_photos(images):
 
 
 @pytest.mark.parametrize("files", [[], [[]], [[[]]], [[[], []], []]])
-def test_index_of_nothing(files):
+def test_empty_index(files):
     index = index_of(files)
     assert len(index) == index.vanished == 0
     assert index.find("a.jpg") is None
@@ -128,7 +128,7 @@ def test_many_files_are_searched_as_one():
 
 @given(st.lists(st.lists(st.sets(st.sampled_from("abcdef")), max_size=3), max_size=4))
 def test_the_row_of_the_newest_file_counts(files):
-    """In one file an image has one row."""
+    """Within one file, an image has one row."""
     distinct = []
     for groups in files:
         met: set[str] = set()

@@ -1,4 +1,4 @@
-"""Where the files of outputs are: parts in the order of their numbers, with shards or without."""
+"""Paths of outputs: parts in the order of their numbers, with and without shards."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ OUTPUTS = pytest.mark.parametrize("name", ["captions", "captions.parquet"])
 
 
 def write(output: Path, *image_ids: object, shard: tuple[int, int] = (0, 1), ends: bool = True):
-    """What a run leaves that commits each row as a part."""
+    """Write an output as a run that commits each row as a part."""
     layout = layout_of(output, shard)
     layout.output.parent.mkdir(exist_ok=True)
     with open_captions(layout, METADATA, OnExisting.RESUME) as folder:
@@ -49,13 +49,13 @@ def test_parts_above_999999_are_found_in_their_order(name, tmp_path):
 @OUTPUTS
 def test_temporary_files_of_parts_above_999999_are_removed(name, tmp_path):
     layout = write(tmp_path / name, "a", ends=False)
-    left = layout.staged(layout.parts / "part-1000000.parquet")
-    left = left.with_name(f".{left.name}.0123abcd.tmp")
-    own = left.with_name(left.name.replace("1000000", "1000000-mine"))
-    for path in (left, own):
+    leftover = layout.staged(layout.parts / "part-1000000.parquet")
+    leftover = leftover.with_name(f".{leftover.name}.0123abcd.tmp")
+    foreign = leftover.with_name(leftover.name.replace("1000000", "1000000-mine"))
+    for path in (leftover, foreign):
         path.touch()
     write(tmp_path / name, ends=False)
-    assert (left.exists(), own.exists()) == (False, True)
+    assert (leftover.exists(), foreign.exists()) == (False, True)
 
 
 def test_damaged_parts_above_999999_are_moved_out(tmp_path):
@@ -68,14 +68,14 @@ def test_damaged_parts_above_999999_are_moved_out(tmp_path):
 @pytest.mark.parametrize(
     "other", ["part-0000001.parquet", "part-000001-old.parquet", "part-1.parquet"]
 )
-def test_other_names_are_no_parts(other, tmp_path):
+def test_other_names_are_not_parts(other, tmp_path):
     layout = write(tmp_path / "captions", "a")
     (layout.output / other).touch()
     assert [file.name for file in layout.row_files()] == ["part-000001.parquet"]
 
 
 @OUTPUTS
-def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
+def test_sharded_output_refuses_runs_without_shard(name, tmp_path):
     write(tmp_path / name, "a", shard=(1, 4))
     with pytest.raises(OtherOutputError, match="has 4 shards: use --shard I/4") as refusal:
         check_shards(tmp_path / name, 1)
@@ -84,7 +84,7 @@ def test_an_output_in_shards_is_not_written_as_one(name, tmp_path):
 
 @OUTPUTS
 @pytest.mark.parametrize("ends", [True, False])
-def test_one_output_is_not_written_in_shards(name, ends, tmp_path):
+def test_output_without_shards_refuses_runs_with_shard(name, ends, tmp_path):
     write(tmp_path / name, "a", ends=ends)
     check_shards(tmp_path / name, 1)
     with pytest.raises(OtherOutputError, match="has no shards: run without --shard"):
@@ -92,7 +92,7 @@ def test_one_output_is_not_written_in_shards(name, ends, tmp_path):
 
 
 def test_a_data_set_with_rows_in_and_outside_of_shards_is_refused(tmp_path):
-    """As versions before this check left them."""
+    """Versions before this check could leave such data sets."""
     write(tmp_path / "captions", "a")
     write(tmp_path / "captions", "a", shard=(0, 1_000))
     with pytest.raises(OtherOutputError, match="has 1000 shards"):
@@ -101,7 +101,7 @@ def test_a_data_set_with_rows_in_and_outside_of_shards_is_refused(tmp_path):
         check_shards(tmp_path / "captions", 1_000)
 
 
-def test_shards_go_on_beside_the_file_that_they_were_merged_to(tmp_path):
+def test_shards_resume_beside_the_file_they_were_merged_to(tmp_path):
     output = tmp_path / "captions.parquet"
     for index in range(2):
         write(output, index, shard=(index, 2))
@@ -113,18 +113,18 @@ def test_shards_go_on_beside_the_file_that_they_were_merged_to(tmp_path):
 
 
 def test_new_folders_are_synced(tmp_path, monkeypatch):
-    """Without it, a power failure takes a folder away with all that was committed to it."""
+    """Otherwise a power failure could lose a folder with all its committed rows."""
     synced: list[str] = []
     fsync = os.fsync
 
-    def noted(descriptor: int) -> None:
+    def recording_fsync(descriptor: int) -> None:
         synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr("batchcap.rows.layout.cache_folder", lambda name: tmp_path / "cache" / name)
     layout = layout_of("memory://bucket/captions")
-    made = [layout.output, layout.output.parent]
-    assert {str(path.parent) for path in made} <= set(synced)
+    created = [layout.output, layout.output.parent]
+    assert {str(path.parent) for path in created} <= set(synced)
     with open_captions(layout_of(tmp_path / "captions"), METADATA, OnExisting.RESUME):
         assert synced[-1] == str(tmp_path)

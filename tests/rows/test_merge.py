@@ -1,4 +1,4 @@
-"""Shards of an output to one: which there are, what is refused, what stands under the name."""
+"""Merging: missing, unfinished and conflicting shards, and concurrent runs."""
 
 import json
 import re
@@ -29,7 +29,7 @@ TARGETS = pytest.mark.parametrize("target", ["merged", "merged.parquet"])
 
 
 def write(output: Path, *image_ids: object, shard: tuple[int, int] = (0, 1), **metadata: str):
-    """What a run leaves that has made a part of each photo."""
+    """Write an output as a run that commits each photo as a part."""
     layout = layout_of(output, shard)
     layout.output.parent.mkdir(exist_ok=True, parents=True)
     with open_captions(layout, METADATA | metadata, OnExisting.RESUME) as folder:
@@ -44,7 +44,7 @@ def merged(captions: Path, output: Path) -> str:
 
 
 def left_of_merge(folder: Path) -> list[str]:
-    """Hidden files and folders of an output `merged` that no finished one has."""
+    """Return the hidden files and folders of an output `merged` that a finished one lacks."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob(".*"))
     finished = re.compile(
         r"merged/\.complete-\w+|\.merged\.manifest\.json|captions.*|others.*|\.[co].*"
@@ -58,30 +58,30 @@ def ids_in(output: Path) -> list[str]:
 
 @OUTPUTS
 @TARGETS
-def test_rows_of_all_shards_stand_in_one_output(tmp_path, name, target):
+def test_merges_the_rows_of_all_shards(tmp_path, name, target):
     for index in range(3):
         write(tmp_path / name, f"{index}a", f"{index}b", shard=(index, 3))
-    said = merged(tmp_path / name, tmp_path / target)
-    assert said == f"{tmp_path / target}: 6 rows of 3 outputs"
+    message = merged(tmp_path / name, tmp_path / target)
+    assert message == f"{tmp_path / target}: 6 rows of 3 outputs"
     assert ids_in(tmp_path / target) == ["0a", "0b", "1a", "1b", "2a", "2b"]
     assert left_of_merge(tmp_path) == []
 
 
-def test_a_data_set_of_many_parts_becomes_one_of_few_that_runs_go_on_with(tmp_path, monkeypatch):
+def test_compacts_many_parts_so_that_runs_can_resume(tmp_path, monkeypatch):
     write(tmp_path / "many", *range(7))
     monkeypatch.setattr(merge, "ROWS_PER_PART", 4)
     monkeypatch.setattr("batchcap.rows.writer.ROWS_PER_GROUP", 2)
     merged(tmp_path / "many", tmp_path / "few")
     parts = sorted((tmp_path / "few").glob("part-*"))
     assert [ids_in(part) for part in parts] == [["0", "1", "2", "3"], ["4", "5", "6"]]
-    told = json.loads((layout_of(tmp_path / "few").manifest).read_text())
-    assert (told["complete"], told["rows"], told["metadata"]) == (True, 7, METADATA)
+    manifest = json.loads((layout_of(tmp_path / "few").manifest).read_text())
+    assert (manifest["complete"], manifest["rows"], manifest["metadata"]) == (True, 7, METADATA)
     write(tmp_path / "few", 7)
     assert len(ids_in(tmp_path / "few")) == 8
 
 
 @OUTPUTS
-def test_shards_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
+def test_shards_can_be_read_together(tmp_path, name):
     for index in range(2):
         write(tmp_path / name, index, shard=(index, 2))
     assert existing_shards(tmp_path / name) == {(0, 2), (1, 2)}
@@ -92,7 +92,7 @@ def test_shards_are_disjoint_outputs_that_one_reader_reads(tmp_path, name):
         assert {"captions-00000-of-00002.parquet", "captions-00001-of-00002.parquet"} <= names
 
 
-def test_shards_are_whole_wherever_they_are_moved(tmp_path):
+def test_moved_shards_are_still_complete(tmp_path):
     """A manifest beside a folder is not moved or copied with it."""
     for index in range(2):
         write(tmp_path / f"machine{index}" / "captions", index, shard=(index, 2))
@@ -104,7 +104,7 @@ def test_shards_are_whole_wherever_they_are_moved(tmp_path):
     merged(tmp_path / "moved", tmp_path / "merged.parquet")
 
 
-def test_a_shard_that_lacks_a_part_is_not_whole(tmp_path):
+def test_shard_that_lacks_a_part_is_unfinished(tmp_path):
     write(tmp_path / "captions", "a", "b")
     (tmp_path / "captions" / "part-000002.parquet").unlink()
     with pytest.raises(InputError, match="is unfinished"):
@@ -140,14 +140,14 @@ def test_another_number_of_shards_is_refused(tmp_path, name):
 
 
 @OUTPUTS
-def test_a_shard_that_is_missing_is_named(tmp_path, name):
+def test_missing_shard_is_named(tmp_path, name):
     write(tmp_path / name, 1, shard=(0, 3))
     with pytest.raises(InputError, match="lacks 2 shards of 3: run --shard 1/3 first"):
         merged(tmp_path / name, tmp_path / "merged")
 
 
 @OUTPUTS
-def test_a_shard_that_is_not_finished_is_named(tmp_path, name):
+def test_unfinished_shard_is_named(tmp_path, name):
     write(tmp_path / name, 1, shard=(0, 2))
     shard = layout_of(tmp_path / name, (1, 2))
     with open_captions(shard, METADATA, OnExisting.RESUME) as folder:
@@ -159,7 +159,7 @@ def test_a_shard_that_is_not_finished_is_named(tmp_path, name):
 
 
 @TARGETS
-def test_two_rows_of_an_id_are_refused_and_nothing_is_left(tmp_path, target):
+def test_duplicate_ids_are_refused_and_nothing_is_left(tmp_path, target):
     write(tmp_path / "captions", "a", "b", shard=(0, 2))
     write(tmp_path / "captions", "c", "b", shard=(1, 2))
     with pytest.raises(InputError, match="00001-of-00002 has a second row of b"):
@@ -174,7 +174,7 @@ def test_shards_of_different_models_are_refused(tmp_path):
         merged(tmp_path / "captions", tmp_path / "merged")
 
 
-def test_a_shard_that_a_run_holds_is_waited_for(tmp_path):
+def test_locked_shard_is_refused(tmp_path):
     write(tmp_path / "captions", "a")
     with locked(layout_of(tmp_path / "captions").lock), pytest.raises(LockedError):
         merged(tmp_path / "captions", tmp_path / "merged")
@@ -182,7 +182,7 @@ def test_a_shard_that_a_run_holds_is_waited_for(tmp_path):
 
 @contextmanager
 def while_merging(happens: Callable[[], object]) -> Iterator[None]:
-    """Do this once in the midst of a merge."""
+    """Call `happens` once during a merge."""
     read, left = verified, [happens]
 
     def read_and_do(path: Path) -> Iterator[pa.Table]:
@@ -237,7 +237,7 @@ def test_a_merge_into_an_output_that_a_run_holds_is_refused(tmp_path, target):
     assert left_of_merge(tmp_path) == []
 
 
-def test_a_data_set_that_a_run_makes_meanwhile_is_kept(tmp_path):
+def test_data_set_created_during_a_merge_is_kept(tmp_path):
     write(tmp_path / "captions", "a")
     with (
         while_merging(lambda: write(tmp_path / "merged", "b")),
@@ -283,7 +283,7 @@ merge.merge_captions(MergeSettings(captions=Path(sys.argv[1]), output=Path(sys.a
 
 
 @TARGETS
-def test_what_a_killed_merge_left_goes_at_the_next(tmp_path, target):
+def test_next_merge_removes_leftovers_of_a_killed_one(tmp_path, target):
     write(tmp_path / "captions", "a", "b", "c")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "captions"), str(tmp_path / target)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
@@ -294,23 +294,23 @@ def test_what_a_killed_merge_left_goes_at_the_next(tmp_path, target):
     assert left_of_merge(tmp_path) == []
 
 
-def test_a_shard_that_was_taken_up_again_meanwhile_is_refused(tmp_path):
+def test_shard_resumed_during_a_merge_is_refused(tmp_path):
     for index in range(2):
         write(tmp_path / "captions", index, shard=(index, 2))
 
-    def go_on() -> None:
+    def resume() -> None:
         shard = layout_of(tmp_path / "captions", (1, 2))
         with open_captions(shard, METADATA, OnExisting.RESUME) as folder:
             folder.append([captioned_row("new")])
             folder.commit()
 
-    with while_merging(go_on), pytest.raises(InputError, match="00001-of-00002 is unfinished"):
+    with while_merging(resume), pytest.raises(InputError, match="00001-of-00002 is unfinished"):
         merged(tmp_path / "captions", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 @TARGETS
-def test_an_output_that_exists_is_left_as_it_is(tmp_path, target):
+def test_existing_output_is_left_unchanged(tmp_path, target):
     write(tmp_path / "captions", "a")
     write(tmp_path / target, "b")
     with pytest.raises(OutputError, match="exists: choose another"):
@@ -318,7 +318,7 @@ def test_an_output_that_exists_is_left_as_it_is(tmp_path, target):
     assert ids_in(tmp_path / target) == ["b"]
 
 
-def test_captions_that_are_not_there_are_wrong_usage(tmp_path):
+def test_missing_captions_are_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="check the path"):
         merged(tmp_path / "none", tmp_path / "merged")
     with pytest.raises(UsageError, match="check the path"):
@@ -335,7 +335,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(tmp_path):
     write(tmp_path / "captions", "a")
     part = tmp_path / "captions" / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(InputError, match="run again what wrote it"):
+    with pytest.raises(InputError, match="repeat the run that wrote it"):
         merged(tmp_path / "captions", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

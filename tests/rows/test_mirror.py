@@ -1,4 +1,4 @@
-"""Outputs in a store, here one in memory: what is copied when, and two that write at once."""
+"""Outputs in a store in memory: when files are copied, and two runs that write at once."""
 
 import os
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def ids_in(url: str) -> list[str]:
 
 
 @OUTPUTS
-def test_another_machine_goes_on_from_what_is_in_the_store(url, tmp_path, monkeypatch):
+def test_another_machine_resumes_from_the_store(url, tmp_path, monkeypatch):
     run(url, 1, 2)
     on_machine(tmp_path / "other", monkeypatch)
     with opened(layout_of(url)) as folder:
@@ -72,7 +72,7 @@ def test_another_machine_goes_on_from_what_is_in_the_store(url, tmp_path, monkey
     assert ids_in(url) == ["1", "2", "3"]
 
 
-def test_parts_are_there_when_committed_and_the_manifest_follows(store):
+def test_commit_uploads_the_part_and_the_manifest(store):
     with opened(layout_of("memory://bucket/out")) as folder:
         folder.append([captioned_row(1)])
         assert names(store) == []
@@ -100,8 +100,8 @@ def test_only_parts_and_their_mark_are_in_the_folder(store, tmp_path, monkeypatc
     assert len([name for name in names(store) if name.startswith("out/.complete-")]) == 1
 
 
-@pytest.mark.parametrize("is_elsewhere", [False, True])
-def test_old_names_are_moved_out_of_the_folder(store, is_elsewhere, tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_another_machine", [False, True])
+def test_old_names_are_moved_out_of_the_folder(store, on_another_machine, tmp_path, monkeypatch):
     url = "memory://bucket/out"
     run(url, 1)
     for name in names(store):
@@ -109,7 +109,7 @@ def test_old_names_are_moved_out_of_the_folder(store, is_elsewhere, tmp_path, mo
             store.rm(f"/bucket/{name}")
     for name in ("_manifest.json", "_summary.json"):
         store.pipe(f"/bucket/out/{name}", b"{}")
-    if is_elsewhere:
+    if on_another_machine:
         on_machine(tmp_path / "other", monkeypatch)
     run(url)
     found = [name for name in names(store) if ".complete-" not in name]
@@ -126,13 +126,13 @@ def test_a_bucket_has_nothing_beside_it(store):
     assert ids_in("memory://bucket") == ["1", "2"]
 
 
-def test_one_file_is_there_when_it_is_whole(store):
+def test_single_file_is_uploaded_when_it_is_whole(store):
     layout = layout_of("memory://bucket/out.parquet")
     with opened(layout) as folder:
         folder.append([captioned_row(1)])
         folder.commit()
         assert names(store) == []
-    with opened(layout) as folder:  # killed there, and begun again
+    with opened(layout) as folder:  # resumed after a kill
         assert len(folder.index) == 1
         folder.finish()
     assert names(store) == ["out.parquet"]
@@ -150,7 +150,7 @@ def test_parts_of_a_file_that_somebody_has_changed_are_dropped(store):
 
 
 @OUTPUTS
-def test_rows_that_are_replaced_are_so_in_the_store(url, store, tmp_path, monkeypatch):
+def test_rows_are_replaced_in_the_store(url, store, tmp_path, monkeypatch):
     run(url, 1, 2)
     with opened(layout_of(url)) as folder:
         folder.append([captioned_row(1, "other")])
@@ -159,7 +159,7 @@ def test_rows_that_are_replaced_are_so_in_the_store(url, store, tmp_path, monkey
     assert sorted(ids_in(url)) == ["1", "2"]
 
 
-def test_a_part_that_never_got_there_is_forgotten(store, monkeypatch):
+def test_part_that_was_never_uploaded_is_forgotten(store, monkeypatch):
     url = "memory://bucket/out"
     run(url, 1)
     monkeypatch.setattr(Mirror, "push", lambda *_: None)  # killed before
@@ -167,7 +167,7 @@ def test_a_part_that_never_got_there_is_forgotten(store, monkeypatch):
     assert ids_in(url) == ["1"]
 
 
-def test_a_part_that_was_changed_here_only_is_fetched_anew(monkeypatch):
+def test_part_changed_only_locally_is_fetched_again(monkeypatch):
     url = "memory://bucket/out"
     run(url, 1, 2)
     (layout_of(url).output / "part-000001.parquet").write_bytes(b"half")
@@ -175,7 +175,7 @@ def test_a_part_that_was_changed_here_only_is_fetched_anew(monkeypatch):
 
 
 def flip_a_bit(path: Path) -> None:
-    """Damage a page of a file of rows, and keep its size and time."""
+    """Damage a page of a file of rows, keeping its size and time."""
     status, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 8] ^= 1
     with path.open("r+b") as file:
@@ -219,7 +219,7 @@ def test_a_copy_with_a_damaged_footer_is_fetched_again_before_models_are_compare
 
 
 @OUTPUTS
-def test_only_what_the_store_holds_damaged_is_set_aside(url, store, tmp_path, monkeypatch, caplog):
+def test_only_parts_damaged_in_the_store_are_set_aside(url, store, tmp_path, monkeypatch, caplog):
     run(url, 1, 2)
     (name, *_) = (name for name in store.store if name.endswith(".parquet"))
     (copy, *_) = layout_of(url).row_files()
@@ -232,8 +232,8 @@ def test_only_what_the_store_holds_damaged_is_set_aside(url, store, tmp_path, mo
     assert name not in store.store
 
 
-def test_a_damaged_copy_of_a_file_that_a_run_goes_on_from_is_fetched_again():
-    """The first part of a killed run is the file as it was, by a hard link."""
+def test_damaged_copy_of_a_file_being_resumed_is_fetched_again():
+    """The first part of a killed run is a hard link to the old file."""
     url = "memory://bucket/out.parquet"
     run(url, 1, 2)
     with opened(layout_of(url)) as folder:
@@ -249,7 +249,7 @@ def test_a_damaged_copy_of_a_file_that_a_run_goes_on_from_is_fetched_again():
     assert ids_in(url) == ["1", "2", "3"]
 
 
-def test_a_damaged_part_that_is_nowhere_else_is_set_aside(caplog):
+def test_damaged_part_without_a_stored_copy_is_set_aside(caplog):
     url = "memory://bucket/out.parquet"
     with opened(layout_of(url)) as folder:
         folder.append([captioned_row(1)])
@@ -288,7 +288,7 @@ def test_parts_above_999999_are_found_on_another_machine(store, tmp_path, monkey
 
 
 @OUTPUTS
-def test_an_output_in_a_store_is_in_shards_or_not(url):
+def test_output_in_a_store_has_shards_or_none(url):
     run(url, 1, shard=(0, 2))
     with pytest.raises(OtherOutputError, match="has 2 shards"):
         check_shards(url, 1)
@@ -306,7 +306,7 @@ def test_whole_files_are_not_fetched_again(monkeypatch):
     assert ids_in(url) == ["1", "2"]
 
 
-def test_of_two_runs_on_two_machines_the_second_to_commit_is_refused(tmp_path, monkeypatch):
+def test_second_machine_to_commit_is_refused(tmp_path, monkeypatch):
     url = "memory://bucket/out"
     with opened(layout_of(url)) as first:
         on_machine(tmp_path / "other", monkeypatch)
@@ -314,7 +314,7 @@ def test_of_two_runs_on_two_machines_the_second_to_commit_is_refused(tmp_path, m
             first.append([captioned_row(1)])
             second.append([captioned_row(1, "other")])
             second.commit()
-            with pytest.raises(LockedError, match=r"part-000001\.parquet is not as this run left"):
+            with pytest.raises(LockedError, match=r"part-000001\.parquet has changed"):
                 first.commit()
     assert ids_in(url) == ["1"]
 
@@ -374,7 +374,7 @@ def test_shards_in_a_store_are_not_merged_into_their_own_folder(store):
 @pytest.mark.parametrize("other", ["run", "merge"])
 @pytest.mark.parametrize("target", ["memory://bucket/merged", "memory://bucket/merged.parquet"])
 def test_a_merge_that_another_machine_overtakes_is_refused(target, other, tmp_path, monkeypatch):
-    """Their first parts have the same name, which a store gives to one of them."""
+    """Both first parts have the same name, which the store accepts from one of them."""
     run("memory://bucket/out", *range(3))
     run("memory://bucket/others", "other")
     monkeypatch.setattr(merge, "ROWS_PER_PART", 1)

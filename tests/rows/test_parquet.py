@@ -1,4 +1,4 @@
-"""Files of rows: what is in them, that they are whole or not there, that damage is noticed."""
+"""Files of rows have a fixed schema, are whole or absent, and show any damage."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def read(path: Path) -> list[Row]:
 
 
 @pytest.mark.parametrize("rows", [(), (failed_row(),), (captioned_row(), failed_row(1))])
-def test_schema_is_fixed_whatever_the_rows(tmp_path, rows):
+def test_schema_does_not_depend_on_the_rows(tmp_path, rows):
     path = tmp_path / "out.parquet"
     assert write(path, *rows) == len(rows)
     assert pq.read_schema(path).equals(ARROW_SCHEMA)
@@ -46,7 +46,7 @@ def test_schema_is_fixed_whatever_the_rows(tmp_path, rows):
 
 
 def test_each_table_is_a_row_group_even_an_empty_one(tmp_path):
-    """Row groups are what the index knows rows by: they may not move when one becomes empty."""
+    """The index refers to rows by row group, so an empty one must not shift the others."""
     path = tmp_path / "out.parquet"
     tables = [table_of([captioned_row(1)]), table_of([]), table_of([captioned_row(2)])]
     assert write_rows(path, tables, METADATA) == 2
@@ -102,7 +102,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert path.read_bytes() == b"old"
 
 
-def test_file_is_as_readable_as_any_other(tmp_path):
+def test_file_has_default_permissions(tmp_path):
     write(tmp_path / "out.parquet")
     (tmp_path / "plain").touch()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
@@ -126,7 +126,7 @@ def test_folder_that_is_a_file_is_named(tmp_path):
     assert_refused(tmp_path / "notes.txt" / "out.parquet", "Not a directory")
 
 
-def test_directory_is_no_output(tmp_path):
+def test_directory_is_refused(tmp_path):
     (tmp_path / "out.parquet").mkdir()
     assert_refused(tmp_path / "out.parquet", "is a directory")
 
@@ -149,7 +149,7 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     yield from mounted(tmp_path, "ro")
 
 
-def test_full_disk_is_named_and_left_as_it_was(small_disk):
+def test_full_disk_is_reported_and_keeps_the_old_file(small_disk):
     path = small_disk / "out.parquet"
     write(path, failed_row(1))
     noise = os.urandom(2**20).hex()
@@ -162,7 +162,7 @@ def test_read_only_disk_is_named(read_only_disk):
     assert_refused(read_only_disk / "out.parquet", "Read-only file system")
 
 
-def test_file_that_is_no_parquet_is_refused_and_left(tmp_path):
+def test_file_that_is_not_parquet_is_refused_and_kept(tmp_path):
     path = tmp_path / "out.parquet"
     path.write_text("image_id,caption\n")
     with pytest.raises(OutputError, match=r"not a Parquet file.*--on-existing overwrite"):
@@ -178,8 +178,8 @@ def test_file_of_other_programs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -8, -1])
-def test_file_that_was_cut_is_damaged(tmp_path, left):
-    """One of no bytes too: it took a person to free the output of what a crash had emptied."""
+def test_truncated_file_is_damaged(tmp_path, left):
+    """Even to zero bytes: a file emptied by a crash had to be removed by hand."""
     path = tmp_path / "out.parquet"
     write(path, captioned_row())
     path.write_bytes(path.read_bytes()[:left])
@@ -189,8 +189,8 @@ def test_file_that_was_cut_is_damaged(tmp_path, left):
         read(path)
 
 
-def test_first_bytes_that_were_damaged_do_not_make_it_another_programs_file(tmp_path):
-    """One wrong bit in the first four bytes, and each later run refused the whole output."""
+def test_damaged_first_bytes_do_not_make_a_file_foreign(tmp_path):
+    """After one flipped bit in the first four bytes, every later run refused the output."""
     path = tmp_path / "out.parquet"
     write(path, captioned_row())
     flip(path, 1)
@@ -198,9 +198,9 @@ def test_first_bytes_that_were_damaged_do_not_make_it_another_programs_file(tmp_
     assert read(path) == [captioned_row()]
 
 
-@pytest.mark.parametrize("look", [read_file_metadata, lambda path: [*read_groups(path)]])
-def test_file_that_cannot_be_opened_is_not_taken_for_damaged(tmp_path, monkeypatch, look):
-    """What is damaged is set aside, which is no answer to wrong permissions or too many files."""
+@pytest.mark.parametrize("reader", [read_file_metadata, lambda path: [*read_groups(path)]])
+def test_file_that_cannot_be_opened_is_not_taken_for_damaged(tmp_path, monkeypatch, reader):
+    """Damaged files are set aside, which is wrong if permissions or file handles are lacking."""
 
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -209,7 +209,7 @@ def test_file_that_cannot_be_opened_is_not_taken_for_damaged(tmp_path, monkeypat
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(pq, "ParquetFile", refuse)
     with pytest.raises(OutputError, match="Permission denied"):
-        look(tmp_path / "out.parquet")
+        reader(tmp_path / "out.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +222,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_noticed_or_harmless(whole, data):
-    """Checksums are of pages only. A bit of the file's end took the name from a column, and the
-    run ended in a KeyError.
+    """Checksums cover pages only. A flipped bit in the footer renamed a column, and the run ended
+    with a KeyError.
     """
     content = bytearray(whole.read_bytes())
     position = data.draw(st.integers(0, len(content) - 1), label="position")

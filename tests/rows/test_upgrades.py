@@ -1,4 +1,4 @@
-"""Outputs of earlier versions, as `golden/make_outputs.py` made them then: each goes on."""
+"""Resuming outputs of earlier versions, which `golden/make_outputs.py` made."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_goes_on_with_an_output_of_an_earlier_version(golden, photos, old_photos, name):
+def test_resumes_an_output_of_an_earlier_version(golden, photos, old_photos, name):
     before = rows_in(golden / name)
     untouched = files_in(golden)
     assert run(golden, old_photos, golden / name).counts.already_done == 4
@@ -86,20 +86,20 @@ def test_goes_on_with_an_output_of_an_earlier_version(golden, photos, old_photos
     assert rows["caption_source"].to_pylist() == ["model"] * 5
     is_old = [image_id in OLD_IDS for image_id in ALL_IDS]
     assert rows.filter(pa.array(is_old)).equals(before)
-    for path in layout_of(golden / name).row_files():  # other programs find one schema
+    for path in layout_of(golden / name).row_files():  # other programs see one schema
         assert pq.read_schema(path).remove_metadata().equals(ARROW_SCHEMA)
         assert pq.read_schema(path).metadata[b"batchcap.schema"] == b"2"
     assert run(golden, photos, golden / name).counts.already_done == 5
 
 
-def test_goes_on_after_a_kill_of_an_earlier_version(golden, photos):
+def test_resumes_a_killed_run_of_an_earlier_version(golden, photos):
     summary = run(golden, photos, golden / "killed.parquet")
     assert (summary.counts.already_done, summary.counts.captioned) == (2, 3)
     assert rows_in(golden / "killed.parquet")["image_id"].to_pylist() == ALL_IDS
 
 
 @pytest.mark.parametrize("name", ["shards", "shards.parquet"])
-def test_goes_on_with_shards_of_an_earlier_version_and_merges_them(golden, photos, name, tmp_path):
+def test_resumes_and_merges_shards_of_an_earlier_version(golden, photos, name, tmp_path):
     merge_captions(MergeSettings(captions=golden / name, output=tmp_path / "old.parquet"))
     assert sorted(rows_in(tmp_path / "old.parquet")["image_id"].to_pylist()) == OLD_IDS
     done = [run(golden, photos, golden / name, shard=f"{index}/2") for index in range(2)]
@@ -110,7 +110,9 @@ def test_goes_on_with_shards_of_an_earlier_version_and_merges_them(golden, photo
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_goes_on_with_an_output_in_a_store(golden, photos, store, name, tmp_path, monkeypatch):
+def test_resumes_an_output_of_an_earlier_version_in_a_store(
+    golden, photos, store, name, tmp_path, monkeypatch
+):
     monkeypatch.setattr(layouts, "cache_folder", lambda folder: tmp_path / "cache" / folder)
     store.put(f"{golden / 'store'}/", "golden/", recursive=True)
     summary = run(golden, photos, f"s3://golden/{name}")
@@ -128,7 +130,7 @@ def test_reads_captions_of_an_earlier_version(golden, name):
         assert table["edited_at"].null_count == table["familiarity"].null_count == len(table)
 
 
-def test_a_decode_setting_that_a_file_lacks_means_its_default(golden, photos):
+def test_missing_decode_setting_means_its_default(golden, photos):
     path = golden / "captions.parquet"
     table = pq.read_table(path)
     decode = json.loads(table.schema.metadata[b"batchcap.decode"])
@@ -140,7 +142,7 @@ def test_a_decode_setting_that_a_file_lacks_means_its_default(golden, photos):
         plan_run(settings_for(golden, photos, path, no_repeat_ngram=2))
 
 
-def test_continues_an_output_in_the_precision_that_it_has(golden, photos, old_photos):
+def test_resumes_in_the_precision_of_the_output(golden, photos, old_photos):
     output = golden / "bfloat16"
     tensorflow = {"runtime": "tensorflow"}
     run(golden, old_photos, output, precision=Precision.BFLOAT16, **tensorflow)
@@ -152,7 +154,7 @@ def test_continues_an_output_in_the_precision_that_it_has(golden, photos, old_ph
 
 
 @pytest.mark.parametrize("precision", [None, b"auto", b"int3"])
-def test_a_precision_that_this_version_does_not_know_is_refused(golden, photos, precision):
+def test_unknown_precision_is_refused(golden, photos, precision):
     path = golden / "captions.parquet"
     table = pq.read_table(path)
     metadata = {k: v for k, v in table.schema.metadata.items() if k != b"batchcap.precision"}
@@ -163,7 +165,7 @@ def test_a_precision_that_this_version_does_not_know_is_refused(golden, photos, 
 
 
 @pytest.mark.parametrize("name", ["captions", "captions.parquet"])
-def test_an_output_of_another_shipped_model_is_refused_with_the_ways_on(golden, photos, name):
+def test_output_of_another_shipped_model_is_refused_with_advice(golden, photos, name):
     before = files_in(golden)
     with pytest.raises(OtherOutputError) as refusal:
         run(golden, photos, golden / name, model=DEFAULT_MODEL)
@@ -173,5 +175,5 @@ def test_an_output_of_another_shipped_model_is_refused_with_the_ways_on(golden, 
     assert "this version of batchcap ships" in str(refusal.value)
     assert files_in(golden) == before
     found = {"batchcap.model": "abc"}
-    with pytest.raises(OtherOutputError, match="than what is asked for"):
+    with pytest.raises(OtherOutputError, match="than this run's"):
         check_identity("o", [golden / "captions.parquet"], found, Upgrades())

@@ -22,7 +22,7 @@ from batchcap.storage.files import replacing
 
 
 def rows_of_others(layout: Layout) -> list[Row]:
-    """As other programs read them."""
+    """Return the rows as other programs read them."""
     return [row for path in layout.row_files() for row in pq.read_table(path).to_pylist()]
 
 
@@ -38,13 +38,13 @@ def test_a_run_leaves_its_rows_and_nothing_else(layout, tmp_path):
         assert names_in(layout.output) == {"part-000001.parquet", "part-000002.parquet", mark.name}
 
 
-def test_what_is_committed_can_be_read_at_once_by_others(layout):
+def test_committed_rows_can_be_read_by_others_at_once(layout):
     with opened(layout) as captions:
         for number in range(1, 4):
             captions.append([captioned_row(number)])
             assert captions.pending == 1
             captions.commit()
-            captions.commit()  # nothing more to do
+            captions.commit()  # does nothing
             assert captions.pending == 0
             table = ds.dataset(layout.parts, format="parquet").to_table()
             assert sorted(table["image_id"].to_pylist()) == [f"{n}" for n in range(1, number + 1)]
@@ -68,7 +68,7 @@ def readers_of(folder: Path, cache: Path) -> dict[str, set[str]]:
 
 
 def test_other_programs_read_a_folder_during_and_after_a_run(folder, tmp_path):
-    """Polars and `datasets` refuse a folder with a manifest or a summary in it."""
+    """Polars and `datasets` refuse a folder that contains a manifest or a summary."""
     datasets.disable_progress_bars()
     shard = layout_of(folder.output, (1, 2))
     shard.output.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_other_programs_read_a_folder_during_and_after_a_run(folder, tmp_path):
     assert found == {program: {"first", "last"} for program in found}
 
 
-def test_one_file_is_replaced_at_the_end_only(file):
+def test_single_file_is_replaced_only_at_the_end(file):
     run(file, [captioned_row(1)])
     before = file.output.read_bytes()
     with opened(file) as captions:
@@ -103,14 +103,14 @@ def test_one_file_is_replaced_at_the_end_only(file):
     assert not file.parts.exists()
 
 
-def test_small_parts_are_joined_into_good_row_groups(file):
+def test_small_parts_are_joined_into_large_row_groups(file):
     run(file, *([failed_row(f"{n}-{i}") for i in range(ROWS_PER_GROUP // 2)] for n in range(5)))
     metadata = pq.read_metadata(file.output)
     groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     assert groups == [ROWS_PER_GROUP, ROWS_PER_GROUP, ROWS_PER_GROUP // 2]
 
 
-def test_an_output_without_rows_is_a_table_without_rows(layout):
+def test_output_without_rows_is_an_empty_table(layout):
     run(layout)
     assert rows_of(layout) == []
     if layout.is_file:
@@ -119,7 +119,7 @@ def test_an_output_without_rows_is_a_table_without_rows(layout):
         assert json.loads(layout.manifest.read_text())["complete"] is True
 
 
-def test_a_run_that_was_stopped_is_gone_on_with(layout):
+def test_resumes_a_stopped_run(layout):
     stop_before_the_end(layout, [captioned_row(1)], [failed_row(2)])
     with opened(layout) as captions:
         assert len(captions.index) == 2
@@ -130,15 +130,15 @@ def test_a_run_that_was_stopped_is_gone_on_with(layout):
     assert ids_of(layout) == ["1", "2", "3"]
 
 
-def test_a_stopped_run_is_joined_by_a_next_one_that_has_nothing_to_do(file):
+def test_run_with_nothing_to_do_joins_the_parts_of_a_stopped_one(file):
     stop_before_the_end(file, [captioned_row(1)], [failed_row(2)])
     assert not file.output.exists()
     run(file)
     assert pq.read_table(file.output)["image_id"].to_pylist() == ["1", "2"]
 
 
-def test_nothing_is_written_where_there_is_nothing_to_do(layout, tmp_path):
-    """The manifest was written anew by each run, as if something had changed."""
+def test_run_with_nothing_to_do_writes_nothing(layout, tmp_path):
+    """Every run rewrote the manifest, as if something had changed."""
     run(layout, [captioned_row(1)])
     before = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
     run(layout)
@@ -148,7 +148,7 @@ def test_nothing_is_written_where_there_is_nothing_to_do(layout, tmp_path):
     }
 
 
-def test_changed_images_have_their_new_row_only(layout):
+def test_changed_images_have_only_their_new_row(layout):
     run(layout, [captioned_row(1, "old"), captioned_row(2)], [captioned_row(3)])
     with opened(layout) as captions:
         captions.append([captioned_row(1, "new"), captioned_row(4)])
@@ -162,7 +162,7 @@ def test_changed_images_have_their_new_row_only(layout):
 
 
 def test_publishes_the_new_row_before_it_drops_the_old_one(layout):
-    """A kill in between cost rows of photos that had one."""
+    """A kill in between lost rows."""
     run(layout, [captioned_row(1, "old"), captioned_row(2)])
     stop_before_the_end(layout, [captioned_row(1, "new")])
     assert [row["caption"] for row in rows_of_others(layout)] == ["一只old", "一只photo", "一只new"]
@@ -195,23 +195,23 @@ def test_each_rewritten_file_is_progress(folder):
         assert events == ["rewritten"] * 3
 
 
-def test_one_file_is_rewritten_once_a_run(file, monkeypatch):
+def test_single_file_is_rewritten_once_per_run(file, monkeypatch):
     run(file, [captioned_row(number) for number in range(4)])
     written: list[str] = []
     replace = Path.replace
 
-    def noted(self: Path, target: Path) -> Path:
+    def recording_replace(self: Path, target: Path) -> Path:
         written.append(Path(target).name)
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", noted)
+    monkeypatch.setattr(Path, "replace", recording_replace)
     run(file, *([captioned_row(number, "new")] for number in range(4)))
     parts = [f"part-{number:06}.parquet" for number in range(1, 5)]
     assert written == [*parts, "out.parquet"]
     assert [row["caption"] for row in rows_of_others(file)] == ["一只new"] * 4
 
 
-def test_a_row_replaces_one_of_the_same_run_if_told_so(layout):
+def test_row_replaces_one_of_the_same_run_on_request(layout):
     with opened(layout) as captions:
         captions.append([captioned_row(1, "second"), captioned_row(2)])
         captions.append([captioned_row(1, "first")], again=True)
@@ -224,7 +224,7 @@ def test_a_row_replaces_one_of_the_same_run_if_told_so(layout):
     ]
 
 
-def test_no_rows_change_nothing(layout, tmp_path):
+def test_appending_no_rows_changes_nothing(layout, tmp_path):
     run(layout, [captioned_row(1)])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with opened(layout) as captions:
@@ -237,8 +237,8 @@ def test_no_rows_change_nothing(layout, tmp_path):
     }
 
 
-def test_an_output_is_whole_once_a_run_has_seen_all_of_the_input(layout):
-    """Runs with --limit, and those that left photos out, said `complete` too."""
+def test_output_is_complete_once_a_run_has_seen_the_whole_input(layout):
+    """Runs with --limit, and runs that skipped photos, were marked complete too."""
     is_whole_after = []
     for number, complete in ((1, False), (1, True), (1, False), (2, False), (2, True)):
         with opened(layout) as captions:
@@ -252,7 +252,7 @@ def test_an_output_is_whole_once_a_run_has_seen_all_of_the_input(layout):
 
 
 def test_columns_of_other_programs_are_kept(layout):
-    """An output with a column that its user had added was set aside as damaged."""
+    """An output with a column added by its user was set aside as damaged."""
     run(layout, [captioned_row(1), captioned_row(2)])
     (path,) = layout.row_files()
     table = pq.read_table(path)

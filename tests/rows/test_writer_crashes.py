@@ -1,4 +1,4 @@
-"""A crash at any step of a commit loses no committed row and doubles none."""
+"""A crash at any step of a commit loses no committed row and duplicates none."""
 
 import os
 import shutil
@@ -30,8 +30,8 @@ from batchcap.rows.writer import CaptionFolder
 from batchcap.storage.files import replacing
 
 
-def test_a_failure_to_clear_up_says_what_to_do(file, monkeypatch):
-    """It was a bare OSError: a traceback, though all rows were in place."""
+def test_failed_cleanup_is_an_output_error(file, monkeypatch):
+    """A bare OSError gave a traceback, although all rows were in place."""
     stop_before_the_end(file, [captioned_row(1)])
 
     def refuse(_self: Path, _target: Path) -> Path:
@@ -47,7 +47,7 @@ def test_a_failure_to_clear_up_says_what_to_do(file, monkeypatch):
     assert not file.parts.exists()
 
 
-def test_where_there_are_no_hard_links_the_old_file_is_copied(file, monkeypatch):
+def test_old_file_is_copied_without_hard_links(file, monkeypatch):
     def refuse(*_paths: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -60,9 +60,9 @@ def test_where_there_are_no_hard_links_the_old_file_is_copied(file, monkeypatch)
 
 
 class Crashes(RuleBasedStateMachine):
-    """Any sequence of runs, with failures and kills at any change of names, against a dict.
+    """Any sequence of runs, with failures and kills at any change of names, compared with a dict.
 
-    `there` is what every later moment must show of each image: one of these contents, or None.
+    `there` has the content of each image that the output must have from now on.
     """
 
     layout_name = ""
@@ -92,7 +92,7 @@ class Crashes(RuleBasedStateMachine):
         self.captions, self.appended, self.done = None, {}, set()
 
     def _finish_undisturbed(self) -> None:
-        """Whatever was before, one good run makes the output what it would have been anyway."""
+        """Check that one undisturbed run completes the output, whatever happened before."""
         with opened(self.layout) as captions:
             wanted = dict.fromkeys("abcdefg", "end")
             new = [
@@ -108,7 +108,7 @@ class Crashes(RuleBasedStateMachine):
         assert self.layout.is_file != self.layout.parts.is_dir()
 
     def _trying(self, step: Callable[[], object], countdown: int | None, killed: bool) -> bool:
-        """Whether the step came to its end; if not, the run is over."""
+        """Return whether the step succeeded; if not, the run is over."""
         self.disk.countdown, self.disk.killed = countdown, killed
         try:
             step()
@@ -124,7 +124,7 @@ class Crashes(RuleBasedStateMachine):
         return True
 
     def _look(self, may_lack: set[str] | None = None) -> None:
-        """What is there now is what was committed, but that appended rows may be in or out."""
+        """Check that the output has all committed rows; those of `may_lack` may be missing."""
         rows = rows_of(self.layout)
         found = {row["image_id"]: row["caption"].removeprefix("一只") for row in rows}
         assert len(found) == len(rows), "an image has two rows"
@@ -169,7 +169,7 @@ class Crashes(RuleBasedStateMachine):
     @precondition(lambda self: self.captions is not None)
     @rule(gone=st.sets(st.sampled_from("abcdefg")), countdown=FAILURES, killed=st.booleans())
     def end(self, gone: set[str], countdown: int | None, killed: bool) -> None:
-        """As a run does: commit, prune, finish."""
+        """End like a run: commit, prune, finish."""
         gone -= self.done
         index = self.captions.index
         for image_id in self.there.keys() - gone:
@@ -219,9 +219,9 @@ TestCrashesOfAFolder = crashes_of("out")
 
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_a_failure_at_each_change_of_names_is_made_good_by_the_next_run(name, killed, tmp_path):
-    """Two runs, the second with a new, a changed and a vanished image; it fails at the n-th call
-    for every n, and a third one goes on.
+def test_next_run_repairs_a_failure_at_each_change_of_names(name, killed, tmp_path):
+    """The second run, with a new, a changed and a vanished image, fails at its n-th change for
+    every n; a third run resumes.
     """
 
     def second(layout: Layout) -> None:
@@ -265,13 +265,13 @@ def test_a_failure_at_each_change_of_names_is_made_good_by_the_next_run(name, ki
                 return
     finally:
         disk.close()
-    pytest.fail("there is no end to the changes")
+    pytest.fail("the changes never end")
 
 
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
 def test_a_failure_while_replacing_an_output_leaves_no_mixture(name, killed, tmp_path):
-    """Rows of the old output and of the new one would be of two models."""
+    """Rows of the old and of the new output are of different models."""
     disk, other = Disk(), {"batchcap.model": "def"}
     try:
         for number in range(100):
@@ -296,11 +296,11 @@ def test_a_failure_while_replacing_an_output_leaves_no_mixture(name, killed, tmp
             assert [row["caption"] for row in rows_of(layout)] == ["一只end"] * 2
     finally:
         disk.close()
-    pytest.fail("there is no end to the changes")
+    pytest.fail("the changes never end")
 
 
-def test_another_outputs_write_is_not_disturbed(tmp_path):
-    """Of two outputs in one folder the name of one may begin with that of the other."""
+def test_temporary_file_of_another_output_is_kept(tmp_path):
+    """One output's name may begin with that of another in the same folder."""
     with replacing(tmp_path / "out.parquet.old.parquet") as temporary:
         temporary.touch()
         run(Layout(tmp_path / "out.parquet"), [captioned_row(1)])

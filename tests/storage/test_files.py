@@ -1,4 +1,4 @@
-"""Whole or not there."""
+"""Files are written whole or not at all."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def test_a_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failing_block_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failing_block_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -47,7 +47,7 @@ def test_the_temporary_file_is_hidden_and_in_the_same_folder(tmp_path: Path) -> 
         assert temporary.name.startswith(".")
 
 
-def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "a.txt"
     replace_text(path, "old")
 
@@ -78,7 +78,7 @@ def refuse_sync(patch: pytest.MonkeyPatch, number: int, is_refused: Callable[[in
 
 
 @SYNC_REFUSALS
-def test_file_systems_that_cannot_sync_folders_are_no_failure(number, tmp_path, monkeypatch):
+def test_file_systems_that_cannot_sync_folders_are_accepted(number, tmp_path, monkeypatch):
     refuse_sync(monkeypatch, number, stat.S_ISDIR)
     replace_text(tmp_path / "a.txt", "new")
     make_folder(tmp_path / "b")
@@ -86,7 +86,7 @@ def test_file_systems_that_cannot_sync_folders_are_no_failure(number, tmp_path, 
 
 
 @SYNC_REFUSALS
-def test_a_file_that_cannot_be_synced_is_a_failure(number, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_synced_raises(number, tmp_path, monkeypatch):
     refuse_sync(monkeypatch, number, stat.S_ISREG)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         replace_text(tmp_path / "a.txt", "new")
@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_synced_is_a_failure(number, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_broken_or_full_disk_under_a_folder_is_a_failure(number, tmp_path, monkeypatch):
+def test_a_folder_on_a_broken_or_full_disk_raises(number, tmp_path, monkeypatch):
     refuse_sync(monkeypatch, number, stat.S_ISDIR)
     with pytest.raises(OSError, match=os.strerror(number)):
         make_folder(tmp_path / "b")
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
 
 
 def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
-    """As root, writing to /dev/full made a plain file of it."""
+    """Root could replace /dev/full by a plain file."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         replace_text(tmp_path / "pipe", "new")
@@ -257,7 +257,7 @@ def test_keeps_read_only_files_and_other_users_files(tmp_path_factory) -> None:
         assert read_only.read_text() == sticky.read_text() == ""
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_removes_only_leftovers_of_killed_processes(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.txt") as temporary:
         temporary.touch()
         left = temporary.with_name(".a.txt.0123abcd.tmp")

@@ -82,7 +82,7 @@ def test_programs_that_a_holder_has_started_do_not_hold_the_lock(path):
         holder.kill()
         holder.wait()
         try:
-            os.kill(child, 0)  # is there still
+            os.kill(child, 0)  # is still alive
             with locked(path):
                 pass
         finally:
@@ -96,14 +96,14 @@ def test_a_failure_frees_the_lock(path):
         pass
 
 
-def test_no_more_than_one_of_many_processes_holds_it_at_a_time(path, tmp_path):
+def test_only_one_of_many_processes_holds_the_lock_at_a_time(path, tmp_path):
     racers = [started(RACER, path, tmp_path / "held") for _ in range(4)]
     counts = [int(racer.communicate()[0]) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * len(racers)
     assert sum(counts) > 20
 
 
-def test_no_more_than_one_of_many_threads_holds_it_at_a_time(path, tmp_path):
+def test_only_one_of_many_threads_holds_the_lock_at_a_time(path, tmp_path):
     held = tmp_path / "held"
 
     def race(_number: int) -> int:
@@ -120,9 +120,9 @@ def test_no_more_than_one_of_many_threads_holds_it_at_a_time(path, tmp_path):
     assert not path.exists()
 
 
-def test_a_lock_file_that_is_another_runs_is_left(path):
-    """Someone removes the file of a run, and another run locks a new one: when the first run ended
-    it took that away, so that a third one could start beside the second.
+def test_the_lock_file_of_another_run_is_kept(path):
+    """If someone removes a run's lock file, a second run locks a new one. The first run must not
+    remove that, or a third could start beside the second.
     """
     with locked(path):
         path.unlink()
@@ -133,8 +133,8 @@ def test_a_lock_file_that_is_another_runs_is_left(path):
     second.communicate()
 
 
-def test_a_file_that_cannot_be_removed_is_no_failure(path, monkeypatch):
-    """The descriptor stayed open with its lock, and the error took the place of the run's own."""
+def test_a_lock_file_that_cannot_be_removed_is_unlocked(path, monkeypatch):
+    """Nor does the error replace that of the run."""
 
     def refuse(_path: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "Permission denied")
@@ -145,12 +145,12 @@ def test_a_file_that_cannot_be_removed_is_no_failure(path, monkeypatch):
         pass
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_lock_file_that_cannot_be_written_is_reported(tmp_path):
     with pytest.raises(OutputError, match="No such file or directory"), locked(tmp_path / "a/lock"):
         pass
 
 
-def test_a_file_system_without_locks_is_named(path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(path, monkeypatch):
     def refuse(*_arguments: object) -> None:
         raise OSError(38, "Function not implemented")
 

@@ -1,4 +1,4 @@
-"""Files behind URLs, of a store in memory and a server: what is told of them, what goes wrong."""
+"""Files behind URLs, in a store in memory and on a web server: metadata and failures."""
 
 import gzip
 import sys
@@ -45,11 +45,11 @@ def test_urls(name):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "/a/b://c", "c:/a", "://a", "a b://c"])
-def test_names_that_are_no_urls(name):
+def test_names_that_are_not_urls(name):
     assert not remote.is_url(name)
 
 
-def test_a_folder_is_listed_as_one_here_is(store, tmp_path):
+def test_a_remote_folder_is_listed_like_a_local_one(store, tmp_path):
     for name in (
         "b/1.jpg",
         "b.jpg",
@@ -80,11 +80,11 @@ def test_photos_below_folders_without_a_name_are_listed_and_read(store):
     assert [remote.read_file(ref.path) for ref in refs] == [b"x"] * len(names)
     below = listing.list_images("memory://root/sub//")
     assert [ref.image_id for ref in below] == ["c.jpg", "deep/d.jpg"]
-    with pytest.raises(UsageError, match="There is no memory://root/none//"):
+    with pytest.raises(UsageError, match="there is no memory://root/none//"):
         listing.list_images("memory://root/none//")
 
 
-def test_a_name_with_colons_is_no_chain_of_urls(store):
+def test_a_name_with_colons_is_not_a_chain_of_urls(store):
     store.pipe("/root/cam1::2024.jpg", b"x")
     (ref,) = listing.list_images("memory://root")
     assert remote.read_file(ref.path) == b"x"
@@ -108,12 +108,12 @@ def test_file_urls_are_paths(url, path):
     assert remote.without_file_scheme(url) == path
 
 
-def test_what_listings_and_files_say_of_a_time_is_one(store):
-    """S3 tells of milliseconds in a listing and of seconds elsewhere: photos counted as changed."""
+def test_times_from_listings_and_files_agree(store):
+    """S3 gives milliseconds in listings but seconds elsewhere: photos would seem to change."""
     moment = datetime(2024, 5, 17, 12, 30, 15, 250_000, tzinfo=UTC)
-    told = {"type": "file", "size": 3, "ETag": '"e"'}
+    info = {"type": "file", "size": 3, "ETag": '"e"'}
     one, other = (
-        remote._remote_file("s3://b/x", told | {"LastModified": moment.replace(microsecond=part)})
+        remote._remote_file("s3://b/x", info | {"LastModified": moment.replace(microsecond=part)})
         for part in (250_000, 0)
     )
     assert one == other == ("s3://b/x", 3, int(moment.timestamp()) * 10**9, '3 "e"')
@@ -129,7 +129,7 @@ def test_a_photo_is_read_from_its_url_with_size_and_time(store, photos_folder):
     assert image.mtime_ns == remote.describe("memory://root/coffee.jpg").mtime_ns
 
 
-def test_photos_of_servers_that_tell_no_size_are_read(photos_folder):
+def test_photos_of_unknown_size_are_read(photos_folder):
     data = (photos_folder / "coffee.jpg").read_bytes()
     packed = gzip.compress(data)
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
@@ -148,14 +148,14 @@ def test_photos_of_servers_that_tell_no_size_are_read(photos_folder):
     }
 
 
-def test_what_a_server_refuses_is_missing_only_where_it_says_so():
+def test_only_status_404_and_410_mean_missing():
     codes = {401: "unreadable", 403: "unreadable", 404: "missing", 410: "missing"}
     codes |= {500: "unreadable", 503: "unreadable"}
     with web_server({f"/{code}.jpg": status(code) for code in codes}) as server:
-        told = {code: rejection(f"{server}/{code}.jpg") for code in codes}
+        rejections = {code: rejection(f"{server}/{code}.jpg") for code in codes}
         address = server
-    assert {code: reason.error_type for code, reason in told.items()} == codes
-    assert "(403 Answer 403)" in told[403].message
+    assert {code: reason.error_type for code, reason in rejections.items()} == codes
+    assert "(403 Answer 403)" in rejections[403].message
     gone = rejection(f"{address}/a.jpg")
     assert gone.error_type is ErrorType.UNREADABLE
     assert "Connect" in gone.message
@@ -182,7 +182,7 @@ def test_a_page_of_links_is_a_folder():
         (0, 5, (0, 5 * 10**9)),
     ],
 )
-def test_sizes_and_times_that_64_bits_do_not_hold_are_not_known(size, moment, kept):
+def test_sizes_and_times_beyond_64_bits_are_unknown(size, moment, kept):
     file = remote._remote_file("s3://b/x", {"type": "file", "size": size, "LastModified": moment})
     assert (file.size, file.mtime_ns) == kept
 
@@ -193,7 +193,7 @@ def rejection(url: str) -> Rejection:
     return pixels
 
 
-def test_photos_that_a_store_does_not_give_out_are_rejected(store, monkeypatch):
+def test_photos_that_a_store_refuses_are_rejected(store, monkeypatch):
     assert rejection("memory://root/none.jpg").error_type is ErrorType.MISSING
     store.pipe("/root/1.jpg", b"x")
     monkeypatch.setattr(type(store), "cat_file", lambda *_, **__: b"longer than it says")
@@ -209,7 +209,7 @@ def test_photos_that_a_store_does_not_give_out_are_rejected(store, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "reason"),
     [
         (RuntimeError("no credentials\nmore"), OSError, "no credentials"),
         (FileNotFoundError("gone"), FileNotFoundError, "gone"),
@@ -217,17 +217,17 @@ def test_photos_that_a_store_does_not_give_out_are_rejected(store, monkeypatch):
         (TimeoutError(), OSError, "no answer in time"),
     ],
 )
-def test_whatever_goes_wrong_is_an_os_error_with_a_reason(store, monkeypatch, error, kind, said):
+def test_every_failure_is_an_os_error_with_a_reason(store, monkeypatch, error, kind, reason):
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(type(store), "cat_file", fail)
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as raised:
         remote.read_file("memory://root/1.jpg")
-    assert (told.value.strerror, type(told.value.errno)) == (said, int)
+    assert (raised.value.strerror, type(raised.value.errno)) == (reason, int)
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     def lacks(*_: object, **__: object) -> None:
         raise ImportError("Please install s3fs")
 
@@ -236,7 +236,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
         remote.describe("s3://b/x")
 
 
-def test_files_go_there_and_back_and_new_ones_only_where_none_is(store, tmp_path):
+def test_files_are_uploaded_and_downloaded_and_new_ones_replace_none(store, tmp_path):
     (tmp_path / "a").write_bytes(b"one")
     remote.upload(tmp_path / "a", "memory://root/a", replaced="")
     with pytest.raises(FileExistsError):
@@ -250,7 +250,7 @@ def test_files_go_there_and_back_and_new_ones_only_where_none_is(store, tmp_path
     assert store.store == {}
 
 
-def test_globs_give_urls_in_order(store):
+def test_globs_yield_sorted_urls(store):
     for name in ("b.tar", "a.tar", "c.txt"):
         store.pipe(f"/root/{name}", b"")
     names = [url.rpartition("/")[2] for url in remote.matching("memory://root/*.tar")]

@@ -1,4 +1,4 @@
-"""Runs from and to a real S3 API, whose rows are those of the directory of the same photos."""
+"""Runs from and to a real S3 API; their rows equal those of a local folder of the photos."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from helpers.crashes import OF_THE_RUN, ROUNDING, difference, running
 from helpers.crashes import run as run_process
 from helpers.rows import METADATA, captioned_row
 from helpers.shard_files import photos_of, write_tar
-from helpers.stores import JammedWay, environment, s3_server
+from helpers.stores import JammingProxy, environment, s3_server
 
 from batchcap.captioning.run import plan_run, run_captioning
 from batchcap.captioning.summary import RunSummary
@@ -49,7 +49,7 @@ def s3(port: int) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(s3: Any, photos_folder: Path) -> dict[str, bytes]:
-    """Five photos and one that is none, in `s3://photos/all/`."""
+    """The test photos and an empty file, in `s3://photos/all/`."""
     photos = photos_of(photos_folder) | {"empty.jpg": b""}
     s3.mkdir("photos")
     s3.pipe({f"photos/all/{name}": data for name, data in photos.items()})
@@ -100,7 +100,7 @@ def assert_same(rows: pa.Table, others: pa.Table, *but: str) -> None:
     assert difference(rows.drop_columns(dropped), others.drop_columns(dropped)) <= ROUNDING
 
 
-def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine):
+def test_captions_a_remote_folder_into_a_remote_data_set(s3, photos, of_folder, machine):
     s3.mkdir("sets")
     first = run("s3://photos/all", "s3://sets/out/", rows_per_part=4)
     parts = sorted(s3.glob("sets/out/part-*.parquet"))
@@ -117,7 +117,7 @@ def test_a_folder_in_a_store_to_a_data_set_there(s3, photos, of_folder, machine)
     s3.pipe("photos/all/empty.jpg", b"")
 
 
-def test_tars_in_a_store_to_one_file_there(s3, photos, of_folder, tmp_path):
+def test_captions_remote_tars_into_a_remote_file(s3, photos, of_folder, tmp_path):
     items = [*photos.items()]
     for number in range(2):
         tar = write_tar(tmp_path / f"{number}.tar", items[number::2])
@@ -130,7 +130,7 @@ def test_tars_in_a_store_to_one_file_there(s3, photos, of_folder, tmp_path):
     assert sorted(s3.ls("files", detail=False)) == ["files/out.parquet", "files/out.summary.json"]
 
 
-def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tmp_path):
+def test_captions_a_remote_list_of_urls_and_relative_names(s3, photos, of_folder, tmp_path):
     names = [
         name if number % 2 else f"s3://photos/all/{name}" for number, name in enumerate(photos)
     ]
@@ -147,9 +147,9 @@ def test_a_list_in_a_store_of_urls_and_names_beside_it(s3, photos, of_folder, tm
 
 @pytest.fixture
 def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
-    """Lose the answer to one request of this method whose URL has this end: it was done.
+    """Lose the answer to one successful request with this method and URL ending.
 
-    The URLs of lost answers are in the list that this returns.
+    The returned list gets the URL of the lost answer.
     """
 
     def lose(method: str, end: str) -> list[str]:
@@ -170,7 +170,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_request_that_the_client_repeats_is_not_taken_for_another_runs(s3, losing, is_new):
+def test_a_repeated_request_is_not_taken_for_that_of_another_run(s3, losing, is_new):
     """Of a file that must be new, and of one that replaces a version."""
     bucket = f"lost-{is_new}".lower()
     s3.mkdir(bucket)
@@ -187,7 +187,7 @@ def test_a_request_that_the_client_repeats_is_not_taken_for_another_runs(s3, los
         assert len(folder.index) == 1
 
 
-def test_a_file_that_was_overtaken_is_not_replaced(s3, tmp_path):
+def test_a_newer_version_is_not_replaced(s3, tmp_path):
     """S3 compares the version as it writes, not before."""
     s3.mkdir("overtaken")
     url, path = "s3://overtaken/out/part-000001.parquet", tmp_path / "x"
@@ -208,7 +208,7 @@ def test_a_file_that_was_overtaken_is_not_replaced(s3, tmp_path):
         remote.upload(path, url, found.version)
 
 
-def test_a_repeated_removal_is_no_failure(s3, losing, tmp_path):
+def test_a_repeated_removal_succeeds(s3, losing, tmp_path):
     s3.mkdir("removed")
     s3.pipe("removed/x", b"x")
     lost = losing("DELETE", "removed/x")
@@ -217,7 +217,7 @@ def test_a_repeated_removal_is_no_failure(s3, losing, tmp_path):
 
 
 def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
-    """A folder without a name, a file named as a folder, and what URLs or patterns use."""
+    """Nameless folders, a file named like a folder, characters special in URLs and patterns."""
     odd = ["//1.jpg", "sub//2.jpg", "./3.jpg", "x.jpg", "x.jpg/4.jpg", "cam1::2024.jpg"]
     odd += ["e%20 f.jpg", "g#h.jpg", "i?j.jpg", "m*[n].jpg"]
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
@@ -233,8 +233,8 @@ def test_odd_keys_are_listed_and_read(s3, port, tmp_path, caplog):
     assert s3.cat_file("odd/cam1::2024.parquet") == b"x"
 
 
-def test_what_is_not_there_is_said(photos, tmp_path):
-    with pytest.raises(UsageError, match="There is no s3://photos/none/"):
+def test_missing_sources_are_reported(photos, tmp_path):
+    with pytest.raises(UsageError, match="there is no s3://photos/none/"):
         run("s3://photos/none", tmp_path / "out.parquet")
     with pytest.raises(InputError, match="no photo in s3://photos/none"):
         run("s3://photos/none.tar", tmp_path / "out.parquet")
@@ -245,20 +245,20 @@ def test_what_is_not_there_is_said(photos, tmp_path):
 
 
 @pytest.fixture
-def jammed(port: int) -> Iterator[Callable[[bytes], JammedWay]]:
-    ways: list[JammedWay] = []
+def jammed(port: int) -> Iterator[Callable[[bytes], JammingProxy]]:
+    proxies: list[JammingProxy] = []
 
-    def way(mark: bytes) -> JammedWay:
-        ways.append(JammedWay(port, mark))
-        return ways[-1]
+    def start(mark: bytes) -> JammingProxy:
+        proxies.append(JammingProxy(port, mark))
+        return proxies[-1]
 
-    yield way
-    for opened in ways:
-        opened.close()
+    yield start
+    for proxy in proxies:
+        proxy.close()
 
 
 @pytest.mark.slow
-def test_an_upload_that_is_killed_leaves_nothing_and_the_same_command_resumes(
+def test_a_killed_upload_leaves_nothing_and_the_same_command_resumes(
     s3, jammed, port, photos_folder, tmp_path
 ):
     s3.mkdir("killed")
@@ -266,9 +266,9 @@ def test_an_upload_that_is_killed_leaves_nothing_and_the_same_command_resumes(
     command = [photos_folder, "s3://killed/out", "--runtime", "tensorflow"]
     command += ["--batch-size", 2, "--rows-per-part", 2]
     own = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    way = jammed(b"PUT /killed/out/part-000002.parquet")
-    with running(*command, env=own | environment(way.port)) as process:
-        assert way.jammed.wait(120)
+    proxy = jammed(b"PUT /killed/out/part-000002.parquet")
+    with running(*command, env=own | environment(proxy.port)) as process:
+        assert proxy.jammed.wait(120)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert s3.glob("killed/out/part-*") == ["killed/out/part-000001.parquet"]

@@ -8,7 +8,7 @@ from batchcap.training.augmentation import (
     PLAIN,
     View,
     augmented,
-    part_of,
+    crop_box,
     seen,
     training_views,
 )
@@ -17,7 +17,7 @@ DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
 GRADIENT = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
 
 
-def test_views_are_the_whole_its_mirror_image_and_parts_of_either() -> None:
+def test_views_are_the_whole_photo_its_mirror_image_and_crops_of_either() -> None:
     assert training_views(flip=False, crops=0) == (PLAIN,)
     assert training_views(flip=True, crops=0) == (PLAIN, View(mirrored=True))
     assert training_views(flip=True, crops=2)[2:] == (View(True, 1), View(False, 2))
@@ -31,34 +31,34 @@ def test_each_view_of_a_photo_has_a_key_of_its_own() -> None:
 
 
 @given(DIGESTS, st.integers(1, 9))
-def test_a_part_is_large_and_inside_of_the_photo(sha256: str, crop: int) -> None:
-    top, left, bottom, right = part_of(sha256, crop)
+def test_crop_is_large_and_inside_the_photo(sha256: str, crop: int) -> None:
+    top, left, bottom, right = crop_box(sha256, crop)
     assert 0 <= top < bottom <= 1 + 1e-9
     assert 0 <= left < right <= 1 + 1e-9
     assert (bottom - top) * (right - left) > LEAST_AREA * 0.85
-    assert part_of(sha256, crop) == [top, left, bottom, right]
+    assert crop_box(sha256, crop) == [top, left, bottom, right]
 
 
-def test_a_photo_has_other_parts_than_another() -> None:
-    assert part_of("00", 1) != part_of("01", 1)
-    assert part_of("00", 1) != part_of("00", 2)
+def test_crops_differ_between_photos_and_crop_numbers() -> None:
+    assert crop_box("00", 1) != crop_box("01", 1)
+    assert crop_box("00", 1) != crop_box("00", 2)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_part_is_what_its_box_shows(mirrored: bool) -> None:
-    """On a photo whose brightness is its column."""
+def test_crop_shows_its_box(mirrored: bool) -> None:
+    """A pixel's brightness is its column."""
     pixels = np.stack([GRADIENT, GRADIENT])
-    part = np.asarray(seen(pixels, View(mirrored, 1), ["07", "08"])).astype(int)
-    for photo, sha256 in zip(part, ("07", "08"), strict=True):
-        _, left, _, right = part_of(sha256, 1)
+    crops = np.asarray(seen(pixels, View(mirrored, 1), ["07", "08"])).astype(int)
+    for photo, sha256 in zip(crops, ("07", "08"), strict=True):
+        _, left, _, right = crop_box(sha256, 1)
         ends = photo[0, [0, -1], 0]
         assert ends[:: -1 if mirrored else 1] == pytest.approx([63 * left, 63 * right], abs=1)
 
 
-def test_photos_that_only_fill_the_batch_stay_whole() -> None:
-    part = np.asarray(seen(np.stack([GRADIENT, GRADIENT]), View(False, 1), ["07"]))
-    assert part.shape == (2, 64, 64, 3)
-    assert (part[1] == GRADIENT).all()
+def test_photos_that_only_pad_the_batch_stay_whole() -> None:
+    crops = np.asarray(seen(np.stack([GRADIENT, GRADIENT]), View(False, 1), ["07"]))
+    assert crops.shape == (2, 64, 64, 3)
+    assert (crops[1] == GRADIENT).all()
 
 
 def test_augmented_photos_keep_their_hue_and_their_range() -> None:
@@ -69,7 +69,7 @@ def test_augmented_photos_keep_their_hue_and_their_range() -> None:
     assert len(np.unique(shown[:, 0, 0, 0])) > 20
 
 
-def test_augmented_photos_are_mirrored_where_that_is_asked() -> None:
+def test_augmented_photos_are_mirrored_where_requested() -> None:
     shown = augmented(
         np.stack([GRADIENT] * 4), np.array([False, True] * 2), np.random.default_rng(0)
     ).astype(int)

@@ -72,19 +72,19 @@ def ids(examples: list[Example]) -> list[str]:
 
 
 def example(*captions: str, image_id: str = "1.jpg", path: Path = Path("1.jpg")) -> Example:
-    """A photo with captions whose words are parted by spaces."""
+    """A photo with captions whose words are separated by spaces."""
     cut = tuple(tuple(caption.split()) for caption in captions)
     return Example(image_id, path, sha256=image_id.encode().hex(), captions=cut)
 
 
-def test_annotations_tell_the_split(tmp_path):
+def test_annotations_determine_the_split(tmp_path):
     settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": "train"})
     training, validation = load_examples(settings)
     assert (ids(training), ids(validation)) == (["1", "4"], ["2"])
 
 
 @pytest.mark.parametrize(("on_val", "trained_on"), [(False, ["1", "4"]), (True, ["1", "2", "4"])])
-def test_with_validation_annotations_val_is_trained_on_if_asked_and_test_never(
+def test_with_validation_annotations_val_is_trained_on_if_requested_and_test_never(
     tmp_path, on_val, trained_on
 ):
     settings = data_set(
@@ -124,39 +124,39 @@ def test_test_photos_are_not_trained_on_under_another_name(tmp_path):
     assert (ids(training), ids(validation)) == (["1"], ["3"])
 
 
-def test_photos_of_no_known_split_are_counted(tmp_path, caplog):
+def test_photos_of_other_splits_are_counted(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "val", "3": "test", "4": None})
     with caplog.at_level(logging.INFO):
         load_examples(settings)
     assert "skipped for training: 2 photos of other splits" in caplog.text
 
 
-def test_more_photos_held_out_than_there_are_is_refused(tmp_path):
+def test_holding_out_all_photos_is_refused(tmp_path):
     settings = data_set(tmp_path, {"1": None, "2": None}, validation_count=2)
     with pytest.raises(UsageError, match="--validation-count 2"):
         load_examples(settings)
 
 
-def test_validation_photos_are_drawn_where_nothing_names_them(tmp_path):
+def test_validation_photos_are_random_without_a_split(tmp_path):
     unsplit = {str(i): None for i in range(PHOTOS)}
-    rng = {}
+    found = {}
     for seed in (1, 2):
         settings = data_set(tmp_path, unsplit, validation_count=3, seed=seed)
-        training, validation = rng[seed] = load_examples(settings)
+        training, validation = found[seed] = load_examples(settings)
         assert len(validation) == 3
         assert sorted(ids(training) + ids(validation)) == list(unsplit)
         assert load_examples(settings) == (training, validation)
-    assert rng[1] != rng[2]
+    assert found[1] != found[2]
 
 
-def test_examples_know_the_bytes_and_the_words(tmp_path):
+def test_examples_have_path_digest_and_words(tmp_path):
     (training,), _ = load_examples(data_set(tmp_path, {"1": "train", "2": "val"}))
     assert training.path.read_bytes() == b"1"
     assert training.sha256 == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     assert training.captions == (("一只", "狗", "在", "跑"),)
 
 
-def test_photos_without_a_file_are_left_out_and_counted(tmp_path, caplog):
+def test_photos_without_a_file_are_skipped_and_counted(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val"})
     (tmp_path / "2").unlink()
     training, _ = load_examples(settings)
@@ -164,7 +164,7 @@ def test_photos_without_a_file_are_left_out_and_counted(tmp_path, caplog):
     assert f"1 of 2 annotated photos are not in {tmp_path} or cannot be read" in caplog.text
 
 
-def test_photo_whose_name_is_too_long_is_left_out(tmp_path, caplog):
+def test_photo_whose_name_is_too_long_is_skipped(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "val"})
     write_annotations(tmp_path / "captions.jsonl", {"1": "train", "x" * 300: "train", "2": "val"})
     training, _ = load_examples(settings)
@@ -172,7 +172,7 @@ def test_photo_whose_name_is_too_long_is_left_out(tmp_path, caplog):
     assert "1 of 2 annotated photos" in caplog.text
 
 
-def test_captions_without_a_word_are_left_out(tmp_path, caplog):
+def test_captions_without_words_are_skipped(tmp_path, caplog):
     settings = data_set(tmp_path, {"1": "train", "2": "train", "3": "val"})
     captions = {"1": ["。", "一只狗"], "2": ["。"], "3": ["狗"]}
     lines = [
@@ -220,7 +220,7 @@ def test_token_table_holds_start_words_end_and_padding():
     ]
 
 
-def test_token_table_says_which_words_are_unknown():
+def test_token_table_marks_unknown_words():
     ((row,),) = token_table([example("狗 宇航员")], VOCABULARY, max_length=3)
     assert row.tolist() == [START_ID, DOG, UNKNOWN_ID, END_ID]
 
@@ -268,9 +268,9 @@ VIEWS = training_views(flip=True, crops=2)
 
 
 def batches_of(captions: Tokens, *sizes: int, **settings: Any) -> TrainingBatches:
-    """What is seen of a photo is its number from 1, negative if mirrored.
+    """Batches in which a photo is seen as its number from 1, negative if mirrored.
 
-    `sizes` are how many photos are of each data set, one after the other.
+    `sizes` are the numbers of photos of each data set.
     """
     sizes = sizes or (len(captions),)
     nowhere = (Path(),) * len(sizes)
@@ -285,7 +285,7 @@ def batches_of(captions: Tokens, *sizes: int, **settings: Any) -> TrainingBatche
 
 
 def one_caption_each() -> Tokens:
-    """The caption of a photo says its place in the table, and that it looks left."""
+    """A photo's caption has its index in the table, and the word for left."""
     return token_table([example(f"{i} 左边") for i in range(PHOTOS)], VOCABULARY, max_length=4)
 
 
@@ -301,7 +301,7 @@ def test_pass_sees_every_photo_once():
         assert sorted(seen) == list(range(1, PHOTOS + 1))
 
 
-def test_passes_have_orders_of_their_own():
+def test_passes_have_different_orders():
     batches = batches_of(one_caption_each(), batch_size=PHOTOS)
     assert photos_of(batches[0]) != photos_of(batches[1])
 
@@ -319,7 +319,7 @@ def test_batch_is_never_larger_than_the_data():
     assert sorted(photos_of(batches[5])) == list(range(1, PHOTOS + 1))
 
 
-def test_step_has_the_same_batch_whatever_came_before():
+def test_batch_does_not_depend_on_earlier_steps():
     batches, resumed = (batches_of(one_caption_each(), batch_size=3, seed=7) for _ in range(2))
     of_steps = [batches[step] for step in range(9)]
     for array, again in zip(of_steps[8], resumed[8], strict=True):
@@ -349,7 +349,7 @@ def test_captions_stay_with_their_photos():
 
 
 def test_photos_are_seen_as_often_as_the_weight_of_their_data_set_says():
-    """Of ten photos, four are seen twice and six half of the time."""
+    """Four photos are seen twice per pass, six in half of the passes."""
     batches = batches_of(one_caption_each(), 4, 6, weight=(2.0, 0.5), batch_size=11)
     assert batches.steps_per_pass == 1
     halves = set()
@@ -364,7 +364,7 @@ def test_photos_are_seen_as_often_as_the_weight_of_their_data_set_says():
     assert len(halves) > 1
 
 
-def test_a_photo_of_each_data_set_is_seen_however_small_its_weight():
+def test_data_set_with_a_tiny_weight_shows_a_photo():
     batches = batches_of(one_caption_each(), 4, 6, weight=(0.01, 0.01), batch_size=32)
     assert sorted(batches[0][2].tolist()) == [0, 1]
 
@@ -408,7 +408,7 @@ def test_settings_that_do_not_fit_several_data_sets_are_refused(asked, reason):
         (["a/c.txt", "a/c.txt"], ["1", "2"]),
     ],
 )
-def test_data_sets_are_named_by_what_tells_their_paths_apart(paths, names):
+def test_data_sets_are_named_by_the_parts_in_which_paths_differ(paths, names):
     assert data_set_names([Path(path) for path in paths]) == names
 
 
@@ -439,7 +439,7 @@ def test_batches_are_trimmed():
     assert batches_of(captions)[0][1].shape == (PHOTOS, 1, len(("START", "狗", "END")))
 
 
-def test_captions_of_a_step_are_drawn_before_rows_of_padding():
+def test_captions_are_drawn_before_rows_of_padding():
     words = [str(i) for i in range(5)]
     captions = token_table([example(*words), example("狗")], VOCABULARY, max_length=4)
     batches = batches_of(captions, captions_per_image=2)
@@ -453,7 +453,7 @@ def test_captions_of_a_step_are_drawn_before_rows_of_padding():
     assert drawn == set(VOCABULARY.encode(words))
 
 
-def test_all_captions_are_taken_where_more_are_asked_for():
+def test_all_captions_are_taken_if_more_are_requested():
     captions = token_table([example("狗", "草地")], VOCABULARY, max_length=4)
     _, batch, _ = batches_of(captions, captions_per_image=9)[0]
     assert batch[0, :, 1].tolist() == [DOG, GRASS]
@@ -461,7 +461,7 @@ def test_all_captions_are_taken_where_more_are_asked_for():
 
 @pytest.fixture(scope="module")
 def backbone() -> keras.Model:
-    """Random layers, of which each makes what it sees a little larger, not next to nothing."""
+    """Random layers that amplify their input a little, so that features are not nearly 0."""
     keras.utils.set_random_seed(1)
     backbone = build_backbone(BACKBONE, None)
     for variable in backbone.variables:
@@ -472,7 +472,7 @@ def backbone() -> keras.Model:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[Example]:
-    """More than a batch of them."""
+    """More photos than an extraction batch."""
     rng = np.random.default_rng(1)
     examples = [example("狗", image_id=f"{i}.png", path=tmp_path / f"{i}.png") for i in range(35)]
     for photo in examples:
@@ -480,7 +480,7 @@ def photos(tmp_path: Path) -> list[Example]:
     return examples
 
 
-def test_features_are_those_of_the_backbone(backbone, photos, tmp_path):
+def test_features_equal_those_of_the_backbone(backbone, photos, tmp_path):
     cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos
     features = CachedFeatures(cache, good, VIEWS)
@@ -520,7 +520,7 @@ def test_photos_are_extracted_once(backbone, photos, tmp_path, caplog):
     assert "30 photos in the cache, 5 to extract" in caplog.text
 
 
-def test_views_are_added_when_they_are_asked_for(backbone, photos, tmp_path):
+def test_views_are_added_when_requested(backbone, photos, tmp_path):
     extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
     cache, _ = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     features = CachedFeatures(cache, photos, VIEWS)
@@ -545,7 +545,7 @@ def test_features_of_other_code_have_a_cache_of_their_own(backbone, photos, tmp_
     assert other.folder != cache.folder
 
 
-def test_damaged_rows_are_made_anew(backbone, photos, tmp_path, caplog):
+def test_damaged_rows_are_extracted_again(backbone, photos, tmp_path, caplog):
     cache, _ = extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
     whole = cache.rows().copy()
     rows = np.memmap(cache.folder / FEATURES_FILE, np.float16, "r+", shape=whole.shape)
@@ -557,7 +557,7 @@ def test_damaged_rows_are_made_anew(backbone, photos, tmp_path, caplog):
     np.testing.assert_allclose(features, whole, rtol=2e-3, atol=1e-3)
 
 
-def test_features_that_are_not_finite_are_refused_and_not_kept(photos, tmp_path):
+def test_features_that_are_not_finite_are_refused_and_not_cached(photos, tmp_path):
     layer = keras.layers.Conv2D(3, 32, strides=32, kernel_initializer="ones")
     backbone = keras.Sequential([keras.Input((32, 32, 3)), layer])
     backbone.set_weights([1e6 * weight for weight in backbone.get_weights()])
@@ -566,11 +566,11 @@ def test_features_that_are_not_finite_are_refused_and_not_kept(photos, tmp_path)
             extract_all(photos, backbone, BACKBONE, cache_root=tmp_path)
 
 
-def test_corrupt_photo_is_left_out_and_named(backbone, photos, tmp_path, caplog):
+def test_corrupt_photo_is_skipped_and_named(backbone, photos, tmp_path, caplog):
     photos[3].path.write_bytes(b"no photo")
     cache, good = extract_all(photos, backbone, BACKBONE, VIEWS, cache_root=tmp_path)
     assert good == photos[:3] + photos[4:]
-    assert "3.png left out" in caplog.text
+    assert "skipped 3.png: " in caplog.text
     assert cache.row_count == len(VIEWS) * len(good)
     assert CachedFeatures(cache, good, VIEWS).places.shape == (len(VIEWS), len(good))
 
@@ -592,7 +592,7 @@ def test_without_flips_no_augmented_photo_is_mirrored(photos):
     assert not mirrored.any()
 
 
-def test_a_photo_that_was_lost_meanwhile_is_named(photos):
+def test_photo_damaged_since_the_start_is_named(photos):
     photos[2].path.write_bytes(b"no photo")
     with pytest.raises(InputError, match=r"2\.png has changed since the start"):
         load_pixels(photos, 32)

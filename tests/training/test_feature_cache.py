@@ -21,7 +21,7 @@ TURNS = 30
 
 
 def row_of(key: str) -> npt.NDArray[np.float16]:
-    """Features that only this key has."""
+    """Return features that only this key has."""
     number = int.from_bytes(key.encode()) % 2000  # float16 holds these exactly
     return np.array([[number, -number]], np.float16)
 
@@ -56,7 +56,7 @@ def test_a_full_disk_is_reported_with_what_to_do(tmp_path):
     assert_holds(reopened(tmp_path), ["bcd"])
 
 
-def test_what_is_appended_is_found_by_the_next_process(tmp_path):
+def test_appended_rows_are_found_by_the_next_process(tmp_path):
     cache = FeatureCache(tmp_path / "new" / "cache", ROW_SHAPE)
     append(cache, "a", "bcd")
     append(cache, "ef")
@@ -64,14 +64,14 @@ def test_what_is_appended_is_found_by_the_next_process(tmp_path):
     assert_holds(reopened(cache.folder), KEYS)
 
 
-def test_what_is_appended_later_leaves_rows_in_place(tmp_path):
+def test_appending_leaves_earlier_rows_in_place(tmp_path):
     append(FeatureCache(tmp_path, ROW_SHAPE), "a")
     early_rows = reopened(tmp_path).rows()
     append(reopened(tmp_path), "bcd")
     np.testing.assert_array_equal(early_rows[0], row_of("a"))
 
 
-def test_key_that_was_appended_twice_keeps_rows_and_keys_in_step(tmp_path):
+def test_key_appended_twice_keeps_rows_and_keys_in_step(tmp_path):
     cache = FeatureCache(tmp_path, ROW_SHAPE)
     append(cache, "a", "a", "bcd")
     append(cache, "ef")
@@ -99,14 +99,14 @@ def test_crash_at_any_byte_leaves_the_keys_before_it(tmp_path, features_bytes):
         assert_holds(reopened(folder), [*KEYS[:whole], "new"])
 
 
-def test_crash_inside_a_letter_is_no_worse(tmp_path):
+def test_crash_inside_a_character_loses_its_line_only(tmp_path):
     append(FeatureCache(tmp_path, ROW_SHAPE), "a", "狗")
     os.truncate(tmp_path / INDEX_FILE, len("a 00000000\n狗".encode()) - 1)
     assert_holds(reopened(tmp_path), ["a"])
 
 
 @pytest.mark.parametrize("value", [np.nan, 1.0])
-def test_rows_whose_bytes_have_changed_are_forgotten(tmp_path, value):
+def test_rows_whose_bytes_have_changed_are_dropped(tmp_path, value):
     append(FeatureCache(tmp_path, ROW_SHAPE), *KEYS)
     rows = np.memmap(tmp_path / FEATURES_FILE, np.float16, "r+", shape=(3, *ROW_SHAPE))
     rows[1, 0, 1] = value
@@ -120,7 +120,7 @@ def test_rows_whose_bytes_have_changed_are_forgotten(tmp_path, value):
 
 
 @pytest.mark.parametrize("line", [b"bcd 0000000g", b"bcd", b"\xff\xff\xff 00000000", b""])
-def test_a_damaged_line_costs_its_row_alone(tmp_path, line):
+def test_damaged_line_loses_its_row_only(tmp_path, line):
     append(FeatureCache(tmp_path, ROW_SHAPE), *KEYS)
     index = tmp_path / INDEX_FILE
     lines = index.read_bytes().split(b"\n")

@@ -42,7 +42,7 @@ IMAGES = st.lists(
 
 @given(IMAGES)
 @settings(deadline=None, max_examples=60)
-def test_rewards_are_pycocoevalcap_s_cider_d_of_words_and_end(
+def test_rewards_equal_pycocoevalcaps_cider_d_of_words_and_end(
     images: list[tuple[list[int], list[list[int]]]],
 ) -> None:
     references = np.stack([rows(texts) for _, texts in images])
@@ -55,8 +55,8 @@ def test_rewards_are_pycocoevalcap_s_cider_d_of_words_and_end(
     assert CiderD(references)(captions, references)[:, 0] == pytest.approx(scores, abs=1e-5)
 
 
-def test_each_data_set_has_document_frequencies_of_its_own() -> None:
-    """A word that stands in every caption of its data set is worth nothing there."""
+def test_each_data_set_has_its_own_document_frequencies() -> None:
+    """A word in every caption of its data set has no weight there."""
     settings = TrainSettings(annotations=(), images=(), out=Path(), max_length=LONGEST + 1)
     decoder = build_decoder(DecoderConfig(10, 1, 1, LONGEST + 1, units=4, layers=1, key_size=2))
     texts = [[4, 5, END_ID], [4, 6, END_ID], [7, 8, END_ID], [7, 9, END_ID]]
@@ -71,19 +71,19 @@ def test_each_data_set_has_document_frequencies_of_its_own() -> None:
         assert rewards[place] == pytest.approx(own[0])
 
 
-def test_references_that_an_image_lacks_count_nothing() -> None:
+def test_padding_references_do_not_count() -> None:
     references = np.stack([rows([[4, 5, END_ID], []]), rows([[6, 7, END_ID], [6, END_ID]])])
     reward = CiderD(references)
     alone = reward(references[:1, :1], references[:1, :1])
     assert reward(references[:1, :1], references[:1]) == pytest.approx(alone)
 
 
-def test_a_caption_gains_by_what_it_is_better_than_the_others() -> None:
+def test_advantage_compares_a_reward_with_the_mean_of_the_others() -> None:
     gains = advantages(np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 5.0]], np.float32))
     assert gains.tolist() == [[1.5, -1.5, 0.0], [0.0, 0.0, 0.0]]
 
 
-def test_captions_are_drawn_of_the_styles_of_their_image_s_captions() -> None:
+def test_samples_have_styles_of_their_images_captions() -> None:
     captions = rows([[4, END_ID], [5, END_ID], [], [6, END_ID], [7, END_ID], []]).reshape(2, 3, -1)
     captions[0, 1, 0], captions[1, :2, 0] = SHORT, (SHORT, DETAILED)
     rng = np.random.default_rng(0)
@@ -92,14 +92,14 @@ def test_captions_are_drawn_of_the_styles_of_their_image_s_captions() -> None:
     assert set(drawn[:, 1]) == {SHORT, DETAILED}
 
 
-def test_a_style_is_rewarded_by_its_own_captions_and_no_style_by_all() -> None:
+def test_style_is_rewarded_by_its_own_captions_and_no_style_by_all() -> None:
     captions = rows([[4, END_ID], [5, END_ID], [6, END_ID], [7, END_ID]]).reshape(2, 2, -1)
     captions[:, 1, 0] = SHORT
     kept = of_style(captions, np.array([START_ID, SHORT], np.int32))
     assert kept[:, :, 1].tolist() == [[4, 5], [PADDING_ID, 7]]
 
 
-def test_drawn_words_become_captions_that_end_where_end_was_reached() -> None:
+def test_sampled_captions_end_where_end_was_reached() -> None:
     words = np.array([[4, 5, 0], [6, 7, 8], [0, 0, 0]], np.int32)
     starts = np.array([START_ID, 9, START_ID], np.int32)
     captions = as_captions(starts, words, np.array([2, 3, 0]), np.array([True, False, True]))
@@ -110,7 +110,7 @@ def test_drawn_words_become_captions_that_end_where_end_was_reached() -> None:
     ]
 
 
-def test_the_loss_is_the_gain_times_the_log_probability_of_each_drawn_word() -> None:
+def test_loss_is_the_mean_negative_advantage_times_log_probability() -> None:
     decoder = build_decoder(
         DecoderConfig(8, grid_cells=4, feature_size=3, max_length=4, units=8, dropout=0.0)
     )

@@ -48,7 +48,7 @@ from batchcap.training.phases import Likelihood
 from batchcap.training.train import train_captioner
 from batchcap.training.validation import Validator
 
-EPOCHS = 3  # in which the colours are learned
+EPOCHS = 3  # enough to learn the colours
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +80,7 @@ def history_of(model: Path) -> list[dict[str, float]]:
 
 
 def test_learns_to_name_colours(trained: Path, squares: Path) -> None:
-    """Of the eight validation photos, a model blind to them names two."""
+    """Of the eight validation photos, a blind model would name two."""
     captioner = load_captioner(trained)
     images = [
         load_image(squares / "images" / f"{n:03}.png", LoadSettings(64)).pixels
@@ -118,7 +118,7 @@ def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: P
     assert "## Limits" in card
 
 
-def test_history_has_a_row_for_each_epoch_and_a_picture(trained: Path) -> None:
+def test_history_has_a_row_for_each_epoch_and_a_figure(trained: Path) -> None:
     history = history_of(trained)
     assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
     assert history[-1]["val_loss"] < history[0]["val_loss"]
@@ -128,7 +128,7 @@ def test_history_has_a_row_for_each_epoch_and_a_picture(trained: Path) -> None:
 
 
 def two_data_sets(squares: Path, folder: Path) -> dict[str, Any]:
-    """The squares as two data sets, of which the second has photos of other colours only."""
+    """The squares as two data sets, each with its own colours."""
     records = [json.loads(line) for line in (squares / "captions.jsonl").open(encoding="utf-8")]
     annotations = []
     for name, remainders in (("first", (0, 1)), ("second", (2, 3))):
@@ -139,7 +139,7 @@ def two_data_sets(squares: Path, folder: Path) -> dict[str, Any]:
     return {"annotations": tuple(annotations), "images": (squares / "images",) * 2}
 
 
-def test_several_data_sets_have_results_of_their_own_and_their_mean_chooses(
+def test_several_data_sets_have_their_own_results_and_the_mean_chooses(
     squares: Path, tmp_path: Path
 ) -> None:
     asked = two_data_sets(squares, tmp_path) | {"weight": (1.0, 0.5), "steps_per_epoch": 2}
@@ -160,7 +160,7 @@ def test_several_data_sets_have_results_of_their_own_and_their_mean_chooses(
     assert best["cider_d"] == max(row["cider_d"] for row in history)
     card = (model / "README.md").read_text(encoding="utf-8")
     assert "| metric (x100) | mean of the data sets | first | second |" in card
-    assert "chosen on 8 others (first 32 and 4; second 32 and 4)" in card
+    assert "validated on 8 others (first 32 and 4; second 32 and 4)" in card
 
 
 def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_data_sets_of_a_config_file_are_trained_on(squares: Path, tmp_path: Path
     assert "--weight occurs 1 times" in str(done.exception)
 
 
-def test_captions_have_the_style_that_is_asked_for(squares: Path, tmp_path: Path) -> None:
+def test_captions_have_the_requested_style(squares: Path, tmp_path: Path) -> None:
     """Half of the captions say 一个 first, and only these are of the style `long`."""
     records = [json.loads(line) for line in (squares / "captions.jsonl").open(encoding="utf-8")]
     lines = [json.dumps(record | {"styles": ["long", "short"]}) for record in records]
@@ -276,7 +276,7 @@ def test_fine_tuning_changes_the_top_of_the_backbone_but_no_statistics(
     assert changed_weights(squares, fine_tuned) == {"conv_3/kernel", "bn_3/gamma", "bn_3/beta"}
 
 
-def test_epochs_that_are_no_better_leave_the_weights_of_the_best_one(
+def test_epochs_that_are_no_better_keep_the_best_weights(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best is the last epoch before fine-tuning, so the backbone stays as it was."""
@@ -287,10 +287,10 @@ def test_epochs_that_are_no_better_leave_the_weights_of_the_best_one(
     assert json.loads((model / "metrics.json").read_text())["best_epoch"] == 2
 
 
-def test_the_card_tells_which_phases_the_weights_are_of(
+def test_card_names_the_phases_of_the_weights(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It told of fine-tuning though the best epoch was before it."""
+    """It named fine-tuning although the best epoch came before."""
     script_scores(monkeypatch, [1.0, 2.0, 1.5, 1.5, 3.0, 2.5, 3.0])
     model = train_captioner(in_all_phases(squares, tmp_path / "model", steps_per_epoch=1))
     metrics = json.loads((model / "metrics.json").read_text())
@@ -301,13 +301,13 @@ def test_the_card_tells_which_phases_the_weights_are_of(
     objective = (
         "Objective: likelihood, then CIDEr-D (self-critical training, rate 0.001, 3 captions"
     )
-    tried = "no epoch of it was better, so that its weights were not kept: likelihood with the back"
+    tried = "no epoch was better, so the weights were not kept: likelihood with the backbone"
     card = (model / "README.md").read_text(encoding="utf-8")
     assert objective in card
     assert tried in card
 
 
-def test_of_epochs_with_equal_scores_the_one_with_the_least_loss_is_best(
+def test_loss_decides_between_epochs_with_equal_scores(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While CIDEr-D stayed 0, the first epoch was best, and patience ended the training."""
@@ -334,7 +334,7 @@ def test_a_single_validation_photo_is_refused_before_work(squares: Path, tmp_pat
         train_captioner(settings_for(squares, tmp_path / "model", **asked))
 
 
-def test_few_validation_photos_are_warned_of(
+def test_few_validation_photos_are_warned_about(
     caplog: pytest.LogCaptureFixture, squares: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="lower --min-count"):
@@ -343,7 +343,7 @@ def test_few_validation_photos_are_warned_of(
 
 
 @pytest.mark.slow
-def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
+def test_training_killed_in_each_phase_ends_like_an_unbroken_one(
     squares: Path, all_phases: Path, tmp_path: Path
 ) -> None:
     wanted = in_all_phases(squares, tmp_path / "model")
@@ -357,7 +357,7 @@ def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
         assert not wanted.out.exists()
     _, log = (last := start_training(wanted)).communicate(timeout=300)
     assert last.returncode == 0, log
-    assert "going on from" in log
+    assert "resuming from" in log
     for resumed, whole in zip(history_of(wanted.out), history_of(all_phases), strict=True):
         assert resumed.keys() == whole.keys()
         for name in whole.keys() & {"loss", "reward", "learning_rate"}:
@@ -365,7 +365,7 @@ def test_a_training_killed_in_each_phase_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_resumes_and_mixes_with_no_other(
+def test_interrupted_training_resumes_with_equal_settings_only(
     squares: Path, fine_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = fine_tuning(squares, tmp_path / "model")
@@ -441,7 +441,7 @@ def start_on_two_devices(settings: TrainSettings) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_devices_learn_what_one_learns(squares: Path, tmp_path: Path) -> None:
-    """Rewards are of drawn words, of which another rounding may change a few."""
+    """Rewards may differ more: other rounding may change a few sampled words."""
     wanted = in_all_phases(
         squares,
         tmp_path / "one",
@@ -464,7 +464,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(squares: Path, tmp_path: P
     process = start_on_two_devices(settings_for(squares, tmp_path / "model", batch_size=7))
     _, log = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "--batch-size 7 can't be shared by 2 GPUs" in log
+    assert "--batch-size 7 does not divide among 2 GPUs" in log
 
 
 @pytest.mark.slow
@@ -481,7 +481,7 @@ def test_bfloat16_trains_a_model_of_float32(
     monkeypatch.setattr(Validator, "results", results)
     wanted = fine_tuning(squares, tmp_path / "model", precision=Precision.BFLOAT16)
     history = history_of(train_captioner(wanted))
-    # The last one is of the model that was written, as others load it.
+    # The last one is the saved model, loaded again.
     assert computed_in == [*["bfloat16"] * 4, "float32"]
     assert history[3]["loss"] < history[0]["loss"]
     assert changed_weights(squares, wanted.out) == {"conv_3/kernel", "bn_3/gamma", "bn_3/beta"}
@@ -511,7 +511,7 @@ def test_float16_is_refused(squares: Path, tmp_path: Path) -> None:
         ("cider_samples", 10**6, "at most 1000"),
     ],
 )
-def test_values_that_train_nothing_or_never_end_are_refused_with_their_limit(
+def test_values_out_of_range_are_refused_with_their_limit(
     flag: str, value: float, limit: str
 ) -> None:
     with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')} must be {limit}"):
@@ -521,7 +521,7 @@ def test_values_that_train_nothing_or_never_end_are_refused_with_their_limit(
 @pytest.mark.parametrize(
     "bounds", [(1.0, 1.0), (float("nan"), 1.0), (0.0, float("inf")), (-1e30, 1e30)]
 )
-def test_pixel_values_that_make_no_features_are_refused(bounds: tuple[float, float]) -> None:
+def test_invalid_input_range_is_refused(bounds: tuple[float, float]) -> None:
     with pytest.raises(UsageError, match="--input-range must be two rising values"):
         settings_for(Path("squares"), Path("model"), input_range=bounds)
 
@@ -535,9 +535,7 @@ def test_a_warm_up_that_outlasts_training_is_reported(caplog: pytest.LogCaptureF
     assert "training has 6 steps, so the rate stays below 0.005; lower it" in caplog.text
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_work(
-    squares: Path, tmp_path: Path
-) -> None:
+def test_unwritable_out_is_refused_before_work(squares: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="choose another --out"):
         train_captioner(settings_for(squares, tmp_path / "file" / "model"))
@@ -557,7 +555,7 @@ def test_a_vocabulary_without_words_is_refused(squares: Path, tmp_path: Path) ->
         train_captioner(settings)
 
 
-def test_a_model_that_exists_is_never_overwritten(squares: Path, trained: Path) -> None:
+def test_existing_model_is_never_overwritten(squares: Path, trained: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         train_captioner(settings_for(squares, trained))
 
@@ -581,7 +579,7 @@ def test_a_constant_learning_rate_stays(
     assert row["learning_rate"] == pytest.approx(5e-3)
 
 
-def test_a_diverging_training_says_so(
+def test_diverging_training_is_an_error(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchcap.settings._check_limits", lambda _: None)
@@ -616,6 +614,8 @@ def test_label_smoothing_adds_the_loss_of_a_uniform_guess(tiny: Captioner) -> No
     plain, _ = loss_function(tiny.decoder, 0.0)(features, captions, False)
     smoothed, _ = loss_function(tiny.decoder, 0.1)(features, captions, False)
     logits = tiny.decoder(captions[0, :, :-1], tiny.decoder.keys_values(features)).numpy()[0]
-    log_probs = tf.nn.log_softmax(logits).numpy()[:, 3:]  # what can be said: END and three words
+    log_probs = tf.nn.log_softmax(logits).numpy()[
+        :, 3:
+    ]  # without banned words: END and three others
     expected = 0.9 * float(plain) + 0.1 * -log_probs.mean()
     assert float(smoothed) == pytest.approx(expected, rel=1e-5)
