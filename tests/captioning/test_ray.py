@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from helpers.crashes import (
+    LONG_S,
     OF_THE_RUN,
     ROUNDING,
     children_of,
@@ -161,7 +162,7 @@ def test_same_command_resumes_an_ended_run(
     before: frozenset[tuple[str, str]] = frozenset()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
         with running(*command, cwd=folder) as process:
-            assert wait_until(lambda: committed(output) > before)  # noqa: B023
+            assert wait_until(lambda: committed(output) > before, 2 * LONG_S)  # noqa: B023
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors
