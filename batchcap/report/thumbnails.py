@@ -96,7 +96,7 @@ def _locator(source: str) -> Callable[[str], str]:
 
 
 def _no_input(source: str) -> UsageError:
-    return UsageError(f"there is no {source}: --images must be the INPUT of the run")
+    return UsageError(f"there is no {source}; --images must be the run's INPUT: check the path")
 
 
 def make_thumbnails(

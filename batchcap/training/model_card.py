@@ -211,8 +211,9 @@ def _describe_metrics(path: Path) -> str:
     """Return a table of the validation metrics of each data set, and their signature."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8-sig"))
+        overall = metrics["validation"]
         sets = [one for one in metrics.get("data_sets", []) if "validation" in one]
-        results = {"mean" if len(sets) > 1 else "all": metrics["validation"]}
+        results = {"mean" if len(sets) > 1 else "all": overall}
         if len(sets) > 1:
             results |= {printable(excerpt(one["name"])): one["validation"] for one in sets}
         rows = {name: [float(found[key]) for key in METRICS] for name, found in results.items()}

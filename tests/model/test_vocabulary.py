@@ -180,9 +180,9 @@ def test_invalid_vocabulary_file_is_named_with_its_line(tmp_path, text, message)
 @pytest.mark.parametrize(
     ("head", "repeated", "message"),
     [
-        ("", "\x1b", r":1: expected \[PAD\], not '(\\x1b){9}\\x1;"),
-        (HEAD, "a", ":5: a word of 1,000,000 characters;"),
-        (HEAD, "a\n", " has more than 1,000,000 lines;"),
+        ("", "\x1b", r":1: expected \[PAD\], not '(\\x1b){9}\\x1:"),
+        (HEAD, "a", ":5: a word of 1,000,000 characters:"),
+        (HEAD, "a\n", " has more than 1,000,000 lines:"),
     ],
 )
 def test_huge_vocabulary_file_is_refused_with_a_short_message(tmp_path, head, repeated, message):
