@@ -413,7 +413,6 @@ def caption(**asked: Any) -> None:
     Example: batchcap caption photo.jpg --attention-figure attention.png
     """
     settings = CaptionSettings(**asked)
-    start_tensorflow()
     from batchcap.captioning.caption import caption_images
 
     failed = 0
@@ -434,7 +433,6 @@ def bench(**asked: Any) -> None:
     Example: batchcap bench --images ./images
     """
     settings = BenchSettings(**asked)
-    start_tensorflow()
     from batchcap.captioning.bench import run_bench
 
     result = run_bench(settings)

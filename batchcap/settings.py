@@ -27,7 +27,7 @@ SYSTEM_FOLDERS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", ".Trash*",
 
 
 class Runtime(StrEnum):
-    """What runs the backbone; `auto` is OpenVINO if it is installed and there is no GPU."""
+    """What runs the model; `auto` is TensorFlow on GPUs, and OpenVINO with NumPy on CPUs."""
 
     AUTO = "auto"
     TENSORFLOW = "tensorflow"
@@ -187,7 +187,7 @@ class ModelOptions:
     model: Path = _option(DEFAULT_MODEL, "Model directory.  [default: the shipped model]")
     runtime: Runtime = _option(
         Runtime.AUTO,
-        "What runs the backbone. auto: OpenVINO if it is installed and there is no GPU.",
+        "What runs the model. auto: TensorFlow on a GPU, OpenVINO without one.",
     )
     precision: Precision = _option(Precision.AUTO, "Precision of the backbone. auto: float32.")
     style: str | None = _option(

@@ -22,6 +22,7 @@ from batchcap.settings import DEFAULT_MODEL, Precision, RunSettings, Runtime
 
 if TYPE_CHECKING:  # the process that distributes the tests needs no TensorFlow
     from batchcap.model.captioner import Captioner
+    from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -53,11 +54,19 @@ def _return_freed_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def captioner() -> "Captioner":
-    """The shipped model as `run` uses it. Each compiled batch size takes memory for good."""
-    from batchcap.model.captioner import load_captioner
-    from batchcap.model.runtime import choose_execution
+    """The shipped model as `run` uses it on CPUs."""
+    from batchcap.model.loading import load_captioner
+    from batchcap.model.runtime import Execution
 
-    return load_captioner(DEFAULT_MODEL, choose_execution(Runtime.AUTO, Precision.AUTO))
+    return load_captioner(DEFAULT_MODEL, Execution("CPU", Runtime.OPENVINO, Precision.FLOAT32))
+
+
+@pytest.fixture(scope="session")
+def reference() -> "TensorFlowCaptioner":
+    """The shipped model by TensorFlow. Each compiled batch size takes memory for good."""
+    from batchcap.model.tensorflow_captioner import load_for_tensorflow
+
+    return load_for_tensorflow(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

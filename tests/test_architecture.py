@@ -46,7 +46,7 @@ HOMES = {  # rooms or files
         "captioning",
     },
     "pycocoevalcap": {"evaluation.metrics"},
-    "safetensors": {"model.captioner", "training.trainer"},
+    "safetensors": {"model", "training.trainer"},
     "tensorflow": {"model", "training"},
 }
 

@@ -355,8 +355,9 @@ def test_of_two_runs_started_together_one_works(photos: Path, tmp_path: Path) ->
         assert summary_of(output)["exit_code"] == 0
 
 
-def test_a_second_run_is_refused_before_tensorflow_starts(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit(9)\n")
+def test_a_second_run_is_refused_before_the_model_is_loaded(photos: Path, tmp_path: Path) -> None:
+    for name in ("tensorflow.py", "openvino.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)\n")
     for output in (tmp_path / "o", tmp_path / "o.parquet"):
         with open_captions(Layout(output), METADATA, OnExisting.RESUME):
             before = entries_of(tmp_path)
@@ -541,11 +542,12 @@ def test_a_disk_that_fills_up_costs_no_committed_row(
     assert difference(rows, rows_of(whole.output).slice(0, 96)) <= ROUNDING
 
 
-def test_a_read_only_disk_is_reported_before_tensorflow_starts(
+def test_a_read_only_disk_is_reported_before_the_model_is_loaded(
     photos: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     remount(small_disk, "ro")
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit(9)\n")
+    for name in ("tensorflow.py", "openvino.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)\n")
     for name in ("o", "o.parquet"):
         done = run(photos, small_disk / name, env=finding_first(tmp_path))
         assert done.returncode == 1
@@ -602,7 +604,7 @@ def taken_by(pid: int) -> tuple[float, int]:
 # Exit codes, logs and stalls
 
 
-def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
+def test_a_run_with_nothing_to_do_ends_at_once_without_a_model(
     photos: Path, whole: Watched
 ) -> None:
     program = [sys.executable, "-X", "importtime", *BATCHCAP[1:]]
@@ -616,6 +618,7 @@ def test_a_run_with_nothing_to_do_ends_at_once_without_tensorflow(
     assert "0 captioned, 0 failed, 200 already done" in done.stdout
     assert "batchcap.captioning.run" in done.stderr
     assert "tensorflow" not in done.stderr
+    assert "openvino" not in done.stderr
 
 
 def test_an_empty_folder_is_a_failure_unless_allowed(tmp_path: Path) -> None:
@@ -765,7 +768,8 @@ def test_stall_while_tensorflow_starts_is_reported(photos: Path, tmp_path: Path)
     module = tmp_path / "tensorflow" / "__init__.py"
     module.parent.mkdir()
     module.write_text("import time\ntime.sleep(99)\n")
-    done = run(photos, tmp_path / "o", "--stall-timeout", 3, env=finding_first(tmp_path))
+    flags = ("--runtime", "tensorflow", "--stall-timeout", 3)
+    done = run(photos, tmp_path / "o", *flags, env=finding_first(tmp_path))
     assert done.returncode == 1
     assert f'File "{module}", line 2' in done.stderr
     assert "batchcap: no progress for 3 s; in flight: none" in done.stderr

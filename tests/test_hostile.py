@@ -25,7 +25,7 @@ from helpers.hostile_files import encoded, make_hostile_tree, photo
 from helpers.small_model import make_squares, settings_for, small_captioner, training_arguments
 from safetensors.numpy import load_file, save_file
 
-from batchcap.model.captioner import save_captioner
+from batchcap.model.tensorflow_captioner import save_captioner
 
 MAX_MEMORY_MIB = 500
 MAX_READER_MEMORY_MIB = 300

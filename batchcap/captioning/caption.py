@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchcap.captioning.attention_figure import draw_attention
 from batchcap.captioning.options import decode_settings_of
-from batchcap.model.captioner import load_captioner
 from batchcap.model.config import read_config
+from batchcap.model.loading import load_captioner
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import LoadSettings, load_image
@@ -65,6 +64,8 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
         )
         yield CaptionedImage(path, caption.words, np.exp(caption.log_probs).tolist())
         if settings.attention_figure is not None:
+            from batchcap.captioning.attention_figure import draw_attention  # slow to import
+
             draw_attention(
                 image.pixels, caption.words, caption.attention, settings.attention_figure
             )

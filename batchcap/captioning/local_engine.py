@@ -128,7 +128,7 @@ class CaptionWorker:
         Raises:
             ModelError: the model directory is wrong.
         """
-        from batchcap.model.captioner import load_captioner
+        from batchcap.model.loading import load_captioner
 
         settings = self.settings
         return load_captioner(settings.model, self.execution, compiled=settings.compiled)

@@ -32,7 +32,7 @@ from batchcap.captioning.inventory import columns_of, list_images_of
 from batchcap.captioning.local_engine import CaptionWorker
 from batchcap.captioning.options import WorkerSettings
 from batchcap.errors import BatchcapError, UsageError, first_line
-from batchcap.model.runtime import start_tensorflow
+from batchcap.model.runtime import choose_execution
 from batchcap.photos.archives import Archive, Unread
 from batchcap.photos.listing import archives_in
 from batchcap.process.environment import cache_folder
@@ -315,7 +315,7 @@ class RayWorker:
             for name, data in model.items():
                 Path(folder, name).write_bytes(data)
             try:
-                _start_tensorflow(self._id)
+                _start_runtime(self._id, worker)
                 self.moves()
                 self.worker = CaptionWorker(replace(worker, model=Path(folder)), cpus, self.moves)
                 _ = self.worker.captioner  # loaded while the folder exists
@@ -404,8 +404,8 @@ def at_most_every(seconds: float, report: Callable[[], object]) -> Callable[[], 
     return reported
 
 
-def _start_tensorflow(worker_id: str) -> None:
-    """Start TensorFlow in a worker, which Ray restarts under the same id whenever it dies.
+def _start_runtime(worker_id: str, settings: WorkerSettings) -> None:
+    """Start OpenVINO or TensorFlow in a worker, which Ray restarts under the same id if it dies.
 
     A file keeps TensorFlow's output at earlier deaths.
 
@@ -419,7 +419,7 @@ def _start_tensorflow(worker_id: str) -> None:
         _, *deaths = printed.read().decode(errors="replace").split(TENSORFLOW_DIED)
         if len(deaths) < STARTS:
             with stderr_to(printed.fileno()):
-                start_tensorflow()
+                choose_execution(settings.runtime, settings.precision)
     file.unlink()
     if len(deaths) >= STARTS:
         raise BatchcapError(

@@ -1,6 +1,6 @@
-"""A caption, as the model generates it."""
+"""Captions, as the model generates them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,3 +20,19 @@ class Caption(NamedTuple):
     log_probs: npt.NDArray[np.float32]
     finished: bool
     attention: npt.NDArray[np.float32]
+
+
+class Decoded(NamedTuple):
+    """Captions of a batch, as tensors or arrays.
+
+    tokens: `int32[B, T]`, words without END, then padding. lengths: `int32[B]`, words per row.
+    log_probs: `float32[B, T]`, of each word, then of END if it was reached; then zeros. finished:
+    `bool[B]`, END was reached within T positions. attention: `float32[B, T, G]`, weights over the
+    image for each word; then zeros.
+    """
+
+    tokens: Any
+    lengths: Any
+    log_probs: Any
+    finished: Any
+    attention: Any

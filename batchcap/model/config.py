@@ -1,7 +1,8 @@
 """The configuration of a model directory, read without TensorFlow.
 
 The directory has `config.json`, `vocabulary.txt`, `model.safetensors` (weights only), and also
-`metrics.json` and the card `README.md`, which change no caption. Nothing in it is code.
+`metrics.json` and the card `README.md`, which change no caption, and `encoder.npz`, which has the
+same network for CPUs. Nothing in it is code.
 """
 
 import codecs
@@ -28,6 +29,7 @@ VOCABULARY_FILE = "vocabulary.txt"
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
+ENCODER_FILE = "encoder.npz"
 FORMAT_VERSION: Literal[1] = 1
 
 STRICT = ConfigDict(extra="forbid", strict=True)

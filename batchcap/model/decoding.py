@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from batchcap.model.caption import Decoded
+from batchcap.model.numpy_decoding import BARRED, IMPOSSIBLE, TINY
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
 
 # (tokens int32[B, C], position int32[], cache, image)
@@ -27,10 +29,6 @@ Choose = Callable[[Any, Any], Any]
 # (logits float32[N, V], tokens int32[N, T], position int32[]) -> float32[N, V]
 LogitFilter = Callable[[Any, Any, Any], Any]
 
-BARRED = -1e9
-IMPOSSIBLE = -1e8  # below any sum of real log-probabilities, above any with a barred word
-
-TINY = 1e-6
 FEWEST_ROWS = 4  # a step costs about the same with fewer
 
 
@@ -54,22 +52,6 @@ class Generation:
     choose: Choose
     beam_size: int = 1
     length_penalty: float = 0.0
-
-
-class Decoded(NamedTuple):
-    """Captions of a batch, as tensors or arrays.
-
-    tokens: `int32[B, T]`, words without END, then padding. lengths: `int32[B]`, words per row.
-    log_probs: `float32[B, T]`, of each word, then of END if it was reached; then zeros. finished:
-    `bool[B]`, END was reached within T positions. attention: `float32[B, T, G]`, weights over the
-    image for each word; then zeros.
-    """
-
-    tokens: Any
-    lengths: Any
-    log_probs: Any
-    finished: Any
-    attention: Any
 
 
 class _Written(NamedTuple):

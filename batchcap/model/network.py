@@ -21,9 +21,8 @@ import tensorflow as tf
 from keras import ops
 
 from batchcap.model.config import DecoderConfig
-
-BANNED_IDS = (0, 1, 2)  # padding, [UNK], [START]
-BANNED_LOGIT = -1e9
+from batchcap.model.numpy_network import BANNED_LOGIT
+from batchcap.model.vocabulary import BANNED_IDS
 
 
 class KeysValues(NamedTuple):

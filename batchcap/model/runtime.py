@@ -1,9 +1,11 @@
-"""Starts TensorFlow quietly; chooses device, runtime and precision."""
+"""Chooses device, runtime and precision; starts TensorFlow quietly."""
 
+import ctypes
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from batchcap.errors import BatchcapError, UsageError, first_line
@@ -25,22 +27,39 @@ class Execution:
 
 
 def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
-    """Choose device, runtime and precision on this machine; starts TensorFlow.
+    """Choose device, runtime and precision on this machine.
+
+    TensorFlow starts only where it will run the model, or where a GPU may be.
 
     Raises:
-        UsageError: OpenVINO is requested but not installed, or lacks the precision on this CPU.
+        UsageError: OpenVINO lacks the precision on this CPU.
     """
-    device = start_tensorflow()
-    installed = find_spec("openvino") is not None
-    if runtime is Runtime.AUTO:
-        runtime = Runtime.OPENVINO if installed and device == "CPU" else Runtime.TENSORFLOW
-    elif runtime is Runtime.OPENVINO and not installed:
-        raise UsageError("--runtime openvino needs OpenVINO: pip install 'batchcap[openvino]'")
     precision = precision_of(precision)
-    if runtime is Runtime.OPENVINO:
-        device = "CPU"
-        _check_openvino_computes_in(precision)
-    return Execution(device, runtime, precision)
+    if runtime is Runtime.AUTO:
+        on_gpu = has_gpu() and start_tensorflow() != "CPU"
+        runtime = Runtime.TENSORFLOW if on_gpu else Runtime.OPENVINO
+    if runtime is Runtime.TENSORFLOW:
+        return Execution(start_tensorflow(), runtime, precision)
+    _check_openvino_computes_in(precision)
+    return Execution("CPU", runtime, precision)
+
+
+def has_gpu() -> bool:
+    """Return whether there is a GPU that TensorFlow may be able to use.
+
+    That is one of NVIDIA, by its driver, one of AMD, or one of a plug-in's, such as Apple's Metal.
+    """
+    if Path("/dev/kfd").exists() or find_spec("tensorflow-plugins") is not None:
+        return True
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return False
+    return (
+        not driver.cuInit(0)
+        and not driver.cuDeviceGetCount(ctypes.byref(count))
+        and count.value > 0
+    )
 
 
 def precision_of(precision: Precision) -> Precision:

@@ -27,6 +27,7 @@ PADDING_ID = 0
 UNKNOWN_ID = 1
 START_ID = 2
 END_ID = 3
+BANNED_IDS = (PADDING_ID, UNKNOWN_ID, START_ID)  # never written
 SPECIAL_WORDS = ("[PAD]", "[UNK]", "[START]", "[END]")
 
 LONGEST_WORD = 1000  # characters

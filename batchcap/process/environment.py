@@ -80,12 +80,14 @@ def cache_folder(name: str = "") -> Path:
     return _usable(platformdirs.user_cache_path("batchcap")) / name
 
 
-def code_version(*parts: ModuleType | str) -> str:
-    """Hash the code of modules and the versions of installed packages, for cache keys."""
+def code_version(*parts: ModuleType | Path | str) -> str:
+    """Hash the code of modules or files and the versions of installed packages, for cache keys."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
             digest.update(f"{part} {version(part)}\n".encode())
+        elif isinstance(part, Path):
+            digest.update(part.read_bytes())
         else:
             digest.update(inspect.getsource(part).encode())
     return digest.hexdigest()

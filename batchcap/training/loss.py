@@ -6,8 +6,8 @@ import einops
 import numpy as np
 import tensorflow as tf
 
-from batchcap.model.network import BANNED_IDS, CaptionDecoder
-from batchcap.model.vocabulary import PADDING_ID, UNKNOWN_ID
+from batchcap.model.network import CaptionDecoder
+from batchcap.model.vocabulary import BANNED_IDS, PADDING_ID, UNKNOWN_ID
 from batchcap.training.replicas import summed_over_replicas
 
 

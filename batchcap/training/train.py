@@ -26,7 +26,6 @@ from batchcap.model.backbones import (
     train_after,
     weights_digest,
 )
-from batchcap.model.captioner import Captioner, load_captioner, round_weights, save_captioner
 from batchcap.model.config import (
     CARD_FILE,
     FORMAT_VERSION,
@@ -35,8 +34,15 @@ from batchcap.model.config import (
     DecoderConfig,
     ModelConfig,
 )
+from batchcap.model.encoder_export import write_encoder
 from batchcap.model.network import build_decoder, log_frequencies
 from batchcap.model.runtime import precision_of, start_tensorflow
+from batchcap.model.tensorflow_captioner import (
+    TensorFlowCaptioner,
+    load_for_tensorflow,
+    round_weights,
+    save_captioner,
+)
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
 from batchcap.rows.parquet import saying_where
 from batchcap.settings import Monitor, Objective, TokenKind, TrainSettings
@@ -114,7 +120,7 @@ def train_captioner(settings: TrainSettings) -> Path:
         decoder = build_decoder(config.decoder)
     counts = np.bincount(tokens[:, :, 1:].ravel(), minlength=len(vocabulary))
     decoder.output_logits.bias.assign(log_frequencies(counts))
-    captioner = Captioner(config, vocabulary, backbone, decoder)
+    captioner = TensorFlowCaptioner(config, vocabulary, backbone, decoder)
 
     record = Record(_run_digest(settings, backbone, training, validation))
     log.info(
@@ -137,7 +143,7 @@ def train_captioner(settings: TrainSettings) -> Path:
 
 def _phase_setups(
     settings: TrainSettings,
-    captioner: Captioner,
+    captioner: TensorFlowCaptioner,
     training: Sequence[Example],
     validation: Sequence[Example],
     tokens: Tokens,
@@ -300,7 +306,7 @@ def _about_set(
 
 def _write_model(
     settings: TrainSettings,
-    captioner: Captioner,
+    captioner: TensorFlowCaptioner,
     record: Record,
     was_kept: dict[str, bool],
     work_folder: Path,
@@ -311,7 +317,8 @@ def _write_model(
     unfinished = work_folder / "model"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_captioner(captioner, unfinished)
-    stored = load_captioner(unfinished)
+    stored = load_for_tensorflow(unfinished)
+    write_encoder(stored, unfinished)
     cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
     names = data_set_names(settings.annotations)
     validator = Validator(stored, validation, CachedFeatures(cache, validation).whole, names)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from batchcap.errors import InputError, UsageError
-from batchcap.model.captioner import Weights
+from batchcap.model.weights import Weights
 from batchcap.process.progress import progress
 from batchcap.settings import Monitor, TrainSettings
 from batchcap.storage.files import replacing

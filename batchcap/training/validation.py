@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from batchcap.evaluation.metrics import score_captions
-from batchcap.model.captioner import Captioner
+from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 from batchcap.model.vocabulary import join_words, segment
 from batchcap.process.wording import printable
 from batchcap.settings import DecodeSettings
@@ -32,7 +32,7 @@ class Validator:
 
     def __init__(
         self,
-        captioner: Captioner,
+        captioner: TensorFlowCaptioner,
         examples: Sequence[Example],
         features: Features,
         names: Sequence[str] = ("",),

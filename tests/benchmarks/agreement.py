@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.workers import worker_of
 
 from batchcap.errors import UsageError
-from batchcap.model.captioner import Captioner, load_captioner
+from batchcap.model.captioner import Captioner
+from batchcap.model.loading import load_captioner
 from batchcap.model.runtime import Execution, choose_execution
 from batchcap.photos.listing import list_images
 from batchcap.schema import ImageRef
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     asked = parser.parse_args()
     refs = list(itertools.islice(list_images(str(asked.photos)), asked.limit))
-    reference = captions_of(load_captioner(DEFAULT_MODEL, compiled=False), refs)
+    reference = captions_of(load_captioner(DEFAULT_MODEL, Execution(), compiled=False), refs)
     print(f"| {len(refs)} photos | other captions | largest difference of equal ones' logprob |")
     print("|---|---|---|")
     for runtime, precision in (

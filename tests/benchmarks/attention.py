@@ -17,7 +17,7 @@ from PIL import Image
 
 from batchcap.caption_files.annotations import AnnotatedImage, read_annotations
 from batchcap.evaluation.bootstrap import interval, resampled
-from batchcap.model.captioner import load_captioner
+from batchcap.model.openvino_captioner import load_for_openvino
 from batchcap.model.vocabulary import segment
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
 
@@ -38,7 +38,7 @@ def main(images: Path, references: Path, model: Path, count: int, seed: int) -> 
     words_of = [_words(image) for image in annotated]
     frequency = Counter(word for words in words_of for word in words)
     common = {word for word, photos in frequency.items() if photos > COMMON * len(annotated)}
-    captioner = load_captioner(model)
+    captioner = load_for_openvino(model)
     side = captioner.config.backbone.image_size
     settings = DecodeSettings(captioner.config.decoder.max_length)
     hits: list[tuple[float, float]] = []

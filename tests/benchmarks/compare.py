@@ -23,10 +23,10 @@ import tensorflow as tf
 from notebook_loop import notebook_loop
 
 from batchcap.model import decoding
-from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.config import DecoderConfig
 from batchcap.model.decoding import Generation, decode, greedy, logit_filter
 from batchcap.model.network import CaptionDecoder, build_decoder
+from batchcap.model.tensorflow_captioner import TensorFlowCaptioner, load_for_tensorflow
 from batchcap.model.vocabulary import START_ID
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.photos.listing import list_images
@@ -49,13 +49,13 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--limit", type=int, default=7000)
     asked = parser.parse_args()
-    captioner = load_captioner(DEFAULT_MODEL)
+    captioner = load_for_tensorflow(DEFAULT_MODEL)
     compare_decoders()
     compare_ways_to_decode(captioner, asked.photos)
     compare_end_to_end(captioner, asked.photos, asked.limit)
 
 
-def compare_end_to_end(captioner: Captioner, photos: Path, limit: int) -> None:
+def compare_end_to_end(captioner: TensorFlowCaptioner, photos: Path, limit: int) -> None:
     baseline = notebook_rate(captioner, photos)
     stages = ("load", "features", "captions", "write", "end_to_end")
     print(f"| {limit} photos | {' | '.join(stages)} | notebook = 1 | efficiency | peak MiB |")
@@ -72,7 +72,7 @@ def compare_end_to_end(captioner: Captioner, photos: Path, limit: int) -> None:
     print(f"\nThe notebook's loop once more: {notebook_rate(captioner, photos):.2f} images/s")
 
 
-def notebook_rate(captioner: Captioner, photos: Path) -> float:
+def notebook_rate(captioner: TensorFlowCaptioner, photos: Path) -> float:
     paths = [ref.path for ref in itertools.islice(list_images(str(photos)), NOTEBOOK_PHOTOS)]
     caption = notebook_loop(captioner)
     caption(paths[0])
@@ -171,7 +171,7 @@ def plain_product(multiply_adds: int) -> Callable[[], Any]:
     return lambda: product(left, right)
 
 
-def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
+def compare_ways_to_decode(captioner: TensorFlowCaptioner, photos: Path) -> None:
     side, longest = captioner.config.backbone.image_size, captioner.config.decoder.max_length
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
     pixels = np.stack([np.asarray(load_image(ref.path, LoadSettings(side)).pixels) for ref in refs])
@@ -182,7 +182,7 @@ def compare_ways_to_decode(captioner: Captioner, photos: Path) -> None:
     keys = [str(row) for row in range(BATCH)]
 
     def decoding_with(fewest_rows: int = decoding.FEWEST_ROWS, **asked: Any) -> Callable[[], Any]:
-        own = Captioner(
+        own = TensorFlowCaptioner(
             captioner.config, captioner.vocabulary, captioner.backbone, captioner.decoder
         )
         settings = DecodeSettings(longest, **asked)

@@ -22,9 +22,9 @@ import numpy as np
 import tensorflow as tf
 from compare import BATCH, DECODED_PHOTOS, fastest
 
-from batchcap.model.captioner import Captioner, load_captioner
 from batchcap.model.decoding import greedy
 from batchcap.model.network import CaptionDecoder, KeysValues
+from batchcap.model.tensorflow_captioner import TensorFlowCaptioner, load_for_tensorflow
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.photos.listing import list_images
@@ -60,7 +60,7 @@ class Done(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
-    captioner = load_captioner(DEFAULT_MODEL)
+    captioner = load_for_tensorflow(DEFAULT_MODEL)
     features = list(batches_of_features(captioner, parser.parse_args().photos))
     settings = DecodeSettings(captioner.config.decoder.max_length)
     keys = [""] * BATCH
@@ -85,7 +85,7 @@ def main() -> None:
         print(f"| {name} | {1000 * seconds / len(features):.1f} |")
 
 
-def batches_of_features(captioner: Captioner, photos: Path) -> Any:
+def batches_of_features(captioner: TensorFlowCaptioner, photos: Path) -> Any:
     side = captioner.config.backbone.image_size
     refs = itertools.islice(list_images(str(photos)), DECODED_PHOTOS)
     pixels = np.stack([np.asarray(load_image(ref.path, LoadSettings(side)).pixels) for ref in refs])
@@ -93,7 +93,9 @@ def batches_of_features(captioner: Captioner, photos: Path) -> Any:
         yield tf.constant(captioner.extract(pixels[start : start + BATCH]))
 
 
-def continuous(captioner: Captioner, features: list[Any], refill: int) -> Callable[[], Any]:
+def continuous(
+    captioner: TensorFlowCaptioner, features: list[Any], refill: int
+) -> Callable[[], Any]:
     decoder = captioner.decoder
     keys_values = tf.function(decoder.keys_values)
     write = tf.function(partial(write_all, decoder, refill), jit_compile=True)

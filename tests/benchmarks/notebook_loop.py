@@ -12,9 +12,9 @@ import einops
 import keras
 import tensorflow as tf
 
-from batchcap.model.captioner import Captioner
 from batchcap.model.config import DecoderConfig
 from batchcap.model.network import Attention, CaptionDecoder, DecoderLayer
+from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 from batchcap.model.vocabulary import SPECIAL_WORDS
 
 PADDING, _, START, END = SPECIAL_WORDS
@@ -93,7 +93,7 @@ class TokenOutput(keras.layers.Layer):
 
 
 class NotebookCaptioner(keras.Model):
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, captioner: TensorFlowCaptioner) -> None:
         super().__init__()
         trained = captioner.decoder
         words = list(captioner.vocabulary.words)
@@ -131,7 +131,7 @@ class NotebookCaptioner(keras.Model):
         return b" ".join(words).decode()
 
 
-def notebook_loop(captioner: Captioner) -> Callable[[str], str]:
+def notebook_loop(captioner: TensorFlowCaptioner) -> Callable[[str], str]:
     """Return a function from a JPEG's path to its greedy caption, words joined by spaces."""
     model = NotebookCaptioner(captioner)
     config = captioner.config

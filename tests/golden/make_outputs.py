@@ -22,7 +22,7 @@ from helpers.small_model import small_captioner  # noqa: E402
 from helpers.stores import environment, s3_server  # noqa: E402
 
 from batchcap.captioning.run import run_captioning  # noqa: E402
-from batchcap.model.captioner import save_captioner  # noqa: E402
+from batchcap.model.tensorflow_captioner import save_captioner  # noqa: E402
 from batchcap.settings import RunSettings  # noqa: E402
 
 PHOTOS = TESTS / "photos"

@@ -30,21 +30,17 @@ def sharing_the_model() -> Iterator[None]:
     """
     import batchcap.captioning.caption
     import batchcap.captioning.local_engine
-    import batchcap.model.captioner as module
+    import batchcap.model.loading as module
 
     load_anew = module.load_captioner
     load_shipped = functools.cache(functools.partial(load_anew, DEFAULT_MODEL))
 
-    def load(directory: Path, execution: Any = None, compiled: bool = True) -> Any:
+    def load(directory: Path, execution: Execution, compiled: bool = True) -> Any:
         if directory != DEFAULT_MODEL:
             return load_anew(directory, execution, compiled)
-        shared = load_shipped(execution or Execution())
-        if compiled:
-            captioner = copy.copy(shared)
-            captioner.clock = StageClock()
-            return captioner
-        parts = (shared.config, shared.vocabulary, shared.backbone, shared.decoder, shared.extract)
-        return module.Captioner(*parts, compiled=False)
+        captioner = copy.copy(load_shipped(execution))
+        captioner.clock = StageClock()
+        return captioner
 
     with pytest.MonkeyPatch.context() as patch:
         for user in (module, batchcap.captioning.caption):

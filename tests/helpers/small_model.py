@@ -20,9 +20,9 @@ from PIL import Image
 
 from batchcap.evaluation.metrics import METRICS
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone
-from batchcap.model.captioner import Captioner
 from batchcap.model.config import FORMAT_VERSION, BackboneConfig, DecoderConfig, ModelConfig
 from batchcap.model.network import build_decoder
+from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
 from batchcap.settings import TrainSettings
 from batchcap.training.validation import Validator
@@ -57,7 +57,7 @@ def small_cnn(weights: str | None, shape: tuple[int, int, int]) -> keras.Model:
 BACKBONES[SMALL] = Backbone(small_cnn, (-1.0, 1.0))
 
 
-def small_captioner(image_size: int) -> Captioner:
+def small_captioner(image_size: int) -> TensorFlowCaptioner:
     """A captioner of random weights that knows three words."""
     backbone_config = BackboneConfig(SMALL, image_size)
     vocabulary = Vocabulary((*SPECIAL_WORDS, "狗", "猫", "跑"))
@@ -69,7 +69,7 @@ def small_captioner(image_size: int) -> Captioner:
         backbone_config,
         DecoderConfig(len(vocabulary), rows * columns, channels, units=16, key_size=8),
     )
-    return Captioner(config, vocabulary, backbone, build_decoder(config.decoder))
+    return TensorFlowCaptioner(config, vocabulary, backbone, build_decoder(config.decoder))
 
 
 def make_squares(folder: Path) -> Path:

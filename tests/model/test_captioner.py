@@ -22,14 +22,7 @@ from safetensors.numpy import load_file, save_file
 from batchcap.errors import ModelError
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone, extract_features
 from batchcap.model.caption import Caption
-from batchcap.model.captioner import (
-    Captioner,
-    get_weights,
-    load_captioner,
-    round_weights,
-    save_captioner,
-    uniform_draws,
-)
+from batchcap.model.captioner import Captioner, uniform_draws
 from batchcap.model.config import (
     CARD_FILE,
     CONFIG_FILE,
@@ -43,6 +36,13 @@ from batchcap.model.config import (
     fingerprint,
 )
 from batchcap.model.network import build_decoder
+from batchcap.model.tensorflow_captioner import (
+    TensorFlowCaptioner,
+    get_weights,
+    load_for_tensorflow,
+    round_weights,
+    save_captioner,
+)
 from batchcap.model.vocabulary import END_ID, SPECIAL_WORDS, START_ID, Vocabulary
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.settings import DEFAULT_MODEL, DecodeSettings
@@ -99,7 +99,7 @@ def caption_photos(
     captions: list[Written] = []
     for start in range(0, len(photos), batch_size):
         batch = features[start : start + batch_size]
-        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0)))
+        padded = np.pad(batch, [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
         captions += written(
             captioner.caption_features(padded, asked, keys[start : start + batch_size])
         )
@@ -108,6 +108,13 @@ def caption_photos(
 
 def photo_keys(photos: Pixels) -> list[str]:
     return [f"photo {i}" for i in range(len(photos))]
+
+
+@pytest.fixture(scope="module", params=["captioner", "reference"])
+def captioner(request: pytest.FixtureRequest) -> Captioner:
+    """The shipped model by OpenVINO and NumPy, then by TensorFlow."""
+    found: Captioner = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,7 @@ def sampled_captions(captioner: Captioner, photos: Pixels) -> list[Written]:
     return caption_photos(captioner, photos, temperature=1.0)
 
 
-def naive_captioner(captioner: Captioner) -> Callable[[Pixels], Written]:
+def naive_captioner(captioner: TensorFlowCaptioner) -> Callable[[Pixels], Written]:
     """Return a captioner for one photo, without a cache: it rereads the caption for each word.
 
     The two calls of the network are compiled for speed; the loop is plain Python.
@@ -175,15 +182,17 @@ def count_differing(captions: list[Written], others: list[Written]) -> int:
     return sum(a.tokens != b.tokens for a, b in zip(captions, others, strict=True))
 
 
-def assert_equal_to_naive_loop(captioner: Captioner, photos: Pixels) -> None:
-    naive = naive_captioner(captioner)
+def assert_equal_to_naive_loop(
+    captioner: Captioner, reference: TensorFlowCaptioner, photos: Pixels
+) -> None:
+    naive = naive_captioner(reference)
     expected = [naive(photo) for photo in photos]
     assert len({tuple(caption.tokens) for caption in expected}) > len(photos) / 4
     assert_same_captions(caption_photos(captioner, photos), expected)
 
 
-def test_captions_equal_those_of_a_naive_loop(captioner, photo_crops):
-    assert_equal_to_naive_loop(captioner, photo_crops[:48])
+def test_captions_equal_those_of_a_naive_loop(captioner, reference, photo_crops):
+    assert_equal_to_naive_loop(captioner, reference, photo_crops[:48])
 
 
 def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixels:
@@ -194,8 +203,8 @@ def validation_photos(captioner: Captioner, flickr8k: Path, count: int) -> Pixel
 
 
 @pytest.mark.slow
-def test_captions_of_flickr8k_equal_those_of_a_naive_loop(captioner, flickr8k):
-    assert_equal_to_naive_loop(captioner, validation_photos(captioner, flickr8k, 200))
+def test_captions_of_flickr8k_equal_those_of_a_naive_loop(captioner, reference, flickr8k):
+    assert_equal_to_naive_loop(captioner, reference, validation_photos(captioner, flickr8k, 200))
 
 
 def test_captions_do_not_depend_on_the_batch_size(captioner, photos, greedy_captions):
@@ -247,7 +256,7 @@ def beam_captions(captioner: Captioner, photo_crops: Pixels) -> list[Written]:
     return caption_photos(captioner, photo_crops[:BATCH], beam_size=3, length_penalty=1.0)
 
 
-def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> Any:
+def naive_beam(captioner: TensorFlowCaptioner, beam_size: int, length_penalty: float) -> Any:
     """Return a beam search for one photo in plain Python: it rereads captions for each word."""
     decoder = captioner.decoder
 
@@ -270,20 +279,24 @@ def naive_beam(captioner: Captioner, beam_size: int, length_penalty: float) -> A
     return caption
 
 
-def assert_equal_to_plain_beam_search(captioner: Captioner, photos: Pixels) -> None:
-    naive = naive_beam(captioner, 3, 1.0)
+def assert_equal_to_plain_beam_search(
+    captioner: Captioner, reference: TensorFlowCaptioner, photos: Pixels
+) -> None:
+    naive = naive_beam(reference, 3, 1.0)
     captions = caption_photos(captioner, photos, beam_size=3, length_penalty=1.0)
     assert_same_captions(captions, [naive(photo) for photo in photos])
 
 
 @pytest.mark.slow
-def test_beam_search_equals_plain_python(captioner, photo_crops):
-    assert_equal_to_plain_beam_search(captioner, photo_crops[:8])
+def test_beam_search_equals_plain_python(captioner, reference, photo_crops):
+    assert_equal_to_plain_beam_search(captioner, reference, photo_crops[:8])
 
 
 @pytest.mark.slow
-def test_beam_search_of_flickr8k_equals_plain_python(captioner, flickr8k):
-    assert_equal_to_plain_beam_search(captioner, validation_photos(captioner, flickr8k, 100))
+def test_beam_search_of_flickr8k_equals_plain_python(captioner, reference, flickr8k):
+    assert_equal_to_plain_beam_search(
+        captioner, reference, validation_photos(captioner, flickr8k, 100)
+    )
 
 
 @pytest.mark.slow
@@ -330,18 +343,18 @@ def tiny_cnn(weights: None, input_shape: tuple[int, int, int]) -> keras.Sequenti
 
 
 @pytest.fixture
-def tiny_captioner(monkeypatch: pytest.MonkeyPatch) -> Captioner:
+def tiny_captioner(monkeypatch: pytest.MonkeyPatch) -> TensorFlowCaptioner:
     monkeypatch.setitem(BACKBONES, "tiny", Backbone(tiny_cnn, (-1.0, 1.0)))
     keras.utils.set_random_seed(1)
     backbone, decoder = (
         build_backbone(TINY_CONFIG.backbone, None),
         build_decoder(TINY_CONFIG.decoder),
     )
-    return Captioner(TINY_CONFIG, TINY_VOCABULARY, backbone, decoder)
+    return TensorFlowCaptioner(TINY_CONFIG, TINY_VOCABULARY, backbone, decoder)
 
 
 @pytest.fixture
-def model(tiny_captioner: Captioner, tmp_path: Path) -> Path:
+def model(tiny_captioner: TensorFlowCaptioner, tmp_path: Path) -> Path:
     """A model directory, to be damaged."""
     save_captioner(tiny_captioner, tmp_path / "model")
     return tmp_path / "model"
@@ -349,16 +362,16 @@ def model(tiny_captioner: Captioner, tmp_path: Path) -> Path:
 
 def test_uncompiled_captions_are_the_same(tiny_captioner, model):
     pixels = np.random.default_rng(1).integers(0, 256, (8, 64, 64, 3), np.uint8)
-    captions = caption_photos(load_captioner(model, compiled=False), pixels)
-    assert_same_captions(captions, caption_photos(load_captioner(model), pixels))
+    captions = caption_photos(load_for_tensorflow(model, compiled=False), pixels)
+    assert_same_captions(captions, caption_photos(load_for_tensorflow(model), pixels))
 
 
-def weights_of(captioner: Captioner) -> dict[str, npt.NDArray[Any]]:
+def weights_of(captioner: TensorFlowCaptioner) -> dict[str, npt.NDArray[Any]]:
     return get_weights(captioner.backbone, captioner.decoder)
 
 
 def test_saved_model_is_loaded_as_stored(tiny_captioner, model):
-    loaded = load_captioner(model)
+    loaded = load_for_tensorflow(model)
     assert loaded.config == tiny_captioner.config
     assert loaded.vocabulary == tiny_captioner.vocabulary
     for name, weight in weights_of(tiny_captioner).items():
@@ -369,13 +382,13 @@ def test_saved_model_is_loaded_as_stored(tiny_captioner, model):
 def test_rounded_weights_are_loaded_unchanged(tiny_captioner, tmp_path):
     round_weights(tiny_captioner.decoder.variables + tiny_captioner.backbone.variables)
     save_captioner(tiny_captioner, tmp_path)
-    loaded = weights_of(load_captioner(tmp_path))
+    loaded = weights_of(load_for_tensorflow(tmp_path))
     for name, weight in weights_of(tiny_captioner).items():
         np.testing.assert_array_equal(loaded[name], weight)
 
 
-def test_shipped_model_is_the_same_when_saved_again(captioner, tmp_path):
-    save_captioner(captioner, tmp_path)
+def test_shipped_model_is_the_same_when_saved_again(reference, tmp_path):
+    save_captioner(reference, tmp_path)
     for name in MODEL_FILES:
         assert (tmp_path / name).read_bytes() == (DEFAULT_MODEL / name).read_bytes()
 
@@ -401,7 +414,7 @@ def test_fingerprint_ignores_files_that_change_no_caption(model, name):
 def assert_refused(model: Path, name: str, *details: str) -> None:
     """Assert that loading names the invalid file and the details."""
     with pytest.raises(ModelError) as refusal:
-        load_captioner(model)
+        load_for_tensorflow(model)
     for part in (str(model), name, *details):
         assert part in str(refusal.value)
 
@@ -617,7 +630,7 @@ def test_hostile_model_is_refused_and_runs_no_code(model, tmp_path, attack):
     canary.unlink(missing_ok=True)
     tracemalloc.start()
     with pytest.raises(ModelError) as refusal:
-        load_captioner(model)
+        load_for_tensorflow(model)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert refusal.value.exit_code == 1
@@ -665,4 +678,4 @@ def test_tensor_that_is_not_finite_is_named(model, change_weights, number):
 
 def test_valid_model_is_accepted(model, change_weights):
     change_weights({"decoder/output/bias": np.zeros(7, np.float16)})
-    load_captioner(model)
+    load_for_tensorflow(model)

@@ -14,8 +14,8 @@ from helpers.plain_beam import plain_beam_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchcap.model.caption import Decoded
 from batchcap.model.decoding import (
-    Decoded,
     Generation,
     beam_search,
     decode,

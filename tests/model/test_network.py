@@ -10,12 +10,12 @@ import tensorflow as tf
 
 from batchcap.model.config import DecoderConfig
 from batchcap.model.network import (
-    BANNED_IDS,
     CaptionDecoder,
     KeysValues,
     build_decoder,
     log_frequencies,
 )
+from batchcap.model.vocabulary import BANNED_IDS
 
 IMAGES, CELLS, CHANNELS, WORDS, LONGEST = 3, 6, 5, 11, 7
 SEEN_CELL = 2

@@ -38,8 +38,13 @@ from PIL import Image
 from batchcap.cli import batchcap
 from batchcap.errors import InputError, ModelError, OutputError, UsageError
 from batchcap.model.backbones import build_backbone
-from batchcap.model.captioner import Captioner, load_captioner, round_weights
 from batchcap.model.config import BackboneConfig
+from batchcap.model.openvino_captioner import load_for_openvino
+from batchcap.model.tensorflow_captioner import (
+    TensorFlowCaptioner,
+    load_for_tensorflow,
+    round_weights,
+)
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, Precision, TrainSettings
@@ -81,7 +86,7 @@ def history_of(model: Path) -> list[dict[str, float]]:
 
 def test_learns_to_name_colours(trained: Path, squares: Path) -> None:
     """Of the eight validation photos, a blind model would name two."""
-    captioner = load_captioner(trained)
+    captioner = load_for_tensorflow(trained)
     images = [
         load_image(squares / "images" / f"{n:03}.png", LoadSettings(64)).pixels
         for n in range(64, 72)
@@ -99,6 +104,7 @@ def test_the_model_directory_is_whole_and_nothing_is_left_beside_it(trained: Pat
     assert sorted(path.name for path in trained.iterdir()) == [
         "README.md",
         "config.json",
+        "encoder.npz",
         "history.csv",
         "history.png",
         "metrics.json",
@@ -107,6 +113,14 @@ def test_the_model_directory_is_whole_and_nothing_is_left_beside_it(trained: Pat
     ]
     assert [path.name for path in trained.parent.iterdir()] == ["model"]
     assert not trained.is_symlink()
+
+
+def test_the_trained_model_captions_alike_without_tensorflow(trained: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    settings, keys = DecodeSettings(8), [""] * 8
+    captions = load_for_openvino(trained).caption(pixels, settings, keys)
+    expected = load_for_tensorflow(trained).caption(pixels, settings, keys)
+    assert [caption.words for caption in captions] == [caption.words for caption in expected]
 
 
 def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: Path) -> None:
@@ -262,7 +276,7 @@ def changed_weights(squares: Path, model: Path) -> set[str]:
     """Paths of the backbone's weights that training has changed."""
     before = build_backbone(BackboneConfig(SMALL, 64), squares / "backbone.weights.h5")
     round_weights(before.weights)
-    after = load_captioner(model).backbone
+    after = load_for_tensorflow(model).backbone
     return {
         old.path.removeprefix(f"{SMALL}/")
         for old, new in zip(before.weights, after.weights, strict=True)
@@ -589,11 +603,11 @@ def test_diverging_training_is_an_error(
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Captioner:
+def tiny() -> TensorFlowCaptioner:
     return small_captioner(64)
 
 
-def test_the_loss_is_the_mean_over_words_that_count(tiny: Captioner) -> None:
+def test_the_loss_is_the_mean_over_words_that_count(tiny: TensorFlowCaptioner) -> None:
     features = np.random.default_rng(3).random((1, 4, FEATURES), np.float32)
     captions = np.array([[[START_ID, 4, UNKNOWN_ID, 6, END_ID, PADDING_ID]]], np.int32)
     mean, (loss_sum, right, count) = loss_function(tiny.decoder, 0.0)(features, captions, False)
@@ -608,7 +622,7 @@ def test_the_loss_is_the_mean_over_words_that_count(tiny: Captioner) -> None:
     assert float(right) == sum(logits[place].argmax() == labels[place] for place in counted)
 
 
-def test_label_smoothing_adds_the_loss_of_a_uniform_guess(tiny: Captioner) -> None:
+def test_label_smoothing_adds_the_loss_of_a_uniform_guess(tiny: TensorFlowCaptioner) -> None:
     features = np.random.default_rng(3).random((1, 4, FEATURES), np.float32)
     captions = np.array([[[START_ID, 4, 5, END_ID]]], np.int32)
     plain, _ = loss_function(tiny.decoder, 0.0)(features, captions, False)

@@ -1,0 +1,222 @@
+"""The encoder by OpenVINO: equal to TensorFlow's, in `encoder.npz` or in the cache, and damaged."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers.small_model import small_captioner
+
+from batchcap.errors import ModelError, UsageError
+from batchcap.model import runtime as runtime_module
+from batchcap.model.backbones import extract_features
+from batchcap.model.config import ENCODER_FILE, fingerprint
+from batchcap.model.encoder_export import write_encoder
+from batchcap.model.openvino_captioner import load_for_openvino
+from batchcap.model.runtime import choose_execution
+from batchcap.model.tensorflow_captioner import (
+    TensorFlowCaptioner,
+    load_for_tensorflow,
+    save_captioner,
+)
+from batchcap.process.threads import locked_cache
+from batchcap.settings import DEFAULT_MODEL, Precision, Runtime
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def small() -> TensorFlowCaptioner:
+    return small_captioner(64)
+
+
+@pytest.fixture
+def model(small: TensorFlowCaptioner, tmp_path: Path) -> Path:
+    """A model directory as versions without `encoder.npz` wrote it."""
+    save_captioner(small, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def noise() -> Pixels:
+    """Random photos of the small model's size."""
+    return np.random.default_rng(1).integers(0, 256, (64, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    return tmp_path
+
+
+def assert_close(features: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
+    assert features.shape == expected.shape
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+def test_frozen_features_equal_those_of_the_backbone(small, noise):
+    """Eleven photos are extracted as eight and three."""
+    expected = extract_features(small.backbone, small.config.backbone, noise[:11])
+    assert_close(np.asarray(small.extract(noise[:11])), np.asarray(expected))
+
+
+def test_encoder_of_a_written_graph_equals_tensorflows(model, noise):
+    loaded = load_for_tensorflow(model)
+    write_encoder(loaded, model)
+    expected = np.asarray(loaded.extract(noise[:11]))
+    assert_close(load_for_openvino(model).extract(noise[:11]), expected)
+
+
+def test_encoder_of_the_shipped_model_equals_tensorflows(captioner, reference, photo_crops):
+    pixels = photo_crops[:4]
+    assert_close(captioner.extract(pixels), np.asarray(reference.extract(pixels)))
+
+
+def test_the_shipped_graph_is_of_the_shipped_weights():
+    with np.load(DEFAULT_MODEL / ENCODER_FILE) as arrays:
+        assert arrays["model"].tobytes().decode() == fingerprint(DEFAULT_MODEL)
+
+
+def test_writing_the_graph_keeps_the_fingerprint(small, model):
+    before = fingerprint(model)
+    write_encoder(small, model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_damaged_graph_is_named(small, model, place):
+    write_encoder(small, model)
+    path = model / ENCODER_FILE
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"encoder\.npz is damaged"):
+        load_for_openvino(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"float32": np.zeros(9, np.uint8)}, id="not a graph"),
+        pytest.param({"float32": np.zeros(9, np.float32)}, id="not bytes"),
+    ],
+)
+def test_graph_that_is_none_is_named(small, model, changes):
+    write_encoder(small, model)
+    with np.load(model / ENCODER_FILE) as arrays:
+        np.savez(model / ENCODER_FILE, **(dict(arrays) | changes))
+    with pytest.raises(ModelError, match=r"encoder\.npz is damaged"):
+        load_for_openvino(model)
+
+
+def test_graph_of_another_model_is_refused(small, model):
+    write_encoder(small, model)
+    vocabulary = model / "vocabulary.txt"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("跑", "走"), "utf-8")
+    with pytest.raises(ModelError, match="belongs to another model"):
+        load_for_openvino(model)
+
+
+def test_missing_graph_is_exported_once_and_again_if_damaged(model, noise, cache_folder, caplog):
+    pixels = noise[:2]
+    with caplog.at_level(logging.INFO):
+        first = load_for_openvino(model).extract(pixels)
+        assert "exporting the backbone with TensorFlow, once" in caplog.text
+        caplog.clear()
+        (kept,) = (cache_folder / "batchcap" / "openvino").iterdir()
+        np.testing.assert_array_equal(load_for_openvino(model).extract(pixels), first)
+        assert not caplog.text
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, b""):
+        kept.write_bytes(damaged)
+        np.testing.assert_array_equal(load_for_openvino(model).extract(pixels), first)
+        assert kept.read_bytes() != damaged
+
+
+def test_unwritable_cache_is_logged_and_changes_nothing(model, noise, cache_folder, caplog):
+    (cache_folder / "batchcap").mkdir()
+    (cache_folder / "batchcap" / "openvino").write_text("in the way")
+    with caplog.at_level(logging.WARNING):
+        load_for_openvino(model).extract(noise[:1])
+    assert "cannot cache the exported backbone" in caplog.text
+
+
+def test_several_threads_extract_at_once(small, model, noise):
+    write_encoder(small, model)
+    extract = load_for_openvino(model).extract
+    expected = extract(noise)
+    found: dict[int, np.ndarray] = {}
+
+    def work(start: int) -> None:
+        found[start] = np.asarray(extract(noise[start : start + 16]))
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(0, 64, 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_close(np.concatenate([found[start] for start in range(0, 64, 16)]), expected)
+
+
+def test_locked_cache_builds_once_for_all_threads():
+    built = []
+    get = locked_cache(lambda key: built.append(key) or key)
+    threads = [threading.Thread(target=get, args=(7,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [7]
+
+
+def test_auto_is_openvino_unless_tensorflow_finds_a_gpu(monkeypatch):
+    monkeypatch.setattr(runtime_module, "has_gpu", lambda: True)
+    for device, expected in (("CPU", Runtime.OPENVINO), ("a GPU", Runtime.TENSORFLOW)):
+        monkeypatch.setattr(runtime_module, "start_tensorflow", lambda device=device: device)
+        assert choose_execution(Runtime.AUTO, Precision.FLOAT32).runtime is expected
+
+
+def test_precision_that_openvino_lacks_is_refused(monkeypatch):
+    openvino = runtime_module.import_openvino()
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
+    with pytest.raises(UsageError, match="does not support bfloat16"):
+        choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)
+
+
+def test_captions_on_cpus_need_no_tensorflow(photos_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('tensorflow was imported')")
+    shutil.copy(photos_folder / "coffee.jpg", tmp_path)
+    program = "from batchcap.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for arguments in (["caption", "coffee.jpg"], ["run", ".", "captions.parquet"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_openvino_sends_no_telemetry(cache_folder: Path) -> None:
+    program = (
+        "import sys\n"
+        "from batchcap.model.runtime import import_openvino\n"
+        "import_openvino().Core()\n"
+        "assert not sys.modules['openvino_telemetry'], 'it would connect to its maker'\n"
+    )
+    home = os.environ | {"HOME": str(cache_folder)}
+    done = subprocess.run([sys.executable, "-c", program], env=home, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert not (cache_folder / "intel").exists()
