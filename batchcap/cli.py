@@ -286,7 +286,9 @@ def run(**asked: Any) -> None:
         configure_logging(LogFormat.JSON, logging.getLogger().isEnabledFor(logging.DEBUG))
     settings = RunSettings(**asked)
     from batchcap.captioning.run import plan_run, run_captioning
+    from batchcap.rows.parquet import keep_pandas_out
 
+    keep_pandas_out()
     if settings.dry_run:
         _echo(plan_run(settings))
         return

@@ -621,6 +621,12 @@ def test_a_run_with_nothing_to_do_ends_at_once_without_a_model(
     assert "openvino" not in done.stderr
 
 
+def test_a_run_does_not_import_pandas(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "pandas.py").write_text("raise SystemExit(9)\n")
+    done = run(few(photos, tmp_path / "photos", 1), tmp_path / "o", env=finding_first(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_empty_folder_is_a_failure_unless_allowed(tmp_path: Path) -> None:
     photos, output = tmp_path / "photos", tmp_path / "p"
     photos.mkdir()
