@@ -14,9 +14,9 @@ from batchcap.model.vocabulary import Vocabulary
 from batchcap.process.clock import StageClock
 from batchcap.settings import DecodeSettings
 
-# uint8[B, S, S, 3] -> [B, ...], what the decoder reads of each photo, an array or a tensor
+# uint8[B, S, S, 3] -> features float32[B, G, D], an array or a tensor
 Extract = Callable[[npt.NDArray[np.uint8]], Any]
-# (that, settings, uniforms float32[N, T]) -> arrays of N <= B rows
+# (features, settings, uniforms float32[N, T]) -> arrays of N rows, the first of the B
 Write = Callable[[Any, DecodeSettings, npt.NDArray[np.float32]], Decoded]
 
 

@@ -26,11 +26,11 @@ from batchcap.process.wording import excerpt
 from batchcap.settings import Precision
 from batchcap.storage.files import replacing
 
-# OpenVINO's XML of each precision and its constants, each `uint8[bytes]`.
+# OpenVINO's XML, its constants, and the fingerprint of the model, each `uint8[bytes]`.
 Graphs = dict[str, npt.NDArray[np.uint8]]
 
 PHOTOS_PER_REQUEST = 2  # the activations of a few photos stay in a core's caches
-EXPORTING_CODE = ("backbones", "efficientnet_lite", "network", "encoder_export")
+EXPORTING_CODE = ("backbones", "efficientnet_lite", "encoder_export")
 HINTS = {Precision.BFLOAT16: "bf16", Precision.FLOAT16: "f16"}
 
 # What NumPy and zipfile raise for damaged files and for strange ones.
@@ -137,7 +137,7 @@ def read_graphs(directory: Path, model: str) -> Graphs | None:
         graphs = _read(path)
     except UNREADABLE as error:
         raise ModelError(f"{path} is damaged ({excerpt(str(error))}): copy it again") from error
-    if graphs["model"].tobytes().decode() != model:
+    if graphs["model"].tobytes() != model.encode():
         raise ModelError(f"{path} belongs to another model: copy the model again")
     return graphs
 
@@ -157,13 +157,13 @@ def cached_graphs(model: str, export: Callable[[], Graphs]) -> Graphs:
     try:
         return _read(path)
     except UNREADABLE:
-        log.info("exporting the backbone with TensorFlow, once: the model has no %s", ENCODER_FILE)
+        log.info("exporting the encoder with TensorFlow, once: the model has no %s", ENCODER_FILE)
     graphs = export()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_graphs(path, model, graphs)
     except OSError as error:
-        log.warning("cannot cache the exported backbone: %s is not writable (%s)", path, error)
+        log.warning("cannot cache the exported encoder: %s is not writable (%s)", path, error)
     return graphs
 
 

@@ -45,9 +45,9 @@ def load_for_openvino(directory: Path, precision: Precision = Precision.FLOAT32)
     decoder = NumpyDecoder(weights, config.decoder)
     starts = start_ids(config.decoder.vocabulary_size, config.decoder.styles)
 
-    def write(image: Any, settings: DecodeSettings, uniforms: npt.NDArray[np.float32]) -> Any:
+    def write(features: Any, settings: DecodeSettings, uniforms: npt.NDArray[np.float32]) -> Any:
         start = starts[settings.style]
-        return generate(decoder, image[: len(uniforms)], settings, uniforms, start)
+        return generate(decoder, features[: len(uniforms)], settings, uniforms, start)
 
     return Captioner(config, vocabulary, encoder, write)
 

@@ -130,7 +130,7 @@ def test_missing_graph_is_exported_once_and_again_if_damaged(model, noise, cache
     pixels = noise[:2]
     with caplog.at_level(logging.INFO):
         first = load_for_openvino(model).extract(pixels)
-        assert "exporting the backbone with TensorFlow, once" in caplog.text
+        assert "exporting the encoder with TensorFlow, once" in caplog.text
         caplog.clear()
         (kept,) = (cache_folder / "batchcap" / "openvino").iterdir()
         np.testing.assert_array_equal(load_for_openvino(model).extract(pixels), first)
@@ -148,7 +148,7 @@ def test_unwritable_cache_is_logged_and_changes_nothing(model, noise, cache_fold
     (cache_folder / "batchcap" / "openvino").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         load_for_openvino(model).extract(noise[:1])
-    assert "cannot cache the exported backbone" in caplog.text
+    assert "cannot cache the exported encoder" in caplog.text
 
 
 def test_several_threads_extract_at_once(small, model, noise):
