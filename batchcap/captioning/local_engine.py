@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import chain, islice, takewhile
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from batchcap.captioning.summary import Counts
 from batchcap.errors import ModelError
 from batchcap.model.attention import summarise_attention
 from batchcap.model.caption import Caption
+from batchcap.model.captioner import Captioner
+from batchcap.model.loading import load_captioner
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
 from batchcap.photos.images import load_image
@@ -32,9 +34,6 @@ from batchcap.process.wording import printable
 from batchcap.rows.parquet import Row
 from batchcap.schema import CaptionSource, ImageRef, LoadedImage, Rejection
 from batchcap.settings import AttentionDetail
-
-if TYPE_CHECKING:  # TensorFlow must not start before the reader processes
-    from batchcap.model.captioner import Captioner
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,7 +94,7 @@ class Photo(NamedTuple):
 class CaptionWorker:
     """A loaded model and the processes that read photos for it.
 
-    Starts the processes and TensorFlow. `readers` is the number of processes; with 0, this process
+    Starts the processes and the runtime. `readers` is the number of processes; with 0, this process
     reads the photos. `progress` is that of `Readers`. `settings.batch_size` shrinks if memory is
     too small.
 
@@ -111,7 +110,7 @@ class CaptionWorker:
     ) -> None:
         self.settings = settings
         keep_freed_memory()
-        # First: its processes start while TensorFlow does.
+        # First: its processes start while the runtime does.
         load = partial(load_image, settings=settings.load)
         self._readers = Readers(load, readers, settings.reader_timeout_s, progress)
         self.read: Read = self._readers if readers else lambda refs: [*map(load, refs)]
@@ -122,14 +121,12 @@ class CaptionWorker:
             raise
 
     @cached_property
-    def captioner(self) -> "Captioner":
+    def captioner(self) -> Captioner:
         """The model, loaded at its first use.
 
         Raises:
             ModelError: the model directory is wrong.
         """
-        from batchcap.model.loading import load_captioner
-
         settings = self.settings
         return load_captioner(settings.model, self.execution, compiled=settings.compiled)
 

@@ -46,13 +46,15 @@ class _NoPandas(MetaPathFinder):
 def keep_pandas_out() -> None:
     """Make pyarrow believe that pandas is not installed, unless it is imported already.
 
-    pyarrow imports pandas to tell lists from its columns, which takes half a second and 60 MB. For
-    programs that convert nothing to pandas.
+    Otherwise pyarrow imports pandas before it converts a list, which takes half a second and 60 MB.
+    For programs that convert nothing to pandas.
     """
     if "pandas" not in sys.modules:
         sys.meta_path.insert(0, _NoPandas)
-        pa.array([])  # looks for pandas, this one time
-        sys.meta_path.remove(_NoPandas)
+        try:
+            pa.array([])  # looks for pandas, this one time
+        finally:
+            sys.meta_path.remove(_NoPandas)
 
 
 def table_of(rows: list[Row]) -> pa.Table:

@@ -28,11 +28,9 @@ def sharing_the_model() -> Iterator[None]:
 
     Runs in this process leave the C library's handling of freed memory alone.
     """
-    import batchcap.captioning.caption
-    import batchcap.captioning.local_engine
-    import batchcap.model.loading as module
+    from batchcap.captioning import caption, local_engine
+    from batchcap.model.loading import load_captioner as load_anew
 
-    load_anew = module.load_captioner
     load_shipped = functools.cache(functools.partial(load_anew, DEFAULT_MODEL))
 
     def load(directory: Path, execution: Execution, compiled: bool = True) -> Any:
@@ -43,9 +41,9 @@ def sharing_the_model() -> Iterator[None]:
         return captioner
 
     with pytest.MonkeyPatch.context() as patch:
-        for user in (module, batchcap.captioning.caption):
+        for user in (caption, local_engine):
             patch.setattr(user, "load_captioner", load)
-        patch.setattr(batchcap.captioning.local_engine, "keep_freed_memory", lambda: None)
+        patch.setattr(local_engine, "keep_freed_memory", lambda: None)
         yield
 
 
