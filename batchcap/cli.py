@@ -23,6 +23,7 @@ from batchcap import __version__
 from batchcap.caption_files.records import read_bytes
 from batchcap.errors import BatchcapError
 from batchcap.model.runtime import start_tensorflow
+from batchcap.process.ending import end, end_at_once
 from batchcap.process.logs import configure_logging, log_event, writes_json
 from batchcap.process.signals import Stopped, stop_on_signals
 from batchcap.process.wording import printable_json, printable_lines
@@ -63,14 +64,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(1)
     except Stopped as stop:
         _say("run_stopped", f"stopped by {stop.signal.name}", stop.exit_code)
-        # Not `sys.exit`, which would wait for threads that are still at work.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(stop.exit_code)
+        end_at_once(stop.exit_code)  # threads are still at work
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             log.debug("traceback", exc_info=True)
-        sys.exit(_report(error))
+        end(_report(error))
 
 
 def _open_standard_streams() -> None:

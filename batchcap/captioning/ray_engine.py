@@ -35,8 +35,9 @@ from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.model.runtime import choose_execution
 from batchcap.photos.archives import Archive, Unread
 from batchcap.photos.listing import archives_in
+from batchcap.process.ending import leave_threads_behind
 from batchcap.process.environment import cache_folder
-from batchcap.process.signals import SIGNALS
+from batchcap.process.signals import SIGNALS, Stopped
 from batchcap.process.stderr import DID_NOT_START, kept_back, stderr_to
 from batchcap.process.wording import counted
 from batchcap.rows.id_hashes import IdSet, hashes_of
@@ -463,6 +464,8 @@ def _resources(ray: Any) -> list[dict[str, float]]:
 def _connected(address: str | None) -> Iterator[Any]:
     """Connect to the cluster at `address` or RAY_ADDRESS, or start one on this machine.
 
+    Disconnects at the end of the block, but not if it is left early.
+
     Raises:
         UsageError: Ray is not installed, or no cluster can be reached there.
     """
@@ -480,22 +483,28 @@ def _connected(address: str | None) -> Iterator[Any]:
         # Workers would look for modules in this process's working directory first.
         with chdir(os.sep), kept_back("Ray"):  # it prints that it will be quiet
             ray.init(address, **INIT)
+    except SystemExit as error:  # by Ray's handler of this signal
+        raise Stopped(signal.SIGTERM) from error
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot reach a Ray cluster at {address} ({first_line(error)}): start one, or omit "
             "--address to use this machine only"
         ) from error
+    for number, handler in handlers.items():  # Ray's handlers would end the program
+        signal.signal(number, handler)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # pass each answer on at once
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    _check_version(ray)
     try:
-        for number, handler in handlers.items():  # Ray's handlers would end the program
-            signal.signal(number, handler)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.target_max_block_size = 1  # pass each answer on at once
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        _check_version(ray)
         yield ray
-    finally:
-        ray.shutdown()
+    except BaseException:
+        # Ray's threads are still at work: if one used Ray after a shutdown, it would end or crash
+        # this process. The end of the process disconnects it.
+        leave_threads_behind()
+        raise
+    ray.shutdown()
 
 
 def _check_answers(address: str | None) -> None:

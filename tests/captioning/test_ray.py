@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -180,24 +181,53 @@ def test_same_command_resumes_an_ended_run(
     assert difference(rows_of(output), of_one_machine) <= ROUNDING
 
 
+# Runs batchcap while a thread uses Ray all the time, as Ray Data's threads do now and then.
+WITH_BUSY_THREAD = """
+import threading, time
+
+def use_ray():
+    import ray
+
+    while not ray.is_initialized():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    worker = ray._private.worker.global_worker.core_worker
+    while True:
+        worker.get_current_node_id()
+
+threading.Thread(target=use_ray, daemon=True).start()
+from batchcap.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 def test_error_of_a_worker_reads_like_a_local_one(tars: str, address: str, tmp_path: Path) -> None:
     model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = run(
-        tars,
-        tmp_path / "o",
-        "--engine",
-        "ray",
-        "--address",
-        address,
-        "--model",
-        model,
+    flags = ("--engine", "ray", "--address", address, "--model", model)
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_BUSY_THREAD, "run", tars, tmp_path / "o", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"batchcap: {weights} is damaged")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_while_ray_starts_ends_the_run_at_once(tars: str, tmp_path: Path) -> None:
+    with running(tars, tmp_path / "o", "--engine", "ray") as process:
+        assert process.stderr
+        assert "on Ray" in process.stderr.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "batchcap: stopped by SIGTERM\n"
 
 
 @pytest.mark.slow
