@@ -314,7 +314,7 @@ def test_beam_search_equals_plain_python(captioner, plain_beam, photo_crops):
 
 @pytest.mark.slow
 def test_beam_search_of_flickr8k_equals_plain_python(captioner, plain_beam, flickr8k):
-    photos = validation_photos(captioner, flickr8k, 100)
+    photos = validation_photos(captioner, flickr8k, 40)
     assert_equal_to_plain_beam_search(captioner, plain_beam, photos)
 
 
