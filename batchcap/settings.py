@@ -359,7 +359,13 @@ class BenchSettings(ModelOptions):
     images: Path | None = _option(None, "Directory of photos [default: generated photos].")
     limit: int = _option(1000, "Time at most this many photos.", least=1)
     batch_size: int = _option(64, "Photos per batch.", least=1)
+    compare: bool = _option(False, "Compare all precisions that this machine supports.")
     json: bool = _option(False, "Print JSON instead of a table.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare and self.precision is not Precision.AUTO:
+            raise UsageError("--compare measures all precisions: omit --precision")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,19 +2,23 @@
 
 import json
 import logging
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle, islice
+from operator import ne
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 from PIL import Image
 
+from batchcap.captioning.caption import caption_images
 from batchcap.captioning.local_engine import (
     CaptionWorker,
     batched,
@@ -24,24 +28,33 @@ from batchcap.captioning.local_engine import (
     with_captions,
 )
 from batchcap.captioning.options import WorkerSettings, decode_settings_of
-from batchcap.errors import InputError
+from batchcap.errors import InputError, UsageError
 from batchcap.model.caption import Caption
 from batchcap.model.config import read_config
 from batchcap.photos.images import LoadSettings
 from batchcap.photos.listing import list_images
 from batchcap.photos.reader_pool import core_count
+from batchcap.process.children import call_in_new_process
 from batchcap.process.memory import peak_memory_bytes
 from batchcap.rows.layout import Layout
 from batchcap.rows.parquet import Row
 from batchcap.rows.writer import IDENTITY, open_captions
 from batchcap.schema import ImageRef
-from batchcap.settings import AttentionDetail, BenchSettings, OnExisting
+from batchcap.settings import (
+    AttentionDetail,
+    BenchSettings,
+    CaptionSettings,
+    ModelOptions,
+    OnExisting,
+    Precision,
+)
 
 Result = TypeVar("Result")
 
 GENERATED = 64
 GENERATED_SIZE = (640, 480)
 TIMEOUT_S = 60.0  # for a photo
+COMPARED = (Precision.FLOAT32, Precision.BFLOAT16, Precision.FLOAT16)
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +63,12 @@ log = logging.getLogger(__name__)
 class BenchResult:
     """Images per second of each stage alone on all cores, and of a whole run.
 
-    `photos` were timed; `unreadable` others were not. `load` reads and decodes files, `features` is
-    the backbone, `captions` the decoder, `write` creates rows and the Parquet file.
-    `pipeline_efficiency` is `end_to_end` divided by the rate that the stages would reach one after
-    the other, 1 / sum(1 / rate). `peak_memory_bytes` is this process's after the whole run.
+    `photos` were timed, whose median size is `width` x `height`; `unreadable` others were not.
+    `load` reads and decodes files, `features` is the backbone, `captions` the decoder, `write`
+    creates rows and the Parquet file. `pipeline_efficiency` is `end_to_end` divided by the rate
+    that the stages would reach one after the other, 1 / sum(1 / rate). `first_caption_s` are the
+    seconds of a new process until it has captioned one photo. `peak_memory_bytes` is this process's
+    after the whole run; with the readers, pages that processes share are counted in each.
     """
 
     load: float
@@ -62,9 +77,13 @@ class BenchResult:
     write: float
     end_to_end: float
     pipeline_efficiency: float
+    first_caption_s: float
     peak_memory_bytes: int
+    peak_memory_with_readers_bytes: int
     photos: int
     unreadable: int
+    width: int
+    height: int
     batch_size: int
     device: str
     runtime: str
@@ -74,30 +93,98 @@ class BenchResult:
         """Return one JSON object."""
         return json.dumps(asdict(self), indent=2)
 
-    def __str__(self) -> str:
-        stages = ("load", "features", "captions", "write", "end_to_end")
-        rates = [f"{name.replace('_', ' '):<12}{getattr(self, name):>10.1f}" for name in stages]
+    @property
+    def subject(self) -> str:
+        """What was timed, on what."""
         others = f" ({self.unreadable} others can't be read)" if self.unreadable else ""
-        return "\n".join(
-            [
-                f"{self.photos} photos{others}, {self.batch_size} at a time, on {self.device} with "
-                f"{self.runtime}, {self.precision}",
-                f"{'':<12}{'images/s':>10}",
-                *rates,
-                f"pipeline efficiency {self.pipeline_efficiency:.2f}",
-                f"peak memory {self.peak_memory_bytes / 2**20:,.0f} MiB",
-            ]
+        return (
+            f"{self.photos} photos{others} of {self.width}x{self.height} (median), "
+            f"{self.batch_size} at a time, on {self.device} with {self.runtime}"
         )
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """The measured values, by the name of their row in a table."""
+        stages = ("load", "features", "captions", "write", "end_to_end")
+        return {name.replace("_", " "): f"{getattr(self, name):.1f}" for name in stages} | {
+            "pipeline efficiency": f"{self.pipeline_efficiency:.2f}",
+            "first caption, s": f"{self.first_caption_s:.1f}",
+            "peak memory, MiB": f"{self.peak_memory_bytes / 2**20:,.0f}",
+            "with the readers, MiB": f"{self.peak_memory_with_readers_bytes / 2**20:,.0f}",
+        }
 
-def run_bench(settings: BenchSettings) -> BenchResult:
+    def __str__(self) -> str:
+        return _table(f"{self.subject}, {self.precision}", {"images/s": self.figures})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of several precisions, float32 first, on the same photos.
+
+    `other_captions` is the number of photos whose caption is not that of float32, per result.
+    """
+
+    results: list[BenchResult]
+    other_captions: list[int]
+
+    def as_json(self) -> str:
+        """Return a JSON array with an object for each precision."""
+        results = zip(self.results, self.other_captions, strict=True)
+        objects = [asdict(result) | {"other_captions": others} for result, others in results]
+        return json.dumps(objects, indent=2)
+
+    def __str__(self) -> str:
+        results = zip(self.results, self.other_captions, strict=True)
+        columns = {
+            result.precision: result.figures | {"other captions": f"{others / result.photos:.1%}"}
+            for result, others in results
+        }
+        return _table(f"{self.results[0].subject}; images/s", columns)
+
+
+def _table(title: str, columns: dict[str, dict[str, str]]) -> str:
+    """Return figures as text, one column for each set of them."""
+    names = next(iter(columns.values()))
+    rows = {name: [figures[name] for figures in columns.values()] for name in names}
+    lines = [
+        f"{name:<22}" + "".join(f"{cell:>10}" for cell in row)
+        for name, row in ({"": [*columns]} | rows).items()
+    ]
+    return "\n".join([title, *lines])
+
+
+def run_bench(settings: BenchSettings) -> BenchResult | Comparison:
     """Time a run of `settings.limit` photos, then each of its stages alone.
+
+    With `settings.compare`, at each precision that this machine supports, in a process of its own.
 
     Raises:
         UsageError: the model or the machine does not support a setting, or no such directory.
         InputError: there is no photo, or none that can be read.
         ModelError: the model directory is wrong.
     """
+    if not settings.compare:
+        result, _ = _measure(settings)
+        return result
+    measured = []
+    for precision in COMPARED:
+        one = replace(settings, precision=precision, compare=False)
+        log.info("measuring %s", precision)
+        try:
+            measured.append(call_in_new_process(_measure, one))
+        except UsageError as error:
+            if not measured:  # not the precision's fault
+                raise
+            log.info("without %s: %s", precision, error)
+    _, wanted = measured[0]
+    return Comparison(
+        [result for result, _ in measured],
+        [sum(map(ne, captions, wanted)) for _, captions in measured],
+    )
+
+
+def _measure(settings: BenchSettings) -> tuple[BenchResult, list[str]]:
+    """Return the result at one precision, and the caption of each photo."""
     wanted = _worker_settings(settings)
     with (
         tempfile.TemporaryDirectory() as name,
@@ -105,29 +192,45 @@ def run_bench(settings: BenchSettings) -> BenchResult:
     ):
         folder = Path(name)
         found = _refs(settings, folder)
-        refs = _readable(found, worker)
+        refs, sizes = _readable(found, worker)
         batch_size = min(settings.batch_size, len(refs))
         worker.settings = replace(worker.settings, batch_size=batch_size)
         _run(refs[: 2 * batch_size], folder / "warm.parquet", worker)
-        log.info("timing a run of %d photos, then each of its stages", len(refs))
+        log.info("timing a run of %d photos at %s", len(refs), worker.execution.precision)
         seconds, _ = _timed(_run, refs, folder / "captions.parquet", worker)
         peak = peak_memory_bytes()
+        peak_of_readers = sum(
+            peak_memory_bytes(child.pid) for child in multiprocessing.active_children()
+        )
+        log.info("timing each of its stages, and the first caption of a new process")
         rates = {
             stage: len(refs) / stage_seconds
             for stage, stage_seconds in _stages(refs, folder / "rows.parquet", worker)
         }
-    return BenchResult(
+        first_s, _ = _timed(call_in_new_process, _caption_one, settings, refs[0].path)
+        captions = pq.read_table(folder / "captions.parquet", columns=["caption"])
+    result = BenchResult(
         **rates,
         end_to_end=len(refs) / seconds,
         pipeline_efficiency=len(refs) / seconds * sum(1 / rate for rate in rates.values()),
+        first_caption_s=first_s,
         peak_memory_bytes=peak,
+        peak_memory_with_readers_bytes=peak + peak_of_readers,
         photos=len(refs),
         unreadable=len(found) - len(refs),
+        width=int(np.median(sizes[:, 0])),
+        height=int(np.median(sizes[:, 1])),
         batch_size=batch_size,
         device=worker.execution.device,
         runtime=worker.execution.runtime,
         precision=worker.execution.precision,
     )
+    return result, captions["caption"].to_pylist()
+
+
+def _caption_one(settings: BenchSettings, path: str) -> None:
+    options = {option.name: getattr(settings, option.name) for option in fields(ModelOptions)}
+    list(caption_images(CaptionSettings(images=(path,), **options)))
 
 
 def _worker_settings(settings: BenchSettings) -> WorkerSettings:
@@ -145,13 +248,22 @@ def _worker_settings(settings: BenchSettings) -> WorkerSettings:
     )
 
 
-def _readable(refs: list[ImageRef], worker: CaptionWorker) -> list[ImageRef]:
-    """Return the photos that can be decoded: rejected files would raise the rates."""
+def _readable(
+    refs: list[ImageRef], worker: CaptionWorker
+) -> tuple[list[ImageRef], npt.NDArray[np.int_]]:
+    """Return the photos that can be decoded, and widths and heights `int[n, 2]`.
+
+    Rejected files would raise the rates.
+    """
     photos = worker.load(refs, worker.settings.batch_size)
-    readable = [ref for ref, photo in zip(refs, photos, strict=True) if photo.needs_caption]
+    readable = [
+        (ref, (photo.image.width, photo.image.height))
+        for ref, photo in zip(refs, photos, strict=True)
+        if photo.needs_caption
+    ]
     if not readable:
         raise InputError("none of the photos can be read: check --images")
-    return readable
+    return [ref for ref, _ in readable], np.array([size for _, size in readable])
 
 
 def _run(refs: list[ImageRef], output: Path, worker: CaptionWorker) -> None:

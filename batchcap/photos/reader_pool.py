@@ -6,7 +6,6 @@ rejected. If processes die before they read any file, the run ends.
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import queue
 import signal
@@ -15,14 +14,13 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from batchcap.errors import BatchcapError, UsageError
+from batchcap.process.children import NEW_INTERPRETERS, end_with_parent, signals_blocked
 from batchcap.process.memory import keep_freed_memory
-from batchcap.process.signals import SIGNALS
 from batchcap.schema import ErrorType, ImageRef, LoadedImage, Rejection, int64_or_none
 from batchcap.storage.remote import RemoteFile, describe, is_url
 
@@ -32,8 +30,6 @@ STARTS = 3
 START_S = 60.0  # for a new process, on a busy machine
 WAITS = 10
 STOPPED = "the reader pool has been stopped"
-# New interpreters: forked ones would share the output's lock and TensorFlow's threads.
-PROCESSES = multiprocessing.get_context("spawn")
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +42,12 @@ class _Reader:
     """One process that loads photos, one at a time."""
 
     def __init__(self, load: Load, timeout_s: float) -> None:
-        self._connection, theirs = PROCESSES.Pipe()
+        self._connection, theirs = NEW_INTERPRETERS.Pipe()
         _limit_waiting(self._connection, timeout_s)
         self._timeout_s = timeout_s
         self._ready = False
-        self._process = PROCESSES.Process(target=_serve, args=(theirs, load), daemon=True)
-        with _signals_blocked():
+        self._process = NEW_INTERPRETERS.Process(target=_serve, args=(theirs, load), daemon=True)
+        with signals_blocked():
             self._process.start()
         theirs.close()
 
@@ -211,7 +207,7 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
 def _serve(connection: Connection, load: Load) -> None:
     keep_freed_memory()
     _raise_oom_score()
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         connection.send(True)
         while True:
@@ -222,28 +218,6 @@ def _raise_oom_score() -> None:
     """If memory runs out, let Linux kill the reader of a huge photo instead of the run."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Shield processes started in the block from the signals that end a run.
-
-    Terminals and service managers signal all processes, but the run decides when to end.
-    """
-    resource_tracker.ensure_running()  # beforehand, since it unblocks signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_the_run() -> None:
-    """End when the run is killed; a reader that hangs would not notice its closed connection."""
-    run = multiprocessing.parent_process()
-    if run is not None:
-        run.join()
-        os._exit(1)
 
 
 def _limit_waiting(connection: Connection, timeout_s: float) -> None:

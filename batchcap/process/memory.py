@@ -24,11 +24,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def peak_memory_bytes() -> int:
-    """Return this process's peak resident memory."""
+def peak_memory_bytes(process_id: int | None = None) -> int:
+    """Return the peak resident memory of this process, or of another; 0 if that can't be known."""
     # From /proc on Linux, where getrusage starts at the parent's peak.
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process_id or 'self'}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    if process_id is not None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
