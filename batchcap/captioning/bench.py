@@ -35,7 +35,7 @@ from batchcap.photos.images import LoadSettings
 from batchcap.photos.listing import list_images
 from batchcap.photos.reader_pool import core_count
 from batchcap.process.children import call_in_new_process
-from batchcap.process.memory import peak_memory_bytes
+from batchcap.process.memory import peak_memory_bytes, peak_memory_of
 from batchcap.rows.layout import Layout
 from batchcap.rows.parquet import Row
 from batchcap.rows.writer import IDENTITY, open_captions
@@ -68,7 +68,8 @@ class BenchResult:
     creates rows and the Parquet file. `pipeline_efficiency` is `end_to_end` divided by the rate
     that the stages would reach one after the other, 1 / sum(1 / rate). `first_caption_s` are the
     seconds of a new process until it has captioned one photo. `peak_memory_bytes` is this process's
-    after the whole run; with the readers, pages that processes share are counted in each.
+    after the whole run; with the readers, pages that processes share are counted in each, and only
+    Linux tells.
     """
 
     load: float
@@ -79,7 +80,7 @@ class BenchResult:
     pipeline_efficiency: float
     first_caption_s: float
     peak_memory_bytes: int
-    peak_memory_with_readers_bytes: int
+    peak_memory_with_readers_bytes: int | None
     photos: int
     unreadable: int
     width: int
@@ -109,8 +110,8 @@ class BenchResult:
         return {name.replace("_", " "): f"{getattr(self, name):.1f}" for name in stages} | {
             "pipeline efficiency": f"{self.pipeline_efficiency:.2f}",
             "first caption, s": f"{self.first_caption_s:.1f}",
-            "peak memory, MiB": f"{self.peak_memory_bytes / 2**20:,.0f}",
-            "with the readers, MiB": f"{self.peak_memory_with_readers_bytes / 2**20:,.0f}",
+            "peak memory, MiB": _mebibytes(self.peak_memory_bytes),
+            "with the readers, MiB": _mebibytes(self.peak_memory_with_readers_bytes),
         }
 
     def __str__(self) -> str:
@@ -140,6 +141,10 @@ class Comparison:
             for result, others in results
         }
         return _table(f"{self.results[0].subject}; images/s", columns)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f}"
 
 
 def _table(title: str, columns: dict[str, dict[str, str]]) -> str:
@@ -199,9 +204,8 @@ def _measure(settings: BenchSettings) -> tuple[BenchResult, list[str]]:
         log.info("timing a run of %d photos at %s", len(refs), worker.execution.precision)
         seconds, _ = _timed(_run, refs, folder / "captions.parquet", worker)
         peak = peak_memory_bytes()
-        peak_of_readers = sum(
-            peak_memory_bytes(child.pid) for child in multiprocessing.active_children()
-        )
+        readers = multiprocessing.active_children()
+        peak_with_readers = _total([peak, *(peak_memory_of(reader.pid) for reader in readers)])
         log.info("timing each of its stages, and the first caption of a new process")
         rates = {
             stage: len(refs) / stage_seconds
@@ -215,7 +219,7 @@ def _measure(settings: BenchSettings) -> tuple[BenchResult, list[str]]:
         pipeline_efficiency=len(refs) / seconds * sum(1 / rate for rate in rates.values()),
         first_caption_s=first_s,
         peak_memory_bytes=peak,
-        peak_memory_with_readers_bytes=peak + peak_of_readers,
+        peak_memory_with_readers_bytes=peak_with_readers,
         photos=len(refs),
         unreadable=len(found) - len(refs),
         width=int(np.median(sizes[:, 0])),
@@ -226,6 +230,11 @@ def _measure(settings: BenchSettings) -> tuple[BenchResult, list[str]]:
         precision=worker.execution.precision,
     )
     return result, captions["caption"].to_pylist()
+
+
+def _total(sizes: list[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _caption_one(settings: BenchSettings, path: str) -> None:

@@ -24,13 +24,20 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def peak_memory_bytes(process_id: int | None = None) -> int:
-    """Return the peak resident memory of this process, or of another; 0 if that can't be known."""
-    # From /proc on Linux, where getrusage starts at the parent's peak.
+def peak_memory_bytes() -> int:
+    """Return this process's peak resident memory."""
+    # Not by getrusage on Linux, where it starts at the parent's peak.
+    peak = peak_memory_of("self")
+    if peak is not None:
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def peak_memory_of(process: int | str | None) -> int | None:
+    """Return the peak resident memory of a process, by its id; None without `/proc`."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{process_id or 'self'}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    if process_id is not None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    return None
