@@ -30,7 +30,8 @@ class SeqEmbedding(keras.layers.Layer):
         self.positions.build()
         self.words.build()
         self.positions.set_weights(trained.positions.get_weights())
-        self.words.set_weights(trained.words.get_weights())
+        (vectors,) = trained.words.get_weights()
+        self.words.set_weights([vectors[: config.vocabulary_size]])  # without those of styles
 
     def call(self, tokens: Any) -> Any:
         embedded = self.words(tokens)
