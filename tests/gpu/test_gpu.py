@@ -1,4 +1,4 @@
-"""What must hold on a GPU: `pytest -m "" -n0 tests/gpu/test_gpu.py`. Without one, these tests are skipped."""
+"""What must hold on a GPU; skipped without one: `pytest -m "" -n0 tests/gpu/test_gpu.py`."""
 
 import os
 import subprocess
