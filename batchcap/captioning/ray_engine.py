@@ -483,15 +483,15 @@ def _connected(address: str | None) -> Iterator[Any]:
         # Workers would look for modules in this process's working directory first.
         with chdir(os.sep), kept_back("Ray"):  # it prints that it will be quiet
             ray.init(address, **INIT)
-    except SystemExit as error:  # by Ray's handler of this signal
+        for number, handler in handlers.items():  # Ray's handlers would end the program
+            signal.signal(number, handler)
+    except SystemExit as error:  # raised by Ray's handler of this signal
         raise Stopped(signal.SIGTERM) from error
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot reach a Ray cluster at {address} ({first_line(error)}): start one, or omit "
             "--address to use this machine only"
         ) from error
-    for number, handler in handlers.items():  # Ray's handlers would end the program
-        signal.signal(number, handler)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # pass each answer on at once

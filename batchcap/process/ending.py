@@ -9,7 +9,7 @@ _left_behind = threading.Event()
 
 
 def leave_threads_behind() -> None:
-    """Note that threads of a library are still at work, which an orderly end would crash."""
+    """Note that a library's threads are still at work, and might crash an orderly end."""
     _left_behind.set()
 
 

@@ -76,7 +76,7 @@ def test_a_precision_excludes_a_comparison() -> None:
     assert "omit --precision" in done.stderr
 
 
-def test_comparison_of_an_unsupported_model_is_an_error(tmp_path: Path) -> None:
+def test_comparison_without_a_model_is_an_error(tmp_path: Path) -> None:
     done = bench("--compare", "--model", tmp_path / "none")
     assert done.returncode == 1
     assert "is not a model directory" in done.stderr
