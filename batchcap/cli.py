@@ -35,6 +35,7 @@ from batchcap.settings import (
     ExportSettings,
     LogFormat,
     MergeSettings,
+    QuantiseSettings,
     ReportSettings,
     RunSettings,
     TrainSettings,
@@ -457,6 +458,23 @@ def show(directory: Path) -> None:
     from batchcap.training.model_card import describe
 
     _echo(describe(directory))
+
+
+@model.command()
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@options_of(QuantiseSettings)
+@config_option
+@verbose_option
+def quantise(**asked: Any) -> None:
+    """Add an int8 backbone to MODEL, which reads photos about twice as fast on CPUs.
+
+    `train` adds it if NNCF is installed: pip install 'batchcap[train]'.
+
+    Example: batchcap model quantise my-model --images ./images
+    """
+    from batchcap.training.quantisation import quantise_model
+
+    _echo(f"wrote an int8 backbone into {quantise_model(QuantiseSettings(**asked))}")
 
 
 @model.command()

@@ -35,9 +35,13 @@ class Runtime(StrEnum):
 
 
 class Precision(StrEnum):
-    """Precision of the backbone's computation; weights and features are float32."""
+    """Precision of the backbone's computation; features and the decoder are float32.
+
+    int8 is for CPUs, and for models whose directory has the quantised backbone.
+    """
 
     AUTO = "auto"
+    INT8 = "int8"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -189,7 +193,10 @@ class ModelOptions:
         Runtime.AUTO,
         "What runs the model. auto: TensorFlow on a GPU, OpenVINO without one.",
     )
-    precision: Precision = _option(Precision.AUTO, "Precision of the backbone. auto: float32.")
+    precision: Precision = _option(
+        Precision.AUTO,
+        "Precision of the backbone. auto: int8 without a GPU, if the model has it, or float32.",
+    )
     style: str | None = _option(
         None, "Caption style, if the model has styles: short or detailed [default: none]."
     )
@@ -582,8 +589,18 @@ class TrainSettings:
             )
         if self.train_on_val and self.validation_annotations is None:
             raise UsageError("--train-on-val needs --validation-annotations")
-        if self.precision is Precision.FLOAT16:
-            raise UsageError("--precision float16 loses small gradients: use bfloat16 or float32")
+        if self.precision in (Precision.FLOAT16, Precision.INT8):
+            raise UsageError(
+                f"--precision {self.precision} loses small gradients: use bfloat16 or float32"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseSettings:
+    """Settings of `batchcap model quantise`."""
+
+    model: Path
+    images: Path = _option(MISSING, "Directory of photos like those to be captioned.")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from batchcap.captioning.local_engine import (
     rows_of,
     with_captions,
 )
-from batchcap.captioning.options import WorkerSettings, decode_settings_of
+from batchcap.captioning.options import WorkerSettings, decode_settings_of, precision_for
 from batchcap.errors import InputError, UsageError
 from batchcap.model.caption import Caption
 from batchcap.model.config import read_config
@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 GENERATED = 64
 GENERATED_SIZE = (640, 480)
 TIMEOUT_S = 60.0  # for a photo
-COMPARED = (Precision.FLOAT32, Precision.BFLOAT16, Precision.FLOAT16)
+COMPARED = (Precision.FLOAT32, Precision.INT8, Precision.BFLOAT16, Precision.FLOAT16)
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def _worker_settings(settings: BenchSettings) -> WorkerSettings:
     return WorkerSettings(
         model=settings.model,
         runtime=settings.runtime,
-        precision=settings.precision,
+        precision=precision_for(settings),
         load=LoadSettings(config.backbone.image_size),
         decode=decode_settings_of(settings, config),
         batch_size=settings.batch_size,

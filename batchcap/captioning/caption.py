@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchcap.captioning.options import decode_settings_of
+from batchcap.captioning.options import decode_settings_of, precision_for
 from batchcap.model.config import read_config
 from batchcap.model.loading import load_captioner
 from batchcap.model.runtime import choose_execution
@@ -51,7 +51,7 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
         OutputError: the figure can't be written.
     """
     decode_settings = decode_settings_of(settings, read_config(settings.model))
-    execution = choose_execution(settings.runtime, settings.precision)
+    execution = choose_execution(settings.runtime, precision_for(settings))
     captioner = load_captioner(settings.model, execution, compiled=False)
     for path in settings.images:
         file = without_file_scheme(path)

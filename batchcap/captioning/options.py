@@ -5,6 +5,8 @@ from pathlib import Path
 
 from batchcap.errors import UsageError
 from batchcap.model.config import ModelConfig, read_config
+from batchcap.model.encoder import int8_digest
+from batchcap.model.runtime import precision_of
 from batchcap.photos.images import LoadSettings
 from batchcap.settings import (
     AttentionDetail,
@@ -51,6 +53,17 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
         no_repeat_ngram=options.no_repeat_ngram,
         style=options.style,
     )
+
+
+def precision_for(options: ModelOptions) -> Precision:
+    """Return the precision for a new output.
+
+    Raises:
+        UsageError: int8 is requested, but the model does not have it.
+        ModelError: the model directory is wrong.
+    """
+    has_int8 = int8_digest(options.model) is not None
+    return precision_of(options.precision, options.runtime, has_int8)
 
 
 @dataclass(frozen=True)

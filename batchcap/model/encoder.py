@@ -4,6 +4,7 @@ A model directory has the graph in `encoder.npz`: arrays, no code. For directori
 versions, TensorFlow exports it once, into the user's cache.
 """
 
+import hashlib
 import logging
 import math
 import zipfile
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.errors import ModelError
-from batchcap.model.config import ENCODER_FILE, ModelConfig
+from batchcap.model.config import ENCODER_FILE, ModelConfig, fingerprint
 from batchcap.model.runtime import import_openvino
 from batchcap.model.weights import Shapes, Weights
 from batchcap.process.environment import cache_folder, code_version
@@ -26,8 +27,9 @@ from batchcap.process.wording import excerpt
 from batchcap.settings import Precision
 from batchcap.storage.files import replacing
 
-# OpenVINO's XML, its constants, and the fingerprint of the model, each `uint8[bytes]`.
+# OpenVINO's XML of each precision, its constants, and the model's fingerprint, each `uint8[bytes]`.
 Graphs = dict[str, npt.NDArray[np.uint8]]
+INT8 = Precision.INT8.value
 
 PHOTOS_PER_REQUEST = 2  # the activations of a few photos stay in a core's caches
 EXPORTING_CODE = ("backbones", "efficientnet_lite", "encoder_export")
@@ -46,7 +48,8 @@ log = logging.getLogger(__name__)
 class Encoder:
     """OpenVINO's graph of an encoder, with its weights. Thread-safe.
 
-    `shapes` has names and shapes of the weights that it took.
+    `model` is the graph. `shapes` has names and shapes of the weights that it took: none for int8,
+    whose graph has its own.
 
     Args:
         graphs: of the model.
@@ -69,26 +72,27 @@ class Encoder:
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_PRECISION_HINT": HINTS.get(precision, "f32"),
         }
-        constants = self._openvino.Tensor(graphs["float32_constants"])
-        self._model = self._core.read_model(graphs["float32"].tobytes(), constants)
+        graph = INT8 if precision is Precision.INT8 else "float32"
+        constants = self._openvino.Tensor(graphs[f"{graph}_constants"])
+        self.model = self._core.read_model(graphs[graph].tobytes(), constants)
         self.shapes = self._insert(weights)
         self._compiled: Callable[[int], Any] = locked_cache(self._compile)
 
     def _insert(self, weights: Weights) -> Shapes:
         """Replace inputs by weights; return their names and shapes."""
         shapes: Shapes = {}
-        for parameter in self._model.get_parameters():
+        for parameter in self.model.get_parameters():
             name = parameter.get_friendly_name()
             if name != "pixels":
                 shapes[name] = tuple(parameter.shape)
                 if name in weights and weights[name].shape == shapes[name]:
                     constant = self._openvino.op.Constant(weights[name])
                     parameter.output(0).replace(constant.output(0))
-                    self._model.remove_parameter(parameter)
+                    self.model.remove_parameter(parameter)
         return shapes
 
     def _compile(self, photos: int) -> Any:
-        model = self._model.clone()
+        model = self.model.clone()
         model.reshape([photos, self._size, self._size, 3])
         return self._core.compile_model(model, "CPU", self._hints)
 
@@ -142,6 +146,20 @@ def read_graphs(directory: Path, model: str) -> Graphs | None:
     return graphs
 
 
+def int8_digest(directory: Path) -> str | None:
+    """Return the SHA-256 of a directory's int8 graph, or None if it has none.
+
+    Raises:
+        ModelError: the file is damaged, or was made for other weights.
+    """
+    graphs = read_graphs(directory, fingerprint(directory)) or {}
+    if INT8 not in graphs:
+        return None
+    digest = hashlib.sha256(graphs[INT8].tobytes())
+    digest.update(graphs[f"{INT8}_constants"].tobytes())
+    return digest.hexdigest()
+
+
 def write_graphs(path: Path, model: str, graphs: Graphs) -> None:
     """Write `encoder.npz` for the model with this fingerprint."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -175,4 +193,7 @@ def _read(path: Path) -> Graphs:
         graphs = dict(arrays)
     if any(array.dtype != np.uint8 for array in graphs.values()):
         raise ValueError("its arrays are not bytes")
-    return {name: graphs[name] for name in ("model", "float32", "float32_constants")} | graphs
+    needed = ["model", "float32", "float32_constants"]
+    if INT8 in graphs:
+        needed.append(f"{INT8}_constants")
+    return {name: graphs[name] for name in needed} | graphs

@@ -40,6 +40,8 @@ def load_for_openvino(directory: Path, precision: Precision = Precision.FLOAT32)
         file = path / ENCODER_FILE
         raise ModelError(f"{file} is damaged ({excerpt(str(error))}): copy it again") from error
     shapes = encoder.shapes | decoder_shapes(config.decoder)
+    if precision is Precision.INT8:
+        weights = {name: value for name, value in weights.items() if name.startswith("decoder/")}
     check_weights(shapes, weights, str(path / WEIGHTS_FILE))
     threadpool_limits(1, user_api="blas")
     decoder = NumpyDecoder(weights, config.decoder)

@@ -62,6 +62,7 @@ IDENTITY = {
     "batchcap.model": "model",
     "batchcap.decode": "decoding",
     "batchcap.precision": "precision",
+    "batchcap.int8": "int8 backbone",
     "batchcap.attention": "attention",
 }
 # Columns that a copy of a captioned photo gets too.
@@ -505,18 +506,25 @@ def check_identity(
         OutputError: a file is not batchcap's.
     """
     found: dict[str, str] = {}
-    identity = dict(identity)
+    wanted, identity = identity, _with_int8_if_used(identity)
     for path in files:
         with suppress(DamagedError):  # reported when its rows are read
             found = _read_or_fetch(read_file_metadata, path, fetch_again)
             precision = found.get("batchcap.precision", "")
             if upgrades.keeps_precision and precision in {*Precision} - {Precision.AUTO}:
-                identity["batchcap.precision"] = precision
+                identity = _with_int8_if_used({**wanted, "batchcap.precision": precision})
             old, new = upgrades.comparable(found), upgrades.comparable(identity)
             for key, name in IDENTITY.items():
                 if old[key] != new[key]:
                     raise _other_output(output, name, old[key], new[key], upgrades)
     return {key: value for key, value in found.items() if key not in INCOMPLETE} | identity
+
+
+def _with_int8_if_used(identity: Mapping[str, str]) -> dict[str, str]:
+    """Return the identity; rows of other precisions do not depend on the int8 backbone."""
+    if identity.get("batchcap.precision") == Precision.INT8:
+        return dict(identity)
+    return {key: value for key, value in identity.items() if key != "batchcap.int8"}
 
 
 def _other_output(

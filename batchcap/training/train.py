@@ -26,6 +26,7 @@ from batchcap.model.backbones import (
     train_after,
     weights_digest,
 )
+from batchcap.model.captioner import Extract
 from batchcap.model.config import (
     CARD_FILE,
     FORMAT_VERSION,
@@ -67,6 +68,7 @@ from batchcap.training.data import (
 from batchcap.training.history import CURVES_FILE, HISTORY_FILE
 from batchcap.training.model_card import write_card
 from batchcap.training.phases import FineTuning, Likelihood, Phase, SelfCritical
+from batchcap.training.quantisation import can_quantise, quantise_backbone
 from batchcap.training.replicas import training_strategy
 from batchcap.training.trainer import Record, Trainer
 from batchcap.training.validation import Features, Validator
@@ -171,7 +173,8 @@ def _phase_setups(
         tuned.set_weights(backbone.get_weights())
         train_after(settings.fine_tune_from, tuned)
         sight = AugmentedPhotos(training, config.image_size, settings.flip)
-        validator = Validator(captioner, validation, _features_by(tuned, config, validation), names)
+        features = _features_by(_extractor(tuned, config), validation, config)
+        validator = Validator(captioner, validation, features, names)
         yield FineTuning(settings, decoder, tuned, config), batches(sight), validator
         backbone.set_weights(tuned.get_weights())
         round_weights(backbone.weights)
@@ -179,13 +182,14 @@ def _phase_setups(
         yield SelfCritical(settings, decoder, tokens, data_sets), *frozen()
 
 
-def _features_by(
-    backbone: keras.Model, config: BackboneConfig, examples: Sequence[Example]
-) -> Features:
-    """Return a function that extracts features with a backbone that is still changing."""
-    extract = tf.function(
+def _extractor(backbone: keras.Model, config: BackboneConfig) -> Extract:
+    """Return an extractor of features with a backbone that is still changing."""
+    return tf.function(
         partial(extract_features, backbone, config), reduce_retracing=True, autograph=False
     )
+
+
+def _features_by(extract: Extract, examples: Sequence[Example], config: BackboneConfig) -> Features:
     return lambda start, stop: extract(load_pixels(examples[start:stop], config.image_size))
 
 
@@ -304,6 +308,23 @@ def _about_set(
     return about | ({"validation": own} if own else {})
 
 
+def _quantise(
+    directory: Path,
+    captioner: TensorFlowCaptioner,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    names: Sequence[str],
+) -> dict[str, float] | None:
+    """Add an int8 backbone to the directory, if NNCF is installed; return CIDEr-D per data set."""
+    if not can_quantise():
+        log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
+        return None
+    encoder = quantise_backbone(directory, [example.path for example in training])
+    features = _features_by(encoder, validation, captioner.config.backbone)
+    results = Validator(captioner, validation, features, names).results()
+    return {name: results.get(f"{name}_cider_d", results["cider_d"]) for name in names}
+
+
 def _write_model(
     settings: TrainSettings,
     captioner: TensorFlowCaptioner,
@@ -329,6 +350,7 @@ def _write_model(
             _about_set(number, name, results, training, validation)
             for number, name in enumerate(names)
         ],
+        "int8_cider_d": _quantise(unfinished, stored, training, validation, names),
         "decoding": "greedy",
         "signature": signature(profile_of(TokenKind.WORDS).described, validator.references),
         "best_epoch": record.best_epoch,

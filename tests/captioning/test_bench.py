@@ -67,7 +67,7 @@ def test_precisions_are_compared_on_the_same_photos(photos_folder: Path) -> None
     assert all(result["photos"] == 10 for result in results)
     skipped = [name for name in ("bfloat16", "float16") if f"without {name}: " in done.stderr]
     compared = [result["precision"] for result in results]
-    assert sorted(compared + skipped) == ["bfloat16", "float16", "float32"]
+    assert sorted(compared + skipped) == ["bfloat16", "float16", "float32", "int8"]
 
 
 def test_a_precision_excludes_a_comparison() -> None:

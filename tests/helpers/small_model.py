@@ -25,6 +25,7 @@ from batchcap.model.network import build_decoder
 from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
 from batchcap.settings import TrainSettings
+from batchcap.training import train
 from batchcap.training.validation import Validator
 
 COLOURS = {
@@ -140,7 +141,10 @@ def start_training(settings: TrainSettings, *program: str) -> subprocess.Popen[s
 def script_scores(
     patch: pytest.MonkeyPatch, scores: Iterable[float], losses: Iterable[float] = ()
 ) -> None:
-    """Let validation return these CIDEr-D scores and losses, one per call, uncomputed."""
+    """Let validation return these CIDEr-D scores and losses, one per call, uncomputed.
+
+    The models get no int8 backbone, which would be validated once more.
+    """
     others = dict.fromkeys(("val_accuracy", *METRICS), 0.0)
     ciders, all_losses = iter(scores), itertools.chain(losses, itertools.repeat(0.0))
     patch.setattr(
@@ -149,6 +153,7 @@ def script_scores(
         lambda _: {**others, "cider_d": next(ciders), "val_loss": next(all_losses)},
     )
     patch.setattr(Validator, "samples", lambda _: [])
+    patch.setattr(train, "can_quantise", lambda: False)
 
 
 if __name__ == "__main__":

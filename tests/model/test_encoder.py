@@ -20,7 +20,7 @@ from batchcap.model.backbones import extract_features
 from batchcap.model.config import ENCODER_FILE, fingerprint
 from batchcap.model.encoder_export import write_encoder
 from batchcap.model.openvino_captioner import load_for_openvino
-from batchcap.model.runtime import choose_execution
+from batchcap.model.runtime import choose_execution, precision_of
 from batchcap.model.tensorflow_captioner import (
     TensorFlowCaptioner,
     load_for_tensorflow,
@@ -184,6 +184,34 @@ def test_auto_is_openvino_unless_tensorflow_finds_a_gpu(monkeypatch):
     for device, expected in (("CPU", Runtime.OPENVINO), ("a GPU", Runtime.TENSORFLOW)):
         monkeypatch.setattr(runtime_module, "start_tensorflow", lambda device=device: device)
         assert choose_execution(Runtime.AUTO, Precision.FLOAT32).runtime is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "runtime", "has_gpu", "expected"),
+    [
+        (Precision.AUTO, Runtime.AUTO, False, Precision.INT8),
+        (Precision.AUTO, Runtime.AUTO, True, Precision.FLOAT32),
+        (Precision.AUTO, Runtime.OPENVINO, True, Precision.INT8),
+        (Precision.AUTO, Runtime.TENSORFLOW, False, Precision.FLOAT32),
+        (Precision.BFLOAT16, Runtime.AUTO, False, Precision.BFLOAT16),
+    ],
+)
+def test_auto_precision_is_int8_on_cpus_if_the_model_has_it(
+    monkeypatch, asked, runtime, has_gpu, expected
+):
+    monkeypatch.setattr(runtime_module, "has_gpu", lambda: has_gpu)
+    assert precision_of(asked, runtime, has_int8=True) is expected
+    without = Precision.FLOAT32 if asked is Precision.AUTO else asked
+    assert precision_of(asked, runtime, has_int8=False) is without
+
+
+def test_int8_needs_a_model_that_has_it_and_openvino(monkeypatch):
+    with pytest.raises(UsageError, match="batchcap model quantise"):
+        precision_of(Precision.INT8, Runtime.AUTO, has_int8=False)
+    with pytest.raises(UsageError, match="not for tensorflow"):
+        choose_execution(Runtime.TENSORFLOW, Precision.INT8)
+    monkeypatch.setattr(runtime_module, "has_gpu", lambda: True)
+    assert choose_execution(Runtime.AUTO, Precision.INT8).runtime is Runtime.OPENVINO
 
 
 def test_precision_that_openvino_lacks_is_refused(monkeypatch):

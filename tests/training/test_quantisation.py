@@ -1,0 +1,223 @@
+"""The int8 backbone: near float32's, the same in any batch, never mixed with float32's rows."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from helpers.small_model import make_squares, small_captioner
+from PIL import Image
+
+from batchcap.captioning.run import run_captioning
+from batchcap.captioning.summary import RunSummary
+from batchcap.cli import batchcap
+from batchcap.errors import InputError, ModelError, OtherOutputError, UsageError
+from batchcap.model.config import ENCODER_FILE, fingerprint
+from batchcap.model.encoder import int8_digest
+from batchcap.model.encoder_export import write_encoder
+from batchcap.model.openvino_captioner import load_for_openvino
+from batchcap.model.tensorflow_captioner import save_captioner
+from batchcap.settings import DecodeSettings, Precision, QuantiseSettings, RunSettings
+from batchcap.training import quantisation
+from batchcap.training.quantisation import quantise_model
+
+SIZE = 64
+LONGEST = 6
+ROUNDING = 1e-5  # of log-probabilities
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_squares(tmp_path_factory.mktemp("squares")) / "images"
+
+
+@pytest.fixture(scope="module")
+def pixels(photos: Path) -> Any:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(photos.glob("*.png"))])
+
+
+@pytest.fixture(scope="module")
+def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    captioner = small_captioner(SIZE)
+    save_captioner(captioner, folder)
+    write_encoder(captioner, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(float_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = shutil.copytree(float_model, tmp_path_factory.mktemp("quantised") / "model")
+    return quantise_model(QuantiseSettings(model=folder, images=photos))
+
+
+@pytest.fixture
+def model(float_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(float_model, tmp_path / "model")
+
+
+def test_int8_features_are_near_those_of_float32(quantised: Path, pixels: Any) -> None:
+    expected = load_for_openvino(quantised).extract(pixels)
+    found = load_for_openvino(quantised, Precision.INT8).extract(pixels)
+    assert 0.98 < np.corrcoef(found.ravel(), expected.ravel())[0, 1] < 0.999999
+
+
+def test_captions_in_int8_do_not_depend_on_the_batch(quantised: Path, pixels: Any) -> None:
+    captioner = load_for_openvino(quantised, Precision.INT8)
+    settings = DecodeSettings(LONGEST)
+    keys = [str(number) for number in range(len(pixels))]
+    whole = captioner.caption(pixels, settings, keys)
+    for number, expected in enumerate(whole):
+        (alone,) = captioner.caption(pixels[number : number + 1], settings, [keys[number]])
+        assert alone.words == expected.words
+        np.testing.assert_allclose(alone.log_probs, expected.log_probs, atol=ROUNDING)
+
+
+def test_quantising_changes_the_digest_and_not_the_fingerprint(
+    float_model: Path, quantised: Path
+) -> None:
+    assert int8_digest(float_model) is None
+    assert int8_digest(quantised) is not None
+    assert fingerprint(quantised) == fingerprint(float_model)
+
+
+def run(model: Path, source: Path, output: Path, **asked: Any) -> RunSummary:
+    settings = RunSettings(source=str(source), output=output, model=model, **asked)
+    return run_captioning(settings)
+
+
+@pytest.fixture
+def source(photos: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for path in sorted(photos.glob("*.png"))[:3]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["o", "o.parquet"])
+def test_rows_say_which_int8_backbone_wrote_them(
+    quantised: Path, source: Path, tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / name
+    metadata = run(quantised, source, output).metadata
+    assert metadata["batchcap.precision"] == "int8"
+    assert metadata["batchcap.int8"] == int8_digest(quantised)
+    path = output if output.is_file() else next(output.glob("part-*"))
+    assert pq.read_metadata(path).metadata[b"batchcap.precision"] == b"int8"
+
+
+def test_float32_rows_stay_float32_after_the_model_is_quantised(
+    model: Path, photos: Path, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o.parquet"
+    run(model, source, output)
+    quantise_model(QuantiseSettings(model=model, images=photos))
+    shutil.copy(photos / "010.png", source)
+    summary = run(model, source, output)
+    assert summary.counts.already_done == 3
+    assert summary.metadata["batchcap.precision"] == "float32"
+    assert "batchcap.int8" not in summary.metadata
+    with pytest.raises(OtherOutputError, match="another precision"):
+        run(model, source, output, precision=Precision.INT8)
+
+
+def test_int8_rows_are_continued_where_auto_would_be_float32(
+    monkeypatch: pytest.MonkeyPatch, quantised: Path, photos: Path, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o.parquet"
+    run(quantised, source, output)
+    shutil.copy(photos / "010.png", source)
+    monkeypatch.setattr("batchcap.model.runtime.has_gpu", lambda: True)
+    summary = run(quantised, source, output)
+    assert summary.counts.captioned == 1
+    assert summary.metadata["batchcap.precision"] == "int8"
+
+
+def test_rows_of_another_int8_backbone_are_refused(
+    quantised: Path, float_model: Path, photos: Path, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o.parquet"
+    run(quantised, source, output)
+    with pytest.raises(OtherOutputError, match="another int8 backbone"):
+        run(float_model, source, output)
+    other = shutil.copytree(float_model, tmp_path / "other")
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "020.png", tmp_path / "one")
+    quantise_model(QuantiseSettings(model=other, images=tmp_path / "one"))
+    with pytest.raises(OtherOutputError, match="another int8 backbone"):
+        run(other, source, output)
+
+
+def test_gpus_of_a_cluster_get_float32(quantised: Path, source: Path, tmp_path: Path) -> None:
+    from batchcap.captioning.run import plan_run
+
+    output = tmp_path / "o.parquet"
+    run(quantised, source, output, precision=Precision.FLOAT32)
+    settings = RunSettings(
+        source=str(source), output=output, model=quantised, engine="ray", gpus_per_worker=1
+    )
+    assert "0 new" in plan_run(settings)
+
+
+def test_the_command_adds_the_backbone(model: Path, photos: Path) -> None:
+    done = CliRunner().invoke(batchcap, ["model", "quantise", str(model), "--images", str(photos)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"wrote an int8 backbone into {model}\n"
+    assert "yes, for CPUs" in CliRunner().invoke(batchcap, ["model", "show", str(model)]).stdout
+
+
+def test_missing_nncf_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, model: Path, photos: Path
+) -> None:
+    monkeypatch.setattr(quantisation, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'batchcap\[train\]'"):
+        quantise_model(QuantiseSettings(model=model, images=photos))
+
+
+def test_unreadable_photos_are_skipped_and_none_is_an_error(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"no photo")
+    before = (model / ENCODER_FILE).read_bytes()
+    with pytest.raises(InputError, match="none of 1 photos can be read"):
+        quantise_model(QuantiseSettings(model=model, images=folder))
+    assert (model / ENCODER_FILE).read_bytes() == before
+    Image.new("RGB", (SIZE, SIZE)).save(folder / "b.png")
+    quantise_model(QuantiseSettings(model=model, images=folder))
+    assert int8_digest(model)
+
+
+def test_a_model_without_a_graph_is_named(model: Path, photos: Path) -> None:
+    (model / ENCODER_FILE).unlink()
+    with pytest.raises(ModelError, match=r"has no encoder\.npz"):
+        quantise_model(QuantiseSettings(model=model, images=photos))
+
+
+def test_lost_constants_are_damage(quantised: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(quantised, tmp_path / "model")
+    with np.load(damaged / ENCODER_FILE) as arrays:
+        kept = {name: array for name, array in arrays.items() if name != "int8_constants"}
+    np.savez(damaged / ENCODER_FILE, **kept)
+    with pytest.raises(ModelError, match=r"encoder\.npz is damaged"):
+        int8_digest(damaged)
+
+
+def test_nncf_sends_no_telemetry(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from batchcap.training.quantisation import _import_nncf\n"
+        "_import_nncf()\n"
+        "assert not sys.modules['openvino_telemetry'], 'it would connect to its maker'\n"
+    )
+    home = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=home, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "intel").exists()
