@@ -7,6 +7,7 @@ rejected. If processes die before they read any file, the run ends.
 import contextlib
 import logging
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -14,8 +15,10 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from batchcap.errors import BatchcapError, UsageError
@@ -44,9 +47,12 @@ class _Reader:
     def __init__(self, load: Load, timeout_s: float) -> None:
         self._connection, theirs = NEW_INTERPRETERS.Pipe()
         _limit_waiting(self._connection, timeout_s)
+        self._pixels = _shared_file()
         self._timeout_s = timeout_s
         self._ready = False
-        self._process = NEW_INTERPRETERS.Process(target=_serve, args=(theirs, load), daemon=True)
+        self._process = NEW_INTERPRETERS.Process(
+            target=_serve, args=(theirs, self._pixels, load), daemon=True
+        )
         with signals_blocked():
             self._process.start()
         theirs.close()
@@ -59,7 +65,12 @@ class _Reader:
     def load(self, photos: Sequence[ImageRef]) -> list[LoadedImage]:
         with self._noticing_death():
             self._connection.send(photos)
-        return self._receive(self._timeout_s)
+        rest, sizes = self._receive(self._timeout_s)
+        arrays = [
+            os.pread(self._pixels.fileno(), size, end - size)
+            for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
+        return pickle.loads(rest, buffers=arrays)
 
     def _receive(self, timeout_s: float) -> Any:
         with self._noticing_death():
@@ -86,6 +97,7 @@ class _Reader:
         self.kill()
         self._process.join()
         self._connection.close()
+        self._pixels.close()
 
 
 class Readers:
@@ -204,14 +216,37 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
         started.stop()
 
 
-def _serve(connection: Connection, load: Load) -> None:
+def _serve(connection: Connection, pixels: Connection, load: Load) -> None:
     keep_freed_memory()
     _raise_oom_score()
     end_with_parent()
     with contextlib.suppress(EOFError, OSError):  # the run has ended
         connection.send(True)
         while True:
-            connection.send([load(photo) for photo in connection.recv()])
+            _answer(connection, pixels, [load(photo) for photo in connection.recv()])
+
+
+def _answer(connection: Connection, pixels: Connection, images: list[LoadedImage]) -> None:
+    """Write the arrays of images to the shared file; send the rest, and the arrays' sizes."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(images, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
+    sizes = [array.raw().nbytes for array in arrays]
+    for array, size, end in zip(arrays, sizes, accumulate(sizes), strict=True):
+        if os.pwrite(pixels.fileno(), array.raw(), end - size) != size:
+            raise OSError("no space left for pixels")
+    connection.send((rest, sizes))
+
+
+def _shared_file() -> Connection:
+    """Return an open file without a name, in memory where the system can.
+
+    Pixels cross it at a third of a pipe's cost. As a `Connection`, because `multiprocessing` passes
+    those to new processes.
+    """
+    if hasattr(os, "memfd_create"):
+        return Connection(os.memfd_create("pixels"))
+    with TemporaryFile() as file:
+        return Connection(os.dup(file.fileno()))
 
 
 def _raise_oom_score() -> None:

@@ -10,10 +10,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from helpers.stores import answer, web_server
 
@@ -58,6 +60,18 @@ def one(read: Readers, path: str) -> LoadedImage:
     return image
 
 
+def noise(name: str) -> npt.NDArray[np.uint8]:
+    """Random pixels, whose number depends on the name too."""
+    rng = np.random.default_rng(list(name.encode()))
+    return rng.integers(0, 256, (*rng.integers(1, 200, 2), 3), np.uint8)
+
+
+def load_noise(photo: ImageRef) -> LoadedImage:
+    if photo.path.startswith("bad"):
+        return LoadedImage(Rejection(ErrorType.CORRUPT, photo.path))
+    return LoadedImage(noise(photo.path))
+
+
 class LoadThatIsSlowToStart:
     def __reduce__(self) -> tuple[Any, ...]:
         return load_slowly_made, ()
@@ -93,6 +107,18 @@ def test_a_photo_is_returned_as_loaded():
         assert one(read, "b\udcff.jpg").sha256 == "b\udcff.jpg"
     np.testing.assert_array_equal(image.pixels, PIXELS)
     assert image.sha256 == "a.jpg"
+
+
+def test_each_photo_gets_its_own_pixels_whatever_was_read_before():
+    names = [f"{kind}{number}" for number in range(40) for kind in ("a", "bad", "b", "c")]
+    groups = [names[start : start + 7] for start in range(0, len(names), 7)]
+    with readers(load_noise, 2, 60) as read, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda group: read(refs(*group)), groups))
+    for name, image in zip(names, chain.from_iterable(answers), strict=True):
+        if name.startswith("bad"):
+            assert image.pixels == Rejection(ErrorType.CORRUPT, name)
+        else:
+            np.testing.assert_array_equal(image.pixels, noise(name))
 
 
 def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):
