@@ -442,7 +442,7 @@ def bench(**asked: Any) -> None:
 
 @batchcap.group()
 def model() -> None:
-    """Describe a model directory."""
+    """Describe or quantise a model directory."""
 
 
 _model_argument = click.argument(
@@ -466,7 +466,7 @@ def show(directory: Path) -> None:
 @config_option
 @verbose_option
 def quantise(**asked: Any) -> None:
-    """Add an int8 backbone to MODEL, which reads photos about twice as fast on CPUs.
+    """Add an int8 backbone to MODEL, which is about twice as fast on CPUs.
 
     `train` adds it if NNCF is installed: pip install 'batchcap[train]'.
 

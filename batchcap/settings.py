@@ -195,7 +195,7 @@ class ModelOptions:
     )
     precision: Precision = _option(
         Precision.AUTO,
-        "Precision of the backbone. auto: int8 without a GPU, if the model has it, or float32.",
+        "Precision of the backbone. auto: float32; on CPUs int8 if the model has it.",
     )
     style: str | None = _option(
         None, "Caption style, if the model has styles: short or detailed [default: none]."
@@ -234,6 +234,8 @@ class ModelOptions:
             )
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
             raise UsageError("--top-k and --top-p need a --temperature above 0")
+        if self.precision is Precision.INT8 and self.runtime is Runtime.TENSORFLOW:
+            raise UsageError("--precision int8 is for CPUs: omit --runtime tensorflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +318,8 @@ class RunSettings(ModelOptions):
             raise UsageError(
                 "--engine ray cannot read INPUT from standard input: save the list to a file"
             )
+        if self.precision is Precision.INT8 and self.gpus_per_worker:
+            raise UsageError("--precision int8 is for CPUs: add --gpus-per-worker 0")
         if self.engine is Engine.LOCAL and (self.address or self.workers or self.gpus_per_worker):
             raise UsageError("--address, --workers and --gpus-per-worker need --engine ray")
         if self.prune and self.limit is not None:

@@ -171,16 +171,21 @@ def run_bench(settings: BenchSettings) -> BenchResult | Comparison:
     if not settings.compare:
         result, _ = _measure(settings)
         return result
-    measured = []
+    measured: list[tuple[BenchResult, list[str]]] = []
     for precision in COMPARED:
         one = replace(settings, precision=precision, compare=False)
         log.info("measuring %s", precision)
         try:
-            measured.append(call_in_new_process(_measure, one))
+            result, captions = call_in_new_process(_measure, one)
         except UsageError as error:
             if not measured:  # not the precision's fault
                 raise
             log.info("without %s: %s", precision, error)
+            continue
+        if measured and result.device != measured[0][0].device:
+            log.info("without %s: it runs on %s only", precision, result.device)
+            continue
+        measured.append((result, captions))
     _, wanted = measured[0]
     return Comparison(
         [result for result, _ in measured],

@@ -11,6 +11,7 @@ from batchcap.photos.images import LoadSettings
 from batchcap.settings import (
     AttentionDetail,
     DecodeSettings,
+    Engine,
     ModelOptions,
     Precision,
     RunSettings,
@@ -58,12 +59,17 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
 def precision_for(options: ModelOptions) -> Precision:
     """Return the precision for a new output.
 
+    On Ray, `auto` is float32 unless workers have no GPUs: this machine may be another kind.
+
     Raises:
         UsageError: int8 is requested, but the model does not have it.
         ModelError: the model directory is wrong.
     """
-    has_int8 = int8_digest(options.model) is not None
-    return precision_of(options.precision, options.runtime, has_int8)
+    runtime = options.runtime
+    if isinstance(options, RunSettings) and options.engine is Engine.RAY:
+        on_gpus = runtime is Runtime.AUTO and options.gpus_per_worker != 0
+        runtime = Runtime.TENSORFLOW if on_gpus else Runtime.OPENVINO
+    return precision_of(options.precision, runtime, int8_digest(options.model) is not None)
 
 
 @dataclass(frozen=True)

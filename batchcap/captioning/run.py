@@ -15,14 +15,13 @@ from batchcap.captioning.commits import Commits
 from batchcap.captioning.engine import Chunks, Task
 from batchcap.captioning.inventory import Inventory, excluded_by
 from batchcap.captioning.local_engine import caption_locally
-from batchcap.captioning.options import decode_settings_of
+from batchcap.captioning.options import decode_settings_of, precision_for
 from batchcap.captioning.ray_engine import caption_on_ray
 from batchcap.captioning.summary import RunSummary, read_rate, write_metrics, write_summary
 from batchcap.captioning.watchdog import watching
 from batchcap.errors import BatchcapError, LockedError, OutputError
 from batchcap.model.config import fingerprint, read_config
 from batchcap.model.encoder import int8_digest
-from batchcap.model.runtime import precision_of
 from batchcap.process.logs import log_event
 from batchcap.process.signals import Stopped, StopRequest, stopping_softly
 from batchcap.process.wording import printable
@@ -260,15 +259,13 @@ def _account(settings: RunSettings, layout: Layout | None, summary: RunSummary) 
 
 
 def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[str, str]:
-    on_gpus = settings.gpus_per_worker is not None and settings.precision is Precision.AUTO
     digest = int8_digest(settings.model)
-    precision = precision_of(settings.precision, settings.runtime, digest is not None)
     return {
         "batchcap.schema": str(SCHEMA_VERSION),
         "batchcap.version": version("batchcap"),
         "batchcap.model": fingerprint(settings.model),
         "batchcap.decode": json.dumps(asdict(decode_settings)),
-        "batchcap.precision": Precision.FLOAT32 if on_gpus else precision,
+        "batchcap.precision": precision_for(settings),
         "batchcap.attention": settings.attention,
     } | ({} if digest is None else {"batchcap.int8": digest})
 

@@ -2,7 +2,7 @@
 
 The directory has `config.json`, `vocabulary.txt`, `model.safetensors` (weights only), and also
 `metrics.json` and the card `README.md`, which change no caption, and `encoder.npz`, which has the
-same network for CPUs. Nothing in it is code.
+same backbone for CPUs, and perhaps one in int8. Nothing in it is code.
 """
 
 import codecs
@@ -114,7 +114,10 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def fingerprint(directory: Path) -> str:
-    """Return the SHA-256 of the names and bytes of the files that change captions."""
+    """Return the SHA-256 of the names and bytes of the files that change captions.
+
+    The int8 backbone changes those in int8 only, and has a digest of its own.
+    """
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE):
         content = model_file(directory, name).read_bytes()

@@ -32,8 +32,7 @@ def load_for_openvino(directory: Path, precision: Precision = Precision.FLOAT32)
         ModelError: a file is missing, a field is wrong, or weights do not fit.
     """
     path, config, vocabulary, weights = read_model_directory(directory)
-    model = fingerprint(path)
-    graphs = read_graphs(path, model) or cached_graphs(model, partial(_export, path))
+    graphs = read_or_export(path)
     try:
         encoder = Encoder(graphs, weights, config, precision)
     except RuntimeError as error:  # from OpenVINO
@@ -52,6 +51,16 @@ def load_for_openvino(directory: Path, precision: Precision = Precision.FLOAT32)
         return generate(decoder, features[: len(uniforms)], settings, uniforms, start)
 
     return Captioner(config, vocabulary, encoder, write)
+
+
+def read_or_export(directory: Path) -> Graphs:
+    """Return the graphs of a model directory; TensorFlow exports what earlier versions left out.
+
+    Raises:
+        ModelError: a file is missing or damaged, or belongs to another model.
+    """
+    model = fingerprint(directory)
+    return read_graphs(directory, model) or cached_graphs(model, partial(_export, directory))
 
 
 def _export(directory: Path) -> Graphs:

@@ -41,7 +41,9 @@ def choose_execution(runtime: Runtime, precision: Precision) -> Execution:
         _check_openvino_computes_in(precision)
         return Execution("CPU", runtime, precision)
     if precision is Precision.INT8:
-        raise UsageError("--precision int8 is for --runtime openvino, not for tensorflow")
+        raise UsageError(
+            "int8 is for CPUs: omit --runtime tensorflow (an output keeps its precision)"
+        )
     return Execution(start_tensorflow(), runtime, precision)
 
 
@@ -66,7 +68,7 @@ def has_gpu() -> bool:
 def precision_of(
     precision: Precision, runtime: Runtime = Runtime.TENSORFLOW, has_int8: bool = False
 ) -> Precision:
-    """Return the precision; `auto` is int8 if the model has it and there is no GPU, else float32.
+    """Return the precision; `auto` is int8 if the model has it and no GPU is there, else float32.
 
     Raises:
         UsageError: int8 is requested, but the model does not have it.
@@ -75,8 +77,9 @@ def precision_of(
         raise UsageError("--precision int8: the model has none; `batchcap model quantise` adds it")
     if precision is not Precision.AUTO:
         return precision
-    on_cpu = runtime is Runtime.OPENVINO or (runtime is Runtime.AUTO and not has_gpu())
-    return Precision.INT8 if has_int8 and on_cpu else Precision.FLOAT32
+    if not has_int8 or runtime is Runtime.TENSORFLOW:
+        return Precision.FLOAT32
+    return Precision.FLOAT32 if runtime is Runtime.AUTO and has_gpu() else Precision.INT8
 
 
 def _check_openvino_computes_in(precision: Precision) -> None:

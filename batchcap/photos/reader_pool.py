@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from batchcap.errors import BatchcapError, UsageError
@@ -69,6 +68,7 @@ class _Reader:
         arrays = [
             os.pread(self._pixels.fileno(), size, end - size)
             for size, end in zip(sizes, accumulate(sizes), strict=True)
+            if self._pixels is not None
         ]
         return pickle.loads(rest, buffers=arrays)
 
@@ -97,7 +97,8 @@ class _Reader:
         self.kill()
         self._process.join()
         self._connection.close()
-        self._pixels.close()
+        if self._pixels is not None:
+            self._pixels.close()
 
 
 class Readers:
@@ -216,7 +217,7 @@ def readers(load: Load, count: int, timeout_s: float) -> Iterator[Readers]:
         started.stop()
 
 
-def _serve(connection: Connection, pixels: Connection, load: Load) -> None:
+def _serve(connection: Connection, pixels: Connection | None, load: Load) -> None:
     keep_freed_memory()
     _raise_oom_score()
     end_with_parent()
@@ -226,27 +227,37 @@ def _serve(connection: Connection, pixels: Connection, load: Load) -> None:
             _answer(connection, pixels, [load(photo) for photo in connection.recv()])
 
 
-def _answer(connection: Connection, pixels: Connection, images: list[LoadedImage]) -> None:
-    """Write the arrays of images to the shared file; send the rest, and the arrays' sizes."""
+def _answer(connection: Connection, pixels: Connection | None, images: list[LoadedImage]) -> None:
+    """Send images; their arrays through the shared file, whose sizes are sent, if it takes them."""
     arrays: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(images, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append)
-    sizes = [array.raw().nbytes for array in arrays]
-    for array, size, end in zip(arrays, sizes, accumulate(sizes), strict=True):
-        if os.pwrite(pixels.fileno(), array.raw(), end - size) != size:
-            raise OSError("no space left for pixels")
-    connection.send((rest, sizes))
+    if pixels is not None and _written(arrays, pixels.fileno()):
+        connection.send((rest, [array.raw().nbytes for array in arrays]))
+    else:
+        connection.send((pickle.dumps(images, pickle.HIGHEST_PROTOCOL), []))
 
 
-def _shared_file() -> Connection:
-    """Return an open file without a name, in memory where the system can.
+def _written(arrays: list[pickle.PickleBuffer], file: int) -> bool:
+    """Write arrays one after the other; return whether there was space."""
+    end = 0
+    with contextlib.suppress(OSError):
+        for array in arrays:
+            end += array.raw().nbytes
+            if os.pwrite(file, array.raw(), end - array.raw().nbytes) < array.raw().nbytes:
+                return False
+        return True
+    return False
 
-    Pixels cross it at a third of a pipe's cost. As a `Connection`, because `multiprocessing` passes
-    those to new processes.
+
+def _shared_file() -> Connection | None:
+    """Return an open file in memory, without a name, where the system has such.
+
+    Pixels cross it at a third of a pipe's cost. It is a `Connection` because `multiprocessing`
+    passes those to new processes.
     """
-    if hasattr(os, "memfd_create"):
+    with contextlib.suppress(AttributeError, OSError):
         return Connection(os.memfd_create("pixels"))
-    with TemporaryFile() as file:
-        return Connection(os.dup(file.fileno()))
+    return None
 
 
 def _raise_oom_score() -> None:

@@ -1,6 +1,8 @@
-"""Quantises a model's backbone to int8, for CPUs. Without TensorFlow."""
+"""Quantises a model's backbone to int8, for CPUs."""
 
 import logging
+import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -14,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchcap.errors import InputError, ModelError, UsageError
-from batchcap.model.config import ENCODER_FILE, fingerprint
+from batchcap.errors import InputError, OutputError, UsageError
+from batchcap.model.config import ENCODER_FILE, fingerprint, read_config
 from batchcap.model.directory import read_model_directory
-from batchcap.model.encoder import INT8, Encoder, Graphs, read_graphs, write_graphs
+from batchcap.model.encoder import INT8, Encoder, Graphs, write_graphs
+from batchcap.model.openvino_captioner import read_or_export
 from batchcap.model.runtime import import_openvino
-from batchcap.photos.images import LoadSettings, load_image
+from batchcap.photos.images import LoadSettings, Source, load_image
 from batchcap.photos.listing import list_images
-from batchcap.rows.parquet import saying_where
 from batchcap.schema import Rejection
 from batchcap.settings import Precision, QuantiseSettings
 
@@ -42,49 +44,53 @@ def quantise_model(settings: QuantiseSettings) -> Path:
 
     Raises:
         UsageError: NNCF is not installed.
-        ModelError: the model directory is wrong, or has no `encoder.npz`.
+        ModelError: the model directory is wrong.
         InputError: no photo can be read.
-        OutputError: the directory is not writable.
+        OutputError: the model directory is not writable.
     """
     if not can_quantise():
         raise UsageError("quantising needs NNCF: pip install 'batchcap[train]'")
     path = settings.model
-    with saying_where(path):
-        quantise_backbone(path, [ref.path for ref in list_images(str(settings.images))])
+    read_config(path)
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"cannot write into {path}: quantise a copy of the model")
+    quantise_backbone(path, list(list_images(str(settings.images))))
     return path
 
 
-def quantise_backbone(directory: Path, photos: Sequence[Path | str]) -> Encoder:
+def quantise_backbone(directory: Path, photos: Sequence[Source]) -> Encoder:
     """Add an int8 backbone, calibrated on 512 of these photos, to `encoder.npz`; return it.
 
-    The method is NNCF's post-training quantisation: symmetric weights, asymmetric activations,
-    biases corrected for the error of each layer (Nagel et al. 2019, section 4.2).
+    The method is NNCF's post-training quantisation: symmetric weights of 7 bits, asymmetric
+    activations of 8, biases corrected for the error of each layer (Nagel et al. 2019, section 4.2).
 
     Raises:
-        ModelError: the model directory is wrong, or has no `encoder.npz`.
+        ModelError: the model directory is wrong.
         InputError: no photo can be read.
+        OutputError: the file can't be written.
     """
     path, config, _, weights = read_model_directory(directory)
-    graphs = read_graphs(path, fingerprint(path))
-    if graphs is None:
-        raise ModelError(f"{path} has no {ENCODER_FILE}: train the model again")
+    graphs = read_or_export(path)
     readable = _readable(_spread(photos), config.backbone.image_size)
     pixels = list(islice(readable, CALIBRATION_PHOTOS))
     if not pixels:
         raise InputError(f"none of {len(photos)} photos can be read: int8 needs some")
     log.info("quantising the backbone on %d photos", len(pixels))
-    graphs |= _quantised(Encoder(graphs, weights, config, Precision.FLOAT32).model.clone(), pixels)
-    write_graphs(path / ENCODER_FILE, fingerprint(path), graphs)
+    graphs |= _quantised(Encoder(graphs, weights, config, Precision.FLOAT32).model, pixels)
+    try:
+        write_graphs(path / ENCODER_FILE, fingerprint(path), graphs)
+    except OSError as error:
+        raise OutputError(f"cannot write into {path} ({error.strerror}): free the disk") from error
     return Encoder(graphs, weights, config, Precision.INT8)
 
 
-def _spread(photos: Sequence[Path | str]) -> Iterable[Path | str]:
+def _spread(photos: Sequence[Source]) -> Iterable[Source]:
     """Return the photos so that any number of the first come from all over the list."""
-    step = max(len(photos) // CALIBRATION_PHOTOS, 1)
+    step = max(math.ceil(len(photos) / CALIBRATION_PHOTOS), 1)
     return chain.from_iterable(photos[start::step] for start in range(step))
 
 
-def _readable(photos: Iterable[Path | str], size: int) -> Iterable[npt.NDArray[np.uint8]]:
+def _readable(photos: Iterable[Source], size: int) -> Iterable[npt.NDArray[np.uint8]]:
     for photo in photos:
         pixels = load_image(photo, LoadSettings(size)).pixels
         if not isinstance(pixels, Rejection):
@@ -92,7 +98,7 @@ def _readable(photos: Iterable[Path | str], size: int) -> Iterable[npt.NDArray[n
 
 
 def _quantised(model: Any, pixels: list[npt.NDArray[np.uint8]]) -> Graphs:
-    openvino, nncf = import_openvino(), _import_nncf()
+    openvino, nncf = import_openvino(), import_nncf()
     offline = import_module("openvino._offline_transformations")
     # NNCF corrects the biases of convolutions: batch norm must become one first.
     offline.apply_moc_transformations(model, cf=True)
@@ -109,6 +115,10 @@ def _quantised(model: Any, pixels: list[npt.NDArray[np.uint8]]) -> Graphs:
             preset=nncf.QuantizationPreset.MIXED,
             fast_bias_correction=False,
             target_device=nncf.TargetDevice.CPU,
+            # Without VNNI, CPUs add products in 16 bits: words would depend on the kind of CPU.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE
+            ),
             ignored_scope=nncf.IgnoredScope(names=convolutions[:FLOAT_CONVOLUTIONS]),
         )
     with TemporaryDirectory() as name:
@@ -120,7 +130,7 @@ def _quantised(model: Any, pixels: list[npt.NDArray[np.uint8]]) -> Graphs:
         }
 
 
-def _import_nncf() -> Any:
+def import_nncf() -> Any:
     """Import `nncf` without its telemetry, and without its advice."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     nncf = import_module("nncf")

@@ -68,7 +68,7 @@ from batchcap.training.data import (
 from batchcap.training.history import CURVES_FILE, HISTORY_FILE
 from batchcap.training.model_card import write_card
 from batchcap.training.phases import FineTuning, Likelihood, Phase, SelfCritical
-from batchcap.training.quantisation import can_quantise, quantise_backbone
+from batchcap.training.quantisation import can_quantise, import_nncf, quantise_backbone
 from batchcap.training.replicas import training_strategy
 from batchcap.training.trainer import Record, Trainer
 from batchcap.training.validation import Features, Validator
@@ -98,6 +98,8 @@ def train_captioner(settings: TrainSettings) -> Path:
     if settings.out.exists():
         raise UsageError(f"{settings.out} exists already: choose another --out, or delete it")
     score_captions([["a"]], [[["a"]]])  # fails now, not after an epoch, if scorers are missing
+    if can_quantise():
+        import_nncf()
     keras.utils.set_random_seed(settings.seed)
     training, validation = load_examples(settings)
     _check_validation(settings, validation)

@@ -150,8 +150,8 @@ def test_file_has_the_schema_and_metadata_of_its_origin(mixed_run: tuple[Path, A
     assert metadata["batchcap.schema"] == "2"
     assert metadata["batchcap.model"] == fingerprint(DEFAULT_MODEL)
     assert json.loads(metadata["batchcap.decode"])["temperature"] == 0
-    how = (metadata["batchcap.runtime"], metadata["batchcap.precision"])
-    assert how in (("openvino", "int8"), ("tensorflow", "float32"))
+    assert metadata["batchcap.runtime"] in ("tensorflow", "openvino")
+    assert metadata["batchcap.precision"] == "float32"  # the shipped model has no int8
     assert metadata["batchcap.grid"] == "8x8"
 
 

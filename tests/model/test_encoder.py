@@ -208,7 +208,7 @@ def test_auto_precision_is_int8_on_cpus_if_the_model_has_it(
 def test_int8_needs_a_model_that_has_it_and_openvino(monkeypatch):
     with pytest.raises(UsageError, match="batchcap model quantise"):
         precision_of(Precision.INT8, Runtime.AUTO, has_int8=False)
-    with pytest.raises(UsageError, match="not for tensorflow"):
+    with pytest.raises(UsageError, match="int8 is for CPUs"):
         choose_execution(Runtime.TENSORFLOW, Precision.INT8)
     monkeypatch.setattr(runtime_module, "has_gpu", lambda: True)
     assert choose_execution(Runtime.AUTO, Precision.INT8).runtime is Runtime.OPENVINO

@@ -1,7 +1,9 @@
 """The reader pool, with real processes that really die."""
 
+import errno
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -72,6 +74,17 @@ def load_noise(photo: ImageRef) -> LoadedImage:
     return LoadedImage(noise(photo.path))
 
 
+class LoadAfterLimit:
+    """Loads after limiting the size of files in its own process."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+
+    def __call__(self, photo: ImageRef) -> LoadedImage:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest, self.largest))
+        return load_noise(photo)
+
+
 class LoadThatIsSlowToStart:
     def __reduce__(self) -> tuple[Any, ...]:
         return load_slowly_made, ()
@@ -119,6 +132,25 @@ def test_each_photo_gets_its_own_pixels_whatever_was_read_before():
             assert image.pixels == Rejection(ErrorType.CORRUPT, name)
         else:
             np.testing.assert_array_equal(image.pixels, noise(name))
+
+
+@pytest.mark.parametrize("largest", [0, 1_000, 100_000])
+def test_photos_are_read_where_files_may_not_grow(largest):
+    """`ulimit -f` limits files in memory too."""
+    names = [f"photo{number}" for number in range(8)]
+    with readers(LoadAfterLimit(largest), 1, 60) as read:
+        images = read(refs(*names))
+    for name, image in zip(names, images, strict=True):
+        np.testing.assert_array_equal(image.pixels, noise(name))
+
+
+def test_photos_are_read_where_files_in_memory_are_denied(monkeypatch):
+    def denied(name: str) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "memfd_create", denied)
+    with readers(load_noise, 1, 60) as read:
+        np.testing.assert_array_equal(one(read, "a").pixels, noise("a"))
 
 
 def test_python_files_beside_the_photos_are_not_executed(tmp_path, monkeypatch):

@@ -14,18 +14,26 @@ from click.testing import CliRunner
 from helpers.small_model import make_squares, small_captioner
 from PIL import Image
 
+from batchcap.captioning.options import precision_for
 from batchcap.captioning.run import run_captioning
 from batchcap.captioning.summary import RunSummary
 from batchcap.cli import batchcap
-from batchcap.errors import InputError, ModelError, OtherOutputError, UsageError
+from batchcap.errors import InputError, ModelError, OtherOutputError, OutputError, UsageError
 from batchcap.model.config import ENCODER_FILE, fingerprint
 from batchcap.model.encoder import int8_digest
 from batchcap.model.encoder_export import write_encoder
 from batchcap.model.openvino_captioner import load_for_openvino
 from batchcap.model.tensorflow_captioner import save_captioner
-from batchcap.settings import DecodeSettings, Precision, QuantiseSettings, RunSettings
+from batchcap.settings import (
+    DecodeSettings,
+    Engine,
+    Precision,
+    QuantiseSettings,
+    RunSettings,
+    Runtime,
+)
 from batchcap.training import quantisation
-from batchcap.training.quantisation import quantise_model
+from batchcap.training.quantisation import CALIBRATION_PHOTOS, quantise_model
 
 SIZE = 64
 LONGEST = 6
@@ -55,6 +63,11 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantised(float_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(float_model, tmp_path_factory.mktemp("quantised") / "model")
     return quantise_model(QuantiseSettings(model=folder, images=photos))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchcap.model.runtime.has_gpu", lambda: False)
 
 
 @pytest.fixture
@@ -156,15 +169,45 @@ def test_rows_of_another_int8_backbone_are_refused(
         run(other, source, output)
 
 
-def test_gpus_of_a_cluster_get_float32(quantised: Path, source: Path, tmp_path: Path) -> None:
-    from batchcap.captioning.run import plan_run
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, Precision.INT8),
+        ({"engine": Engine.RAY}, Precision.FLOAT32),
+        ({"engine": Engine.RAY, "gpus_per_worker": 1}, Precision.FLOAT32),
+        ({"engine": Engine.RAY, "gpus_per_worker": 0}, Precision.INT8),
+        ({"engine": Engine.RAY, "runtime": Runtime.OPENVINO}, Precision.INT8),
+        ({"engine": Engine.RAY, "precision": Precision.INT8}, Precision.INT8),
+    ],
+)
+def test_workers_of_ray_get_int8_only_without_gpus(
+    quantised: Path, asked: dict[str, Any], expected: Precision
+) -> None:
+    settings = RunSettings(source="in", output="out", model=quantised, **asked)
+    assert precision_for(settings) is expected
 
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"runtime": Runtime.TENSORFLOW}, "omit --runtime tensorflow"),
+        ({"engine": Engine.RAY, "gpus_per_worker": 1}, "add --gpus-per-worker 0"),
+    ],
+)
+def test_int8_on_gpus_is_refused(asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        RunSettings(source="in", output="out", precision=Precision.INT8, **asked)
+
+
+def test_int8_rows_are_not_continued_by_tensorflow(
+    quantised: Path, photos: Path, source: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "o.parquet"
-    run(quantised, source, output, precision=Precision.FLOAT32)
-    settings = RunSettings(
-        source=str(source), output=output, model=quantised, engine="ray", gpus_per_worker=1
-    )
-    assert "0 new" in plan_run(settings)
+    run(quantised, source, output)
+    shutil.copy(photos / "010.png", source)
+    with pytest.raises(UsageError, match="omit --runtime tensorflow"):
+        run(quantised, source, output, runtime=Runtime.TENSORFLOW)
+    assert len(pq.read_table(output)) == 3
 
 
 def test_the_command_adds_the_backbone(model: Path, photos: Path) -> None:
@@ -172,6 +215,14 @@ def test_the_command_adds_the_backbone(model: Path, photos: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout == f"wrote an int8 backbone into {model}\n"
     assert "yes, for CPUs" in CliRunner().invoke(batchcap, ["model", "show", str(model)]).stdout
+
+
+def test_a_directory_that_is_not_writable_is_named(
+    monkeypatch: pytest.MonkeyPatch, model: Path, photos: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="quantise a copy of the model"):
+        quantise_model(QuantiseSettings(model=model, images=photos))
 
 
 def test_missing_nncf_is_a_usage_error(
@@ -195,10 +246,48 @@ def test_unreadable_photos_are_skipped_and_none_is_an_error(model: Path, tmp_pat
     assert int8_digest(model)
 
 
-def test_a_model_without_a_graph_is_named(model: Path, photos: Path) -> None:
+def test_a_model_of_an_earlier_version_is_exported_first(model: Path, photos: Path) -> None:
     (model / ENCODER_FILE).unlink()
-    with pytest.raises(ModelError, match=r"has no encoder\.npz"):
-        quantise_model(QuantiseSettings(model=model, images=photos))
+    quantise_model(QuantiseSettings(model=model, images=photos))
+    assert int8_digest(model)
+
+
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 1023, 1500, 5000])
+def test_photos_come_from_all_over_the_list(count: int) -> None:
+    names = [str(number) for number in range(count)]
+    spread = [str(name) for name in quantisation._spread(names)]
+    assert sorted(spread) == sorted(names)
+    assert int(max(spread[:CALIBRATION_PHOTOS], key=int)) >= count - 10
+
+
+def test_kinds_of_cpu_agree(quantised: Path, photos: Path, tmp_path: Path) -> None:
+    """Those without VNNI add products in 16 bits, which weights of 8 bits would overflow."""
+    program = (
+        "import sys\n"
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "from PIL import Image\n"
+        "from helpers import small_model\n"
+        "from batchcap.model.openvino_captioner import load_for_openvino\n"
+        "from batchcap.settings import Precision\n"
+        "model, photos, out = map(Path, sys.argv[1:])\n"
+        "pixels = [np.asarray(Image.open(path)) for path in sorted(photos.glob('*.png'))]\n"
+        "captioner = load_for_openvino(model, Precision.INT8)\n"
+        "np.save(out, captioner.extract(np.stack(pixels)))\n"
+    )
+    found = []
+    for kind in ("AVX2", "AVX512_CORE", "ALL"):
+        out = tmp_path / f"{kind}.npy"
+        environment = os.environ | {
+            "ONEDNN_MAX_CPU_ISA": kind,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
+        subprocess.run(
+            [sys.executable, "-c", program, quantised, photos, out], env=environment, check=True
+        )
+        found.append(np.load(out))
+    for features in found[1:]:
+        np.testing.assert_allclose(features, found[0], atol=0.02 * np.abs(found[0]).max())
 
 
 def test_lost_constants_are_damage(quantised: Path, tmp_path: Path) -> None:
@@ -213,8 +302,8 @@ def test_lost_constants_are_damage(quantised: Path, tmp_path: Path) -> None:
 def test_nncf_sends_no_telemetry(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from batchcap.training.quantisation import _import_nncf\n"
-        "_import_nncf()\n"
+        "from batchcap.training.quantisation import import_nncf\n"
+        "import_nncf()\n"
         "assert not sys.modules['openvino_telemetry'], 'it would connect to its maker'\n"
     )
     home = os.environ | {"HOME": str(tmp_path)}

@@ -129,6 +129,8 @@ def test_the_card_names_data_licence_and_metrics_with_their_signature(trained: P
     assert "Squares made by a test. CC0." in card
     assert metrics["signature"] in card
     assert f"CIDEr-D | {metrics['validation']['cider_d']:.1f}" in card
+    ((_, int8),) = metrics["int8_cider_d"].items()
+    assert f"In int8, the default on CPUs, CIDEr-D is: captions {int8:.1f}." in card
     assert "## Limits" in card
 
 
