@@ -268,12 +268,8 @@ def test_model_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     for name in names:
         mark = b"" if name == "model.safetensors" else codecs.BOM_UTF8
         (tmp_path / name).write_bytes(mark + (DEFAULT_MODEL / name).read_bytes())
-    own = ("model", "fingerprint", "int8")  # the encoder belongs to another fingerprint
-    lines, expected = (
-        [line for line in describe(model).splitlines() if not line.startswith(own)]
-        for model in (tmp_path, DEFAULT_MODEL)
-    )
-    assert lines == expected
+    lines, expected = (describe(model).splitlines() for model in (tmp_path, DEFAULT_MODEL))
+    assert lines[2:] == expected[2:]  # after the name and the fingerprint
     assert read_card(tmp_path) == read_card(DEFAULT_MODEL)
     assert Vocabulary.load(tmp_path / names[1]) == Vocabulary.load(DEFAULT_MODEL / names[1])
 

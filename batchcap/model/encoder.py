@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.errors import ModelError
-from batchcap.model.config import ENCODER_FILE, ModelConfig, fingerprint
+from batchcap.model.config import ENCODER_FILE, ModelConfig
 from batchcap.model.runtime import import_openvino
 from batchcap.model.weights import Shapes, Weights
 from batchcap.process.environment import cache_folder, code_version
@@ -134,15 +134,11 @@ def read_graphs(directory: Path, model: str) -> Graphs | None:
     Raises:
         ModelError: the file is damaged, or was made for other weights.
     """
-    path = directory / ENCODER_FILE
-    if not path.is_file():
-        return None
-    try:
-        graphs = _read(path)
-    except UNREADABLE as error:
-        raise ModelError(f"{path} is damaged ({excerpt(str(error))}): copy it again") from error
-    if graphs["model"].tobytes() != model.encode():
-        raise ModelError(f"{path} belongs to another model: copy the model again")
+    graphs = _read_undamaged(directory / ENCODER_FILE)
+    if graphs is not None and graphs["model"].tobytes() != model.encode():
+        raise ModelError(
+            f"{directory / ENCODER_FILE} belongs to another model: copy the model again"
+        )
     return graphs
 
 
@@ -150,9 +146,9 @@ def int8_digest(directory: Path) -> str | None:
     """Return the SHA-256 of a directory's int8 graph, or None if it has none.
 
     Raises:
-        ModelError: the file is damaged, or was made for other weights.
+        ModelError: the file is damaged.
     """
-    graphs = read_graphs(directory, fingerprint(directory)) or {}
+    graphs = _read_undamaged(directory / ENCODER_FILE) or {}
     if INT8 not in graphs:
         return None
     digest = hashlib.sha256(graphs[INT8].tobytes())
@@ -183,6 +179,15 @@ def cached_graphs(model: str, export: Callable[[], Graphs]) -> Graphs:
     except OSError as error:
         log.warning("cannot cache the exported encoder: %s is not writable (%s)", path, error)
     return graphs
+
+
+def _read_undamaged(path: Path) -> Graphs | None:
+    if not path.is_file():
+        return None
+    try:
+        return _read(path)
+    except UNREADABLE as error:
+        raise ModelError(f"{path} is damaged ({excerpt(str(error))}): copy it again") from error
 
 
 def _read(path: Path) -> Graphs:

@@ -134,5 +134,6 @@ def import_nncf() -> Any:
     """Import `nncf` without its telemetry, and without its advice."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     nncf = import_module("nncf")
-    nncf.set_log_level(logging.ERROR)
+    # Not by its `set_log_level`, which changes handlers that may be others' too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
