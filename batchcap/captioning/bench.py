@@ -31,6 +31,7 @@ from batchcap.captioning.options import WorkerSettings, decode_settings_of, prec
 from batchcap.errors import InputError, UsageError
 from batchcap.model.caption import Caption
 from batchcap.model.config import read_config
+from batchcap.model.encoder import int8_digest
 from batchcap.photos.images import LoadSettings
 from batchcap.photos.listing import list_images
 from batchcap.photos.reader_pool import core_count
@@ -252,7 +253,7 @@ def _worker_settings(settings: BenchSettings) -> WorkerSettings:
     return WorkerSettings(
         model=settings.model,
         runtime=settings.runtime,
-        precision=precision_for(settings),
+        precision=precision_for(settings, int8_digest(settings.model)),
         load=LoadSettings(config.backbone.image_size),
         decode=decode_settings_of(settings, config),
         batch_size=settings.batch_size,

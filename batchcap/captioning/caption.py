@@ -7,6 +7,7 @@ import numpy as np
 
 from batchcap.captioning.options import decode_settings_of, precision_for
 from batchcap.model.config import read_config
+from batchcap.model.encoder import int8_digest
 from batchcap.model.loading import load_captioner
 from batchcap.model.runtime import choose_execution
 from batchcap.model.vocabulary import join_words
@@ -51,7 +52,9 @@ def caption_images(settings: CaptionSettings) -> Iterator[CaptionedImage]:
         OutputError: the figure can't be written.
     """
     decode_settings = decode_settings_of(settings, read_config(settings.model))
-    execution = choose_execution(settings.runtime, precision_for(settings))
+    execution = choose_execution(
+        settings.runtime, precision_for(settings, int8_digest(settings.model))
+    )
     captioner = load_captioner(settings.model, execution, compiled=False)
     for path in settings.images:
         file = without_file_scheme(path)

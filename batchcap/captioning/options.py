@@ -5,7 +5,6 @@ from pathlib import Path
 
 from batchcap.errors import UsageError
 from batchcap.model.config import ModelConfig, read_config
-from batchcap.model.encoder import int8_digest
 from batchcap.model.runtime import precision_of
 from batchcap.photos.images import LoadSettings
 from batchcap.settings import (
@@ -56,20 +55,19 @@ def decode_settings_of(options: ModelOptions, model: ModelConfig) -> DecodeSetti
     )
 
 
-def precision_for(options: ModelOptions) -> Precision:
-    """Return the precision for a new output.
+def precision_for(options: ModelOptions, int8: str | None) -> Precision:
+    """Return the precision for a new output; `int8` is the `int8_digest` of the model.
 
     On Ray, `auto` is float32 unless workers have no GPUs: this machine may be another kind.
 
     Raises:
         UsageError: int8 is requested, but the model does not have it.
-        ModelError: the model directory is wrong.
     """
     runtime = options.runtime
     if isinstance(options, RunSettings) and options.engine is Engine.RAY:
         on_gpus = runtime is Runtime.AUTO and options.gpus_per_worker != 0
         runtime = Runtime.TENSORFLOW if on_gpus else Runtime.OPENVINO
-    return precision_of(options.precision, runtime, int8_digest(options.model) is not None)
+    return precision_of(options.precision, runtime, has_int8=int8 is not None)
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _identity(settings: RunSettings, decode_settings: DecodeSettings) -> dict[st
         "batchcap.version": version("batchcap"),
         "batchcap.model": fingerprint(settings.model),
         "batchcap.decode": json.dumps(asdict(decode_settings)),
-        "batchcap.precision": precision_for(settings),
+        "batchcap.precision": precision_for(settings, digest),
         "batchcap.attention": settings.attention,
     } | ({} if digest is None else {"batchcap.int8": digest})
 

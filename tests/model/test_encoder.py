@@ -237,11 +237,17 @@ def test_captions_on_cpus_need_no_tensorflow(photos_folder: Path, tmp_path: Path
         assert done.returncode == 0, done.stderr
 
 
-def test_openvino_sends_no_telemetry(cache_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from batchcap.model.runtime import import_openvino; import_openvino().Core()",
+        "from batchcap.training.quantisation import import_nncf; import_nncf()",
+    ],
+)
+def test_openvino_and_nncf_send_no_telemetry(cache_folder: Path, use: str) -> None:
     program = (
         "import sys\n"
-        "from batchcap.model.runtime import import_openvino\n"
-        "import_openvino().Core()\n"
+        f"{use}\n"
         "assert not sys.modules['openvino_telemetry'], 'it would connect to its maker'\n"
     )
     home = os.environ | {"HOME": str(cache_folder)}
