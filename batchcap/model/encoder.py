@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 class Encoder:
     """OpenVINO's graph of an encoder, with its weights. Thread-safe.
 
-    `model` is the graph. `shapes` has names and shapes of the weights that it took: none for int8,
-    whose graph has its own.
+    `model` is the graph, `digest` its SHA-256. `shapes` has names and shapes of the weights that it
+    took: none for int8, whose graph has its own.
 
     Args:
         graphs: of the model.
@@ -73,6 +73,7 @@ class Encoder:
             "INFERENCE_PRECISION_HINT": HINTS.get(precision, "f32"),
         }
         graph = INT8 if precision is Precision.INT8 else "float32"
+        self.digest = _digest(graphs, graph)
         constants = self._openvino.Tensor(graphs[f"{graph}_constants"])
         self.model = self._core.read_model(graphs[graph].tobytes(), constants)
         self.shapes = self._insert(weights)
@@ -149,10 +150,12 @@ def int8_digest(directory: Path) -> str | None:
         ModelError: the file is damaged.
     """
     graphs = _read_undamaged(directory / ENCODER_FILE) or {}
-    if INT8 not in graphs:
-        return None
-    digest = hashlib.sha256(graphs[INT8].tobytes())
-    digest.update(graphs[f"{INT8}_constants"].tobytes())
+    return _digest(graphs, INT8) if INT8 in graphs else None
+
+
+def _digest(graphs: Graphs, name: str) -> str:
+    digest = hashlib.sha256(graphs[name].tobytes())
+    digest.update(graphs[f"{name}_constants"].tobytes())
     return digest.hexdigest()
 
 

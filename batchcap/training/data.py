@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 from batchcap.caption_files.annotations import AnnotatedImage, read_annotations
 from batchcap.errors import InputError, UsageError
-from batchcap.model import backbones, efficientnet_lite, extraction
+from batchcap.model import backbones, efficientnet_lite, encoder, extraction
 from batchcap.model.backbones import weights_digest
+from batchcap.model.captioner import Extract
 from batchcap.model.config import BackboneConfig
+from batchcap.model.encoder import Encoder
 from batchcap.model.extraction import tensorflow_extractor
 from batchcap.model.vocabulary import (
     END_ID,
@@ -48,9 +50,9 @@ ANY_STYLE = 0.5  # share of a style's captions that begin with START instead
 # Code that turns a file into features: if it changes, features are extracted again.
 FEATURE_CODE = (
     *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
-    *(augmentation, backbones, efficientnet_lite, extraction),
+    *(augmentation, backbones, efficientnet_lite, encoder, extraction),
 )
-LIBRARIES = ("pillow", "keras")
+LIBRARIES = ("pillow", "keras", "openvino")
 
 log = logging.getLogger(__name__)
 
@@ -332,16 +334,19 @@ def extract_all(
     backbone: keras.Model,
     config: BackboneConfig,
     views: Sequence[View] = (PLAIN,),
+    *,
+    int8: Encoder | None = None,
     cache_root: Path | None = None,
 ) -> tuple[FeatureCache, list[Example]]:
-    """Extract the features that this backbone's cache lacks.
+    """Extract the features that the cache of this backbone lacks, or of its int8 version.
 
     Returns the cache, and the examples with a readable photo; the others are logged.
 
     Raises:
         InputError: no photo is readable, or features are not finite.
     """
-    made_by = f"{config} {weights_digest(backbone)} {code_version(*FEATURE_CODE, *LIBRARIES)}"
+    digest = weights_digest(backbone) if int8 is None else int8.digest
+    made_by = f"{config} {digest} {code_version(*FEATURE_CODE, *LIBRARIES)}"
     root = cache_root or cache_folder("features")
     rows, columns, channels = backbone.output_shape[1:]
     cache = FeatureCache(
@@ -362,7 +367,8 @@ def extract_all(
                 len(examples) - len(missing),
                 len(missing),
             )
-        rejected = set(_extract(missing, cache, backbone, config, views))
+        extract = int8 or tensorflow_extractor(backbone, config)
+        rejected = set(_extract(missing, cache, extract, config, views))
     if len(rejected) == len(examples):
         raise InputError(f"none of {len(examples)} photos can be read, such as {examples[0].path}")
     return cache, [example for example in examples if example.path not in rejected]
@@ -371,12 +377,11 @@ def extract_all(
 def _extract(
     examples: Sequence[Example],
     cache: FeatureCache,
-    backbone: keras.Model,
+    extract: Extract,
     config: BackboneConfig,
     views: Sequence[View],
 ) -> Iterator[Path]:
     """Extract and cache features; yield the paths of unreadable photos."""
-    extract = tensorflow_extractor(backbone, config)
     load_settings = LoadSettings(config.image_size)
     with progress("features", len(examples), "photo") as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(examples), EXTRACTION_BATCH):
@@ -393,7 +398,7 @@ def _extract(
                     good.append(example)
             sha256s = [example.sha256 for example in good]
             for view in views:
-                features = extract(np.asarray(seen(pixels, view, sha256s))).numpy()
+                features = np.asarray(extract(np.asarray(seen(pixels, view, sha256s))))
                 with np.errstate(over="ignore"):
                     features = features[: len(good)].astype(np.float16)
                 _check_finite(features, good)

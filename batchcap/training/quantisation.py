@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcap.errors import InputError, OutputError, UsageError
-from batchcap.model.config import ENCODER_FILE, fingerprint
+from batchcap.model.config import ENCODER_FILE, ModelConfig, fingerprint
 from batchcap.model.directory import read_model_directory
 from batchcap.model.encoder import INT8, Encoder, Graphs, write_graphs
 from batchcap.model.openvino_captioner import read_or_export
 from batchcap.model.runtime import import_openvino
+from batchcap.model.weights import Weights
 from batchcap.photos.images import LoadSettings, Source, load_image
 from batchcap.photos.listing import list_images
 from batchcap.schema import Rejection
@@ -48,36 +49,36 @@ def quantise_model(settings: QuantiseSettings) -> Path:
     """
     if not can_quantise():
         raise UsageError("quantising needs NNCF: pip install 'batchcap[train]'")
-    quantise_backbone(settings.model, list(list_images(str(settings.images))))
-    return settings.model
-
-
-def quantise_backbone(directory: Path, photos: Sequence[Source]) -> Encoder:
-    """Add an int8 backbone, calibrated on 512 of these photos, to `encoder.npz`; return it.
-
-    The method is NNCF's post-training quantisation: symmetric weights of 7 bits, asymmetric
-    activations of 8, biases corrected for the error of each layer (Nagel et al. 2019, section 4.2).
-
-    Raises:
-        ModelError: the model directory is wrong.
-        InputError: no photo can be read.
-        OutputError: the file can't be written.
-    """
-    path, config, _, weights = read_model_directory(directory)
-    graphs = read_or_export(path)
-    readable = _readable(_spread(photos), config.backbone.image_size)
-    pixels = list(islice(readable, CALIBRATION_PHOTOS))
-    if not pixels:
-        raise InputError(f"none of {len(photos)} photos can be read: int8 needs some")
-    log.info("quantising the backbone on %d photos", len(pixels))
-    graphs |= _quantised(Encoder(graphs, weights, config, Precision.FLOAT32).model, pixels)
+    path, config, _, weights = read_model_directory(settings.model)
+    photos = list(list_images(str(settings.images)))
+    graphs = quantised(read_or_export(path), weights, config, photos)
     try:
         write_graphs(path / ENCODER_FILE, fingerprint(path), graphs)
     except OSError as error:
         raise OutputError(
             f"cannot write into {path} ({error.strerror}): quantise a copy of the model elsewhere"
         ) from error
-    return Encoder(graphs, weights, config, Precision.INT8)
+    return settings.model
+
+
+def quantised(
+    graphs: Graphs, weights: Weights, config: ModelConfig, photos: Sequence[Source]
+) -> Graphs:
+    """Return the graphs with an int8 backbone added, calibrated on 512 of these photos.
+
+    The method is NNCF's post-training quantisation: symmetric weights of 7 bits, asymmetric
+    activations of 8, biases corrected for the error of each layer (Nagel et al. 2019, section 4.2).
+
+    Raises:
+        InputError: no photo can be read.
+    """
+    readable = _readable(_spread(photos), config.backbone.image_size)
+    pixels = list(islice(readable, CALIBRATION_PHOTOS))
+    if not pixels:
+        raise InputError(f"none of {len(photos)} photos can be read: int8 needs some")
+    log.info("quantising the backbone on %d photos", len(pixels))
+    model = Encoder(graphs, weights, config, Precision.FLOAT32).model
+    return graphs | _quantised(model, pixels)
 
 
 def _spread(photos: Sequence[Source]) -> Iterable[Source]:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from batchcap.errors import InputError, OutputError, UsageError
+from batchcap.errors import InputError, ModelError, OutputError, UsageError
 from batchcap.evaluation.metrics import METRICS, score_captions, signature
 from batchcap.evaluation.tokenisation import profile_of
 from batchcap.model.backbones import (
@@ -29,24 +29,28 @@ from batchcap.model.backbones import (
 from batchcap.model.captioner import Extract
 from batchcap.model.config import (
     CARD_FILE,
+    ENCODER_FILE,
     FORMAT_VERSION,
     METRICS_FILE,
     BackboneConfig,
     DecoderConfig,
     ModelConfig,
+    fingerprint,
 )
-from batchcap.model.encoder_export import write_encoder
+from batchcap.model.encoder import INT8, Encoder, Graphs, read_graphs, write_graphs
+from batchcap.model.encoder_export import export_encoder
 from batchcap.model.network import build_decoder, log_frequencies
 from batchcap.model.runtime import precision_of, start_tensorflow
 from batchcap.model.tensorflow_captioner import (
     TensorFlowCaptioner,
+    get_weights,
     load_for_tensorflow,
     round_weights,
     save_captioner,
 )
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
 from batchcap.rows.parquet import saying_where
-from batchcap.settings import Monitor, Objective, TokenKind, TrainSettings
+from batchcap.settings import Monitor, Objective, Precision, TokenKind, TrainSettings
 from batchcap.storage.files import followed
 from batchcap.training.augmentation import View, training_views
 from batchcap.training.data import (
@@ -68,7 +72,7 @@ from batchcap.training.data import (
 from batchcap.training.history import CURVES_FILE, HISTORY_FILE
 from batchcap.training.model_card import write_card
 from batchcap.training.phases import FineTuning, Likelihood, Phase, SelfCritical
-from batchcap.training.quantisation import can_quantise, import_nncf, quantise_backbone
+from batchcap.training.quantisation import can_quantise, import_nncf, quantised
 from batchcap.training.replicas import training_strategy
 from batchcap.training.trainer import Record, Trainer
 from batchcap.training.validation import Features, Validator
@@ -136,7 +140,7 @@ def train_captioner(settings: TrainSettings) -> Path:
         len(vocabulary),
         decoder.count_params() / 1e6,
     )
-    setups = _phase_setups(settings, captioner, training, validation, tokens, strategy)
+    setups = _phase_setups(settings, captioner, training, validation, tokens, strategy, work_folder)
     was_kept: dict[str, bool] = {}
     for phase, batches, validator in setups:
         trainer = Trainer(settings, phase, batches, strategy, work_folder, record)
@@ -152,8 +156,12 @@ def _phase_setups(
     validation: Sequence[Example],
     tokens: Tokens,
     strategy: Any,
+    work_folder: Path,
 ) -> Iterator[PhaseSetup]:
-    """Yield the phases in turn; a phase's features are extracted when it begins."""
+    """Yield the phases in turn; a phase's features are extracted when it begins.
+
+    The last phase adapts the decoder to the features that it will mostly see: int8's, on CPUs.
+    """
     decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
 
     names, data_sets = data_set_names(settings.annotations), numbers_of_sets(training)
@@ -161,10 +169,10 @@ def _phase_setups(
     def batches(sight: Sight) -> TrainingBatches:
         return TrainingBatches(sight, tokens, data_sets, captioner.vocabulary, settings)
 
-    def frozen() -> tuple[TrainingBatches, Validator]:
+    def frozen(int8: Encoder | None = None) -> tuple[TrainingBatches, Validator]:
         views = _views(settings)
-        extract_all(training, backbone, config, views)
-        cache, _ = extract_all(validation, backbone, config)
+        extract_all(training, backbone, config, views, int8=int8)
+        cache, _ = extract_all(validation, backbone, config, int8=int8)
         validator = Validator(captioner, validation, CachedFeatures(cache, validation).whole, names)
         return batches(CachedFeatures(cache, training, views)), validator
 
@@ -181,7 +189,8 @@ def _phase_setups(
         backbone.set_weights(tuned.get_weights())
         round_weights(backbone.weights)
     if settings.objective is Objective.CIDER:
-        yield SelfCritical(settings, decoder, tokens, data_sets), *frozen()
+        int8 = _int8_encoder(captioner, _graphs(captioner, work_folder, training))
+        yield SelfCritical(settings, decoder, tokens, data_sets), *frozen(int8)
 
 
 def _extractor(backbone: keras.Model, config: BackboneConfig) -> Extract:
@@ -310,20 +319,56 @@ def _about_set(
     return about | ({"validation": own} if own else {})
 
 
-def _quantise(
-    directory: Path,
+def _graphs(
+    captioner: TensorFlowCaptioner, work_folder: Path, training: Sequence[Example]
+) -> Graphs:
+    """Return the encoder's graphs, with int8's if NNCF is installed; the same when resumed."""
+    digest = weights_digest(captioner.backbone)
+    try:
+        known = read_graphs(work_folder, digest)
+    except ModelError:
+        known = None
+    if known is not None:
+        return known
+    graphs = export_encoder(captioner)
+    if can_quantise():
+        weights = get_weights(captioner.backbone, captioner.decoder)
+        photos = [example.path for example in training]
+        graphs = quantised(graphs, weights, captioner.config, photos)
+    else:
+        log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
+    write_graphs(work_folder / ENCODER_FILE, digest, graphs)
+    return graphs
+
+
+def _int8_encoder(captioner: TensorFlowCaptioner, graphs: Graphs) -> Encoder | None:
+    return Encoder(graphs, {}, captioner.config, Precision.INT8) if INT8 in graphs else None
+
+
+def _results(
     captioner: TensorFlowCaptioner,
-    training: Sequence[Example],
+    validation: Sequence[Example],
+    names: Sequence[str],
+    int8: Encoder | None = None,
+) -> dict[str, float]:
+    """Return `Validator`'s results."""
+    backbone, config = captioner.backbone, captioner.config.backbone
+    cache, _ = extract_all(validation, backbone, config, int8=int8)
+    features = CachedFeatures(cache, validation).whole
+    return Validator(captioner, validation, features, names).results()
+
+
+def _int8_cider_d(
+    captioner: TensorFlowCaptioner,
+    graphs: Graphs,
     validation: Sequence[Example],
     names: Sequence[str],
 ) -> dict[str, float] | None:
-    """Add an int8 backbone to the directory, if NNCF is installed; return CIDEr-D per data set."""
-    if not can_quantise():
-        log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
+    """Return CIDEr-D per data set, or None if there is no int8 backbone."""
+    int8 = _int8_encoder(captioner, graphs)
+    if int8 is None:
         return None
-    encoder = quantise_backbone(directory, [example.path for example in training])
-    features = _features_by(encoder, validation, captioner.config.backbone)
-    results = Validator(captioner, validation, features, names).results()
+    results = _results(captioner, validation, names, int8)
     return {name: results.get(f"{name}_cider_d", results["cider_d"]) for name in names}
 
 
@@ -341,20 +386,21 @@ def _write_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     save_captioner(captioner, unfinished)
     stored = load_for_tensorflow(unfinished)
-    write_encoder(stored, unfinished)
-    cache, _ = extract_all(validation, stored.backbone, stored.config.backbone)
+    graphs = _graphs(captioner, work_folder, training)
+    write_graphs(unfinished / ENCODER_FILE, fingerprint(unfinished), graphs)
     names = data_set_names(settings.annotations)
-    validator = Validator(stored, validation, CachedFeatures(cache, validation).whole, names)
-    results = validator.results()
+    results = _results(stored, validation, names)
     metrics = {
         "validation": {key: results[key] for key in RESULTS},
         "data_sets": [
             _about_set(number, name, results, training, validation)
             for number, name in enumerate(names)
         ],
-        "int8_cider_d": _quantise(unfinished, stored, training, validation, names),
+        "int8_cider_d": _int8_cider_d(stored, graphs, validation, names),
         "decoding": "greedy",
-        "signature": signature(profile_of(TokenKind.WORDS).described, validator.references),
+        "signature": signature(
+            profile_of(TokenKind.WORDS).described, [example.captions for example in validation]
+        ),
         "best_epoch": record.best_epoch,
         "phases": [name for name, kept in was_kept.items() if kept],
         "phases_not_kept": [name for name, kept in was_kept.items() if not kept],

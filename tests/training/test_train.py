@@ -39,6 +39,7 @@ from batchcap.cli import batchcap
 from batchcap.errors import InputError, ModelError, OutputError, UsageError
 from batchcap.model.backbones import build_backbone
 from batchcap.model.config import BackboneConfig
+from batchcap.model.encoder import Encoder, int8_digest
 from batchcap.model.openvino_captioner import load_for_openvino
 from batchcap.model.tensorflow_captioner import (
     TensorFlowCaptioner,
@@ -48,6 +49,8 @@ from batchcap.model.tensorflow_captioner import (
 from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, join_words
 from batchcap.photos.images import LoadSettings, load_image
 from batchcap.settings import Decay, DecodeSettings, Monitor, Objective, Precision, TrainSettings
+from batchcap.training import train
+from batchcap.training.data import extract_all, load_examples
 from batchcap.training.loss import loss_function
 from batchcap.training.phases import Likelihood
 from batchcap.training.train import train_captioner
@@ -272,6 +275,58 @@ def test_fine_tuning_starts_from_the_trained_decoder(fine_tuned: Path) -> None:
     """One with new weights would begin at the loss of the first epoch."""
     history = history_of(fine_tuned)
     assert history[2]["loss"] < history[0]["loss"]
+
+
+def spy_on_extraction(patch: pytest.MonkeyPatch) -> list[str | None]:
+    """Return a list that gets the digest of the int8 backbone at each extraction of features."""
+    digests: list[str | None] = []
+
+    def extract(*given: Any, int8: Encoder | None = None) -> Any:
+        digests.append(int8.digest if int8 else None)
+        return extract_all(*given, int8=int8)
+
+    patch.setattr(train, "extract_all", extract)
+    return digests
+
+
+def test_the_last_phase_sees_the_features_of_int8(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = spy_on_extraction(monkeypatch)
+    settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
+    model = train_captioner(settings)
+    int8 = int8_digest(model)
+    assert int8 is not None
+    first, likelihood, cider, results = [None] * 2, [None] * 2, [int8] * 2, [None, int8]
+    assert digests == first + likelihood + cider + results
+
+
+def test_without_nncf_the_last_phase_sees_the_features_of_float32(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = spy_on_extraction(monkeypatch)
+    monkeypatch.setattr(train, "can_quantise", lambda: False)
+    settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
+    model = train_captioner(settings)
+    assert int8_digest(model) is None
+    assert set(digests) == {None}
+    assert json.loads((model / "metrics.json").read_text())["int8_cider_d"] is None
+
+
+def test_a_resumed_training_keeps_its_int8_backbone(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(squares, tmp_path / "model")
+    training, _ = load_examples(settings)
+    captioner = small_captioner(64)
+    graphs = train._graphs(captioner, tmp_path, training)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "quantised", None)
+        again = train._graphs(captioner, tmp_path, training)
+    assert all(np.array_equal(again[name], graph) for name, graph in graphs.items())
+    captioner.backbone.set_weights([2 * value for value in captioner.backbone.get_weights()])
+    other = train._graphs(captioner, tmp_path, training)
+    assert not np.array_equal(other["int8_constants"], graphs["int8_constants"])
 
 
 def changed_weights(squares: Path, model: Path) -> set[str]:
