@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from batchcap.errors import ModelError
 from batchcap.model.config import ENCODER_FILE, ModelConfig
-from batchcap.model.runtime import import_openvino
+from batchcap.model.runtime import import_openvino, openvino_core
 from batchcap.model.weights import Shapes, Weights
 from batchcap.process.environment import cache_folder, code_version
 from batchcap.process.threads import locked_cache
@@ -65,8 +65,7 @@ class Encoder:
         config: ModelConfig,
         precision: Precision,
     ) -> None:
-        self._openvino = import_openvino()
-        self._core = self._openvino.Core()
+        self._openvino, self._core = import_openvino(), openvino_core()
         self._size = config.backbone.image_size
         self._hints = {
             "PERFORMANCE_HINT": "THROUGHPUT",

@@ -12,7 +12,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from batchcap.model.backbones import extract_features
 from batchcap.model.config import ENCODER_FILE, fingerprint
 from batchcap.model.encoder import Graphs, write_graphs
-from batchcap.model.runtime import import_openvino
+from batchcap.model.runtime import import_openvino, openvino_core
 from batchcap.model.tensorflow_captioner import TensorFlowCaptioner, variables
 
 
@@ -61,7 +61,7 @@ def _as_openvino(graph: Any, weights: dict[str, str]) -> Graphs:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "encoder.pb").write_bytes(graph.SerializeToString())
-        model = openvino.Core().read_model(folder / "encoder.pb")
+        model = openvino_core().read_model(folder / "encoder.pb")
         for parameter in model.get_parameters():
             node = parameter.get_friendly_name().removesuffix(":0")
             parameter.set_friendly_name(weights.get(node, "pixels"))

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.process.environment import settle_caches
 from batchcap.process.stderr import kept_back
+from batchcap.process.threads import in_new_thread
 from batchcap.settings import Precision, Runtime
 
 
@@ -83,9 +85,8 @@ def precision_of(
 
 
 def _check_openvino_computes_in(precision: Precision) -> None:
-    openvino = import_openvino()
     name = {Precision.BFLOAT16: "BF16", Precision.FLOAT16: "FP16"}.get(precision, "FP32")
-    if name not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if name not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UsageError(
             f"this CPU does not support {precision}: use --precision float32, "
             "or --runtime tensorflow, which emulates it slowly"
@@ -96,6 +97,22 @@ def import_openvino() -> Any:
     """Import `openvino` without its telemetry."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_module("openvino")
+
+
+@cache
+def openvino_core() -> Any:
+    """Return this process's only `openvino.Core`, with the CPU plugin loaded.
+
+    The plugin gives the thread that loads it a stack for signal handlers, which is freed with the
+    plugin, in whatever thread. A signal to the first thread would then crash the process.
+    """
+
+    def load() -> Any:
+        core = import_openvino().Core()
+        core.get_versions("CPU")
+        return core
+
+    return in_new_thread(load)
 
 
 def start_tensorflow() -> str:

@@ -23,6 +23,7 @@ from batchcap.model.runtime import import_openvino
 from batchcap.model.weights import Weights
 from batchcap.photos.images import LoadSettings, Source, load_image
 from batchcap.photos.listing import list_images
+from batchcap.process.threads import in_new_thread
 from batchcap.schema import Rejection
 from batchcap.settings import Precision, QuantiseSettings
 
@@ -78,7 +79,8 @@ def quantised(
         raise InputError(f"none of {len(photos)} photos can be read: int8 needs some")
     log.info("quantising the backbone on %d photos", len(pixels))
     model = Encoder(graphs, weights, config, Precision.FLOAT32).model
-    return graphs | _quantised(model, pixels)
+    # Like `openvino_core`: NNCF loads and frees OpenVINO's CPU plugin many times.
+    return graphs | in_new_thread(lambda: _quantised(model, pixels))
 
 
 def _spread(photos: Sequence[Source]) -> Iterable[Source]:

@@ -215,8 +215,8 @@ def test_int8_needs_a_model_that_has_it_and_openvino(monkeypatch):
 
 
 def test_precision_that_openvino_lacks_is_refused(monkeypatch):
-    openvino = runtime_module.import_openvino()
-    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32"])
+    core = type(runtime_module.openvino_core())
+    monkeypatch.setattr(core, "get_property", lambda *_: ["FP32"])
     with pytest.raises(UsageError, match="does not support bfloat16"):
         choose_execution(Runtime.OPENVINO, Precision.BFLOAT16)
 
@@ -237,10 +237,49 @@ def test_captions_on_cpus_need_no_tensorflow(photos_folder: Path, tmp_path: Path
         assert done.returncode == 0, done.stderr
 
 
+SIGNALLED_AFTERWARDS = """
+import gc, signal, sys, threading
+from pathlib import Path
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+use(Path(sys.argv[1]), Path(sys.argv[2]))
+free = threading.Thread(target=gc.collect)
+free.start()
+free.join()
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
 @pytest.mark.parametrize(
     "use",
     [
-        "from batchcap.model.runtime import import_openvino; import_openvino().Core()",
+        "from batchcap.model.openvino_captioner import load_for_openvino\n"
+        "import numpy as np\n"
+        "pixels = np.zeros((2, 240, 240, 3), np.uint8)\n"
+        "use = lambda model, photos: load_for_openvino(model).extract(pixels)",
+        "from batchcap.training.quantisation import quantise_model\n"
+        "from batchcap.settings import QuantiseSettings\n"
+        "use = lambda model, photos: quantise_model(QuantiseSettings(model=model, images=photos))",
+    ],
+    ids=["loaded", "quantised"],
+)
+def test_signals_are_handled_after_a_thread_freed_the_encoder(
+    photos_folder: Path, tmp_path: Path, use: str
+) -> None:
+    """OpenVINO lets its first thread handle signals on a stack that another thread may free."""
+    model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", use + SIGNALLED_AFTERWARDS, model, photos_folder],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from batchcap.model.runtime import openvino_core; openvino_core()",
         "from batchcap.training.quantisation import import_nncf; import_nncf()",
     ],
 )
