@@ -277,40 +277,27 @@ def test_fine_tuning_starts_from_the_trained_decoder(fine_tuned: Path) -> None:
     assert history[2]["loss"] < history[0]["loss"]
 
 
-def spy_on_extraction(patch: pytest.MonkeyPatch) -> list[str | None]:
-    """Return a list that gets the digest of the int8 backbone at each extraction of features."""
-    digests: list[str | None] = []
+def test_the_last_phase_sees_the_features_of_int8(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[str | None] = []  # of the int8 backbone, at each extraction of features
 
     def extract(*given: Any, int8: Encoder | None = None) -> Any:
         digests.append(int8.digest if int8 else None)
         return extract_all(*given, int8=int8)
 
-    patch.setattr(train, "extract_all", extract)
-    return digests
-
-
-def test_the_last_phase_sees_the_features_of_int8(
-    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digests = spy_on_extraction(monkeypatch)
+    monkeypatch.setattr(train, "extract_all", extract)
     settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
-    model = train_captioner(settings)
-    int8 = int8_digest(model)
+    int8 = int8_digest(train_captioner(replace(settings, epochs=1)))
     assert int8 is not None
     first, likelihood, cider, results = [None] * 2, [None] * 2, [int8] * 2, [None, int8]
     assert digests == first + likelihood + cider + results
 
 
-def test_without_nncf_the_last_phase_sees_the_features_of_float32(
-    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digests = spy_on_extraction(monkeypatch)
-    monkeypatch.setattr(train, "can_quantise", lambda: False)
-    settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
-    model = train_captioner(settings)
-    assert int8_digest(model) is None
-    assert set(digests) == {None}
-    assert json.loads((model / "metrics.json").read_text())["int8_cider_d"] is None
+def test_without_nncf_there_is_no_int8_backbone(fine_tuned: Path) -> None:
+    assert int8_digest(fine_tuned) is None
+    assert json.loads((fine_tuned / "metrics.json").read_text())["int8_cider_d"] is None
+    assert "int8" not in (fine_tuned / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_resumed_training_keeps_its_int8_backbone(
