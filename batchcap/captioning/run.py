@@ -104,7 +104,8 @@ def plan_run(settings: RunSettings) -> str:
             layout.refresh()
     identity = _identity(settings, decode_settings_of(settings, read_config(settings.model)))
     files = existing_rows(layout, settings.on_existing)
-    check_identity(layout, files, identity, _upgrades(settings))
+    identity = check_identity(layout, files, identity, _upgrades(settings))
+    settings = replace(settings, precision=Precision(identity["batchcap.precision"]))
     _, index = index_of(files, lambda *_: None)
     inventory = Inventory(settings, index)
     counts = inventory.counts

@@ -16,7 +16,7 @@ from helpers.small_model import make_squares, small_captioner
 from PIL import Image
 
 from batchcap.captioning.options import precision_for
-from batchcap.captioning.run import run_captioning
+from batchcap.captioning.run import plan_run, run_captioning
 from batchcap.captioning.summary import RunSummary
 from batchcap.cli import batchcap
 from batchcap.errors import InputError, ModelError, OtherOutputError, OutputError, UsageError
@@ -206,8 +206,12 @@ def test_int8_rows_are_not_continued_by_tensorflow(
     output = tmp_path / "o.parquet"
     run(quantised, source, output)
     shutil.copy(photos / "010.png", source)
-    with pytest.raises(UsageError, match="omit --runtime tensorflow"):
-        run(quantised, source, output, runtime=Runtime.TENSORFLOW)
+    by_tensorflow = RunSettings(
+        source=str(source), output=output, model=quantised, runtime=Runtime.TENSORFLOW
+    )
+    for attempt in (plan_run, run_captioning):
+        with pytest.raises(UsageError, match="omit --runtime tensorflow"):
+            attempt(by_tensorflow)
     assert len(pq.read_table(output)) == 3
 
 
