@@ -17,7 +17,6 @@ from batchcap.training.data import Tokens, trim
 from batchcap.training.loss import loss_function
 from batchcap.training.replicas import joined, replica_batch
 from batchcap.training.self_critical import (
-    REPEAT_COST,
     CiderD,
     advantages,
     as_captions,
@@ -25,8 +24,6 @@ from batchcap.training.self_critical import (
     draw_starts,
     of_style,
     policy_loss,
-    repeatable_words,
-    repeats,
 )
 
 log = logging.getLogger(__name__)
@@ -149,7 +146,6 @@ class SelfCritical:
         self.epochs = settings.cider_epochs
         self.variables = decoder.trainable_variables
         self.rewards = [CiderD(tokens[data_sets == one]) for one in range(1 + data_sets.max())]
-        self.repeatable = repeatable_words(tokens)
 
     def learning_rate(self, steps_per_epoch: int) -> Any:
         return self.settings.cider_learning_rate
@@ -192,12 +188,12 @@ class SelfCritical:
     def _rewards(
         self, drawn: Tokens, references: Tokens, data_sets: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.float32]:
-        """Return CIDEr-D, with the document frequencies of each image's data set, less repeats."""
+        """Return rewards by `CiderD`, with the document frequencies of each image's data set."""
         rewards = np.zeros(drawn.shape[:2], np.float32)
         for number, reward in enumerate(self.rewards):
             images = data_sets == number
             rewards[images] = reward(drawn[images], references[images])
-        return rewards - REPEAT_COST * repeats(drawn, self.repeatable)
+        return rewards
 
     def measured(self, sums: npt.NDArray[np.float32]) -> dict[str, float]:
         reward, finished, count = sums

@@ -21,8 +21,6 @@ from batchcap.training.replicas import summed_over_replicas
 
 SIGMA = 6.0
 REPEATED_NGRAM = 3  # words; no n-gram of this length is sampled twice in a caption
-REPEAT_COST = 0.5  # of a reward; CIDEr-D alone hardly minds "a vase and a vase"
-REPEATABLE_SHARE = 0.02
 
 # Tf-idf weights and their norm, per length of n-gram; number of words.
 Vector = tuple[list[dict[tuple[int, ...], float]], list[float], int]
@@ -73,32 +71,6 @@ class CiderD:
         ]
         norms = [math.sqrt(sum(weight**2 for weight in one.values())) for one in weights]
         return weights, norms, len(words)
-
-
-def repeatable_words(tokens: Tokens) -> frozenset[int]:
-    """Return the words that captions `int32[images, captions, T + 1]` repeat.
-
-    These are words, such as "a", that two in a hundred of the captions with them have twice.
-    """
-    once, twice = Counter[int](), Counter[int]()
-    for row in tokens.reshape(-1, tokens.shape[-1]):
-        counts = Counter(_words(row))
-        once.update(counts.keys())
-        twice.update(word for word, count in counts.items() if count > 1)
-    return frozenset(word for word in twice if twice[word] >= REPEATABLE_SHARE * once[word])
-
-
-def repeats(captions: Tokens, repeatable: frozenset[int]) -> npt.NDArray[np.float32]:
-    """Return how many words of `int32[B, S, T + 1]` were there before, `float32[B, S]`."""
-    counts = [
-        [len(words) - len(set(words)) for words in (_others(row, repeatable) for row in image)]
-        for image in captions
-    ]
-    return np.array(counts, np.float32)
-
-
-def _others(row: Tokens, repeatable: frozenset[int]) -> list[int]:
-    return [word for word in _words(row) if word not in repeatable]
 
 
 def _words(row: Tokens) -> list[int]:

@@ -14,15 +14,12 @@ from batchcap.model.vocabulary import END_ID, PADDING_ID, START_ID
 from batchcap.settings import TrainSettings
 from batchcap.training.phases import SelfCritical
 from batchcap.training.self_critical import (
-    REPEAT_COST,
     CiderD,
     advantages,
     as_captions,
     draw_starts,
     of_style,
     policy_loss,
-    repeatable_words,
-    repeats,
 )
 
 LONGEST = 7
@@ -79,29 +76,6 @@ def test_padding_references_do_not_count() -> None:
     reward = CiderD(references)
     alone = reward(references[:1, :1], references[:1, :1])
     assert reward(references[:1, :1], references[:1]) == pytest.approx(alone)
-
-
-def test_words_that_people_repeat_may_be_repeated() -> None:
-    """Of fifty captions with 4, one has it twice; of fifty-one with 5, one."""
-    texts = [[4, 5, END_ID]] * 49 + [[4, 4, END_ID], [5, 5, END_ID], [5, END_ID]]
-    assert repeatable_words(rows(texts)[:, None]) == {4}
-
-
-def test_each_repeated_word_costs_reward() -> None:
-    repeatable = frozenset([4])
-    captions = [[4, 5, 4, 6, END_ID], [5, 6, 5, END_ID], [5, 5, 5, 6, 6, END_ID], [END_ID]]
-    assert repeats(rows(captions)[None], repeatable).tolist() == [[0, 1, 3, 0]]
-
-
-def test_repeats_are_taken_from_the_rewards_of_cider_d() -> None:
-    settings = TrainSettings(annotations=(), images=(), out=Path(), max_length=LONGEST + 1)
-    decoder = build_decoder(DecoderConfig(10, 1, 1, LONGEST + 1, units=4, layers=1, key_size=2))
-    tokens = np.stack([rows([[4, 5, END_ID]]), rows([[6, 7, END_ID]])])
-    data_sets = np.array([0, 0], np.int32)
-    drawn = np.stack([rows([[4, 5, 4, END_ID]]), rows([[6, 7, END_ID]])])
-    rewards = SelfCritical(settings, decoder, tokens, data_sets)._rewards(drawn, tokens, data_sets)
-    difference = CiderD(tokens)(drawn, tokens) - rewards
-    assert difference == pytest.approx(np.array([[REPEAT_COST], [0]]))
 
 
 def test_advantage_compares_a_reward_with_the_mean_of_the_others() -> None:
