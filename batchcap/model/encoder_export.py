@@ -10,15 +10,9 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from batchcap.model.backbones import extract_features
-from batchcap.model.config import ENCODER_FILE, fingerprint
-from batchcap.model.encoder import Graphs, write_graphs
+from batchcap.model.encoder import Graphs
 from batchcap.model.runtime import import_openvino, openvino_core
 from batchcap.model.tensorflow_captioner import TensorFlowCaptioner, variables
-
-
-def write_encoder(captioner: TensorFlowCaptioner, directory: Path) -> None:
-    """Write `encoder.npz` into the directory where the model was saved."""
-    write_graphs(directory / ENCODER_FILE, fingerprint(directory), export_encoder(captioner))
 
 
 def export_encoder(captioner: TensorFlowCaptioner) -> Graphs:

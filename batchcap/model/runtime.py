@@ -3,7 +3,6 @@
 import ctypes
 import sys
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from batchcap.errors import BatchcapError, UsageError, first_line
 from batchcap.process.environment import settle_caches
 from batchcap.process.stderr import kept_back
-from batchcap.process.threads import in_new_thread
+from batchcap.process.threads import in_new_thread, locked_cache
 from batchcap.settings import Precision, Runtime
 
 
@@ -99,20 +98,26 @@ def import_openvino() -> Any:
     return import_module("openvino")
 
 
-@cache
 def openvino_core() -> Any:
     """Return this process's only `openvino.Core`, with the CPU plugin loaded.
 
-    The plugin gives the thread that loads it a stack for signal handlers, which is freed with the
-    plugin, in whatever thread. A signal to the first thread would then crash the process.
+    The plugin gives the thread that loads it a stack for signal handlers, and is freed with it by
+    whatever thread. A signal to the thread that loaded it would then crash the process, so that
+    thread ends at once, and the plugin is never freed.
     """
+    return _core_with("CPU")
 
+
+def _load_core(device: str) -> Any:
     def load() -> Any:
         core = import_openvino().Core()
-        core.get_versions("CPU")
+        core.get_versions(device)  # loads its plugin
         return core
 
     return in_new_thread(load)
+
+
+_core_with = locked_cache(_load_core)
 
 
 def start_tensorflow() -> str:

@@ -50,9 +50,9 @@ ANY_STYLE = 0.5  # share of a style's captions that begin with START instead
 # Code that turns a file into features: if it changes, features are extracted again.
 FEATURE_CODE = (
     *(formats, images, jpeg, pixels, png, tiff, webp, rejections),
-    *(augmentation, backbones, efficientnet_lite, encoder, extraction),
+    *(augmentation, backbones, efficientnet_lite, extraction),
 )
-LIBRARIES = ("pillow", "keras", "openvino")
+LIBRARIES = ("pillow", "keras")
 
 log = logging.getLogger(__name__)
 
@@ -345,8 +345,9 @@ def extract_all(
     Raises:
         InputError: no photo is readable, or features are not finite.
     """
-    digest = weights_digest(backbone) if int8 is None else int8.digest
-    made_by = f"{config} {digest} {code_version(*FEATURE_CODE, *LIBRARIES)}"
+    made_by = f"{config} {weights_digest(backbone)} {code_version(*FEATURE_CODE, *LIBRARIES)}"
+    if int8 is not None:
+        made_by += f" {int8.digest} {code_version(encoder, 'openvino')}"
     root = cache_root or cache_folder("features")
     rows, columns, channels = backbone.output_shape[1:]
     cache = FeatureCache(

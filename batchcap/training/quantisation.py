@@ -79,8 +79,9 @@ def quantised(
         raise InputError(f"none of {len(photos)} photos can be read: int8 needs some")
     log.info("quantising the backbone on %d photos", len(pixels))
     model = Encoder(graphs, weights, config, Precision.FLOAT32).model
-    # Like `openvino_core`: NNCF loads and frees OpenVINO's CPU plugin many times.
-    return graphs | in_new_thread(lambda: _quantised(model, pixels))
+    with redirect_stdout(None):  # progress bars
+        # Like `openvino_core`: NNCF loads and frees OpenVINO's CPU plugin many times.
+        return graphs | in_new_thread(lambda: _quantised(model, pixels))
 
 
 def _spread(photos: Sequence[Source]) -> Iterable[Source]:
@@ -106,20 +107,19 @@ def _quantised(model: Any, pixels: list[npt.NDArray[np.uint8]]) -> Graphs:
         for node in model.get_ordered_ops()
         if node.get_type_name() in CONVOLUTIONS
     ]
-    with redirect_stdout(None):  # progress bars
-        int8 = nncf.quantize(
-            model,
-            nncf.Dataset(pixels),
-            subset_size=len(pixels),
-            preset=nncf.QuantizationPreset.MIXED,
-            fast_bias_correction=False,
-            target_device=nncf.TargetDevice.CPU,
-            # Without VNNI, CPUs add products in 16 bits: words would depend on the kind of CPU.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix=nncf.OverflowFix.ENABLE
-            ),
-            ignored_scope=nncf.IgnoredScope(names=convolutions[:FLOAT_CONVOLUTIONS]),
-        )
+    int8 = nncf.quantize(
+        model,
+        nncf.Dataset(pixels),
+        subset_size=len(pixels),
+        preset=nncf.QuantizationPreset.MIXED,
+        fast_bias_correction=False,
+        target_device=nncf.TargetDevice.CPU,
+        # Without VNNI, CPUs add products in 16 bits: words would depend on the kind of CPU.
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix.ENABLE
+        ),
+        ignored_scope=nncf.IgnoredScope(names=convolutions[:FLOAT_CONVOLUTIONS]),
+    )
     with TemporaryDirectory() as name:
         folder = Path(name)
         openvino.save_model(int8, folder / "int8.xml", compress_to_fp16=False)

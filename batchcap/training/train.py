@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,7 @@ def _phase_setups(
     """Yield the phases in turn; a phase's features are extracted when it begins.
 
     The last phase adapts the decoder to the features that it will mostly see: int8's, on CPUs.
+    Its epochs are validated in float32, as the others are.
     """
     decoder, backbone, config = captioner.decoder, captioner.backbone, captioner.config.backbone
 
@@ -171,9 +173,9 @@ def _phase_setups(
 
     def frozen(int8: Encoder | None = None) -> tuple[TrainingBatches, Validator]:
         views = _views(settings)
-        extract_all(training, backbone, config, views, int8=int8)
-        cache, _ = extract_all(validation, backbone, config, int8=int8)
+        cache, _ = extract_all(validation, backbone, config)
         validator = Validator(captioner, validation, CachedFeatures(cache, validation).whole, names)
+        cache, _ = extract_all(training, backbone, config, views, int8=int8)
         return batches(CachedFeatures(cache, training, views)), validator
 
     yield Likelihood(settings, decoder), *frozen()
@@ -322,22 +324,19 @@ def _about_set(
 def _graphs(
     captioner: TensorFlowCaptioner, work_folder: Path, training: Sequence[Example]
 ) -> Graphs:
-    """Return the encoder's graphs, with int8's if NNCF is installed; the same when resumed."""
-    digest = weights_digest(captioner.backbone)
-    try:
-        known = read_graphs(work_folder, digest)
-    except ModelError:
-        known = None
-    if known is not None:
-        return known
+    """Return the encoder's graphs, with int8's if NNCF is installed: the same when resumed."""
+    made_for = f"{captioner.config.backbone} {weights_digest(captioner.backbone)}"
+    with suppress(ModelError):  # damaged, or of another backbone
+        if (known := read_graphs(work_folder, made_for)) is not None:
+            return known
     graphs = export_encoder(captioner)
-    if can_quantise():
-        weights = get_weights(captioner.backbone, captioner.decoder)
-        photos = [example.path for example in training]
-        graphs = quantised(graphs, weights, captioner.config, photos)
-    else:
+    if not can_quantise():
         log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
-    write_graphs(work_folder / ENCODER_FILE, digest, graphs)
+        return graphs
+    weights = get_weights(captioner.backbone, captioner.decoder)
+    photos = [example.path for example in training]
+    graphs = quantised(graphs, weights, captioner.config, photos)
+    write_graphs(work_folder / ENCODER_FILE, made_for, graphs)
     return graphs
 
 

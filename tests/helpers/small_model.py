@@ -20,7 +20,16 @@ from PIL import Image
 
 from batchcap.evaluation.metrics import METRICS
 from batchcap.model.backbones import BACKBONES, Backbone, build_backbone
-from batchcap.model.config import FORMAT_VERSION, BackboneConfig, DecoderConfig, ModelConfig
+from batchcap.model.config import (
+    ENCODER_FILE,
+    FORMAT_VERSION,
+    BackboneConfig,
+    DecoderConfig,
+    ModelConfig,
+    fingerprint,
+)
+from batchcap.model.encoder import write_graphs
+from batchcap.model.encoder_export import export_encoder
 from batchcap.model.network import build_decoder
 from batchcap.model.tensorflow_captioner import TensorFlowCaptioner
 from batchcap.model.vocabulary import SPECIAL_WORDS, Vocabulary
@@ -71,6 +80,11 @@ def small_captioner(image_size: int) -> TensorFlowCaptioner:
         DecoderConfig(len(vocabulary), rows * columns, channels, units=16, key_size=8),
     )
     return TensorFlowCaptioner(config, vocabulary, backbone, build_decoder(config.decoder))
+
+
+def write_encoder(captioner: TensorFlowCaptioner, directory: Path) -> None:
+    """Write `encoder.npz` into the directory where the model was saved."""
+    write_graphs(directory / ENCODER_FILE, fingerprint(directory), export_encoder(captioner))
 
 
 def make_squares(folder: Path) -> Path:

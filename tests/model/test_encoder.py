@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers.small_model import small_captioner
+from helpers.small_model import small_captioner, write_encoder
 
 from batchcap.errors import ModelError, UsageError
 from batchcap.model import runtime as runtime_module
 from batchcap.model.backbones import extract_features
 from batchcap.model.config import ENCODER_FILE, fingerprint
-from batchcap.model.encoder_export import write_encoder
 from batchcap.model.openvino_captioner import load_for_openvino
 from batchcap.model.runtime import choose_execution, precision_of
 from batchcap.model.tensorflow_captioner import (

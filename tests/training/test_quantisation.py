@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from helpers.small_model import make_squares, small_captioner
+from helpers.small_model import make_squares, small_captioner, write_encoder
 from PIL import Image
 
 from batchcap.captioning.options import precision_for
@@ -22,7 +23,6 @@ from batchcap.cli import batchcap
 from batchcap.errors import InputError, ModelError, OtherOutputError, OutputError, UsageError
 from batchcap.model.config import ENCODER_FILE, fingerprint
 from batchcap.model.encoder import int8_digest
-from batchcap.model.encoder_export import write_encoder
 from batchcap.model.openvino_captioner import load_for_openvino
 from batchcap.model.tensorflow_captioner import save_captioner
 from batchcap.settings import (
@@ -231,6 +231,31 @@ def test_a_directory_that_cannot_be_written_is_named(
     monkeypatch.setattr(quantisation, "write_graphs", refuse)
     with pytest.raises(OutputError, match=r"Read-only.*quantise a copy of the model"):
         quantise_model(QuantiseSettings(model=model, images=photos))
+
+
+def test_a_signal_ends_it_at_once(model: Path, photos: Path) -> None:
+    before = (model / ENCODER_FILE).read_bytes()
+    program = (
+        "import sys, time\n"
+        "from batchcap.cli import main\n"
+        "from batchcap.training.quantisation import import_nncf\n"
+        "def quantize(*_, **__):\n"
+        "    print('busy', file=sys.stderr, flush=True)\n"
+        "    time.sleep(200)\n"
+        "import_nncf().quantize = quantize\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, "model", "quantise", model, "--images", photos]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line == "busy\n":
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert "Traceback" not in rest
+    assert (model / ENCODER_FILE).read_bytes() == before
 
 
 def test_missing_nncf_is_a_usage_error(

@@ -290,7 +290,7 @@ def test_the_last_phase_sees_the_features_of_int8(
     settings = in_all_phases(squares, tmp_path / "model", fine_tune_from=None, cider_epochs=1)
     int8 = int8_digest(train_captioner(replace(settings, epochs=1)))
     assert int8 is not None
-    first, likelihood, cider, results = [None] * 2, [None] * 2, [int8] * 2, [None, int8]
+    first, likelihood, cider, results = [None] * 2, [None] * 2, [None, int8], [None, int8]
     assert digests == first + likelihood + cider + results
 
 
