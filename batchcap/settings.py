@@ -235,7 +235,9 @@ class ModelOptions:
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
             raise UsageError("--top-k and --top-p need a --temperature above 0")
         if self.precision is Precision.INT8 and self.runtime is Runtime.TENSORFLOW:
-            raise UsageError("--precision int8 is for CPUs: omit --runtime tensorflow")
+            raise UsageError(
+                "int8 is for CPUs: omit --runtime tensorflow (an output keeps its precision)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +321,9 @@ class RunSettings(ModelOptions):
                 "--engine ray cannot read INPUT from standard input: save the list to a file"
             )
         if self.precision is Precision.INT8 and self.gpus_per_worker:
-            raise UsageError("--precision int8 is for CPUs: add --gpus-per-worker 0")
+            raise UsageError(
+                "int8 is for CPUs: add --gpus-per-worker 0 (an output keeps its precision)"
+            )
         if self.engine is Engine.LOCAL and (self.address or self.workers or self.gpus_per_worker):
             raise UsageError("--address, --workers and --gpus-per-worker need --engine ray")
         if self.prune and self.limit is not None:
