@@ -101,9 +101,9 @@ def import_openvino() -> Any:
 def openvino_core() -> Any:
     """Return this process's only `openvino.Core`, with the CPU plugin loaded.
 
-    The plugin gives the thread that loads it a stack for signal handlers, and is freed with it by
-    whatever thread. A signal to the thread that loaded it would then crash the process, so that
-    thread ends at once, and the plugin is never freed.
+    The plugin gives its loading thread a stack for signal handlers, and unmaps that stack when any
+    thread frees the plugin: the next signal to the loading thread would crash the process. So a
+    thread that ends loads the plugin, and the plugin is never freed.
     """
     return _core_with("CPU")
 

@@ -80,7 +80,7 @@ def quantised(
     log.info("quantising the backbone on %d photos", len(pixels))
     model = Encoder(graphs, weights, config, Precision.FLOAT32).model
     with redirect_stdout(None):  # progress bars
-        # Like `openvino_core`: NNCF loads and frees OpenVINO's CPU plugin many times.
+        # NNCF loads and frees OpenVINO's CPU plugin: see `openvino_core`.
         return graphs | in_new_thread(lambda: _quantised(model, pixels))
 
 

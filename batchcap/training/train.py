@@ -173,8 +173,7 @@ def _phase_setups(
 
     def frozen(int8: Encoder | None = None) -> tuple[TrainingBatches, Validator]:
         views = _views(settings)
-        cache, _ = extract_all(validation, backbone, config)
-        validator = Validator(captioner, validation, CachedFeatures(cache, validation).whole, names)
+        validator = _validator(captioner, validation, names)
         cache, _ = extract_all(training, backbone, config, views, int8=int8)
         return batches(CachedFeatures(cache, training, views)), validator
 
@@ -331,7 +330,6 @@ def _graphs(
             return known
     graphs = export_encoder(captioner)
     if not can_quantise():
-        log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
         return graphs
     weights = get_weights(captioner.backbone, captioner.decoder)
     photos = [example.path for example in training]
@@ -344,17 +342,16 @@ def _int8_encoder(captioner: TensorFlowCaptioner, graphs: Graphs) -> Encoder | N
     return Encoder(graphs, {}, captioner.config, Precision.INT8) if INT8 in graphs else None
 
 
-def _results(
+def _validator(
     captioner: TensorFlowCaptioner,
     validation: Sequence[Example],
     names: Sequence[str],
     int8: Encoder | None = None,
-) -> dict[str, float]:
-    """Return `Validator`'s results."""
+) -> Validator:
+    """Return a validator on cached features, of float32 or of int8."""
     backbone, config = captioner.backbone, captioner.config.backbone
     cache, _ = extract_all(validation, backbone, config, int8=int8)
-    features = CachedFeatures(cache, validation).whole
-    return Validator(captioner, validation, features, names).results()
+    return Validator(captioner, validation, CachedFeatures(cache, validation).whole, names)
 
 
 def _int8_cider_d(
@@ -366,8 +363,9 @@ def _int8_cider_d(
     """Return CIDEr-D per data set, or None if there is no int8 backbone."""
     int8 = _int8_encoder(captioner, graphs)
     if int8 is None:
+        log.info("the model gets no int8 backbone for CPUs: pip install 'batchcap[train]'")
         return None
-    results = _results(captioner, validation, names, int8)
+    results = _validator(captioner, validation, names, int8).results()
     return {name: results.get(f"{name}_cider_d", results["cider_d"]) for name in names}
 
 
@@ -388,7 +386,7 @@ def _write_model(
     graphs = _graphs(captioner, work_folder, training)
     write_graphs(unfinished / ENCODER_FILE, fingerprint(unfinished), graphs)
     names = data_set_names(settings.annotations)
-    results = _results(stored, validation, names)
+    results = _validator(stored, validation, names).results()
     metrics = {
         "validation": {key: results[key] for key in RESULTS},
         "data_sets": [

@@ -265,7 +265,7 @@ signal.raise_signal(signal.SIGUSR1)
 def test_signals_are_handled_after_a_thread_freed_the_encoder(
     photos_folder: Path, tmp_path: Path, use: str
 ) -> None:
-    """OpenVINO lets its first thread handle signals on a stack that another thread may free."""
+    """OpenVINO gives the main thread a signal stack, which another thread could unmap."""
     model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-c", use + SIGNALLED_AFTERWARDS, model, photos_folder],

@@ -233,7 +233,7 @@ def test_a_directory_that_cannot_be_written_is_named(
         quantise_model(QuantiseSettings(model=model, images=photos))
 
 
-def test_a_signal_ends_it_at_once(model: Path, photos: Path) -> None:
+def test_a_signal_ends_quantising_at_once(model: Path, photos: Path) -> None:
     before = (model / ENCODER_FILE).read_bytes()
     program = (
         "import sys, time\n"
